@@ -1,0 +1,193 @@
+"""Drive JupyterLab in a real browser: serve, open a notebook, run it, and time a slider to the repainted figure."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = Path(os.environ.get("DIFFCLASS_NOTEBOOKS") or ROOT / "notebooks")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+HANDLE = ".jp-OutputArea-output .noUi-handle"
+
+# Waits until every code cell has run, or one has failed; resolves with "done" or with the failures.
+RUN_STATE = """() => {
+  const panel = window.jupyterapp.shell.currentWidget, kernel = panel.sessionContext.session?.kernel;
+  const cells = panel.content.widgets.filter(c => c.model.type === 'code' && c.model.sharedModel.getSource().trim());
+  const failed = cells.flatMap((c, i) => c.model.outputs.toJSON().filter(o => o.output_type === 'error')
+    .map(o => `code cell ${i}: ${o.ename}: ${o.evalue}`));
+  if (kernel?.status !== 'idle') return null;
+  return failed.length ? failed.join('; ') : cells.every(c => c.model.executionCount) ? 'done' : null;
+}"""
+
+# Presses an arrow key on slider handle number `index`; resolves with the milliseconds until something of the same
+# output that is not that slider has changed and been painted (`first`), and until nothing changes any more (`last`).
+PRESS = """async ([selector, index, timeout]) => {
+  const handle = document.querySelectorAll(selector)[index];
+  const area = handle.closest('.jp-OutputArea-output'), own = handle.closest('.jupyter-widgets');
+  const now = +handle.getAttribute('aria-valuenow'), low = +handle.getAttribute('aria-valuemin');
+  const high = +handle.getAttribute('aria-valuemax');
+  if (now <= low) area.dataset.goes = 'up';
+  if (now >= high) area.dataset.goes = 'down';
+  const up = area.dataset.goes !== 'down';
+  area.dataset.goes = up ? 'down' : 'up';
+  const thumb = new OffscreenCanvas(64, 64).getContext('2d', {willReadFrequently: true});
+  const print = () => [...area.querySelectorAll('canvas')].map(canvas => { if (!canvas.width) return '';
+    thumb.clearRect(0, 0, 64, 64); thumb.drawImage(canvas, 0, 0, 64, 64);
+    return thumb.getImageData(0, 0, 64, 64).data.join(); }).join('|');
+  const frame = () => new Promise(r => requestAnimationFrame(r));
+  let touched = [];
+  const ours = m => m.target === area || own.contains(m.target);
+  const observer = new MutationObserver(list => touched.push(...list.filter(m => !ours(m))));
+  observer.observe(area, {subtree: true, attributes: true, characterData: true, childList: true});
+  handle.scrollIntoView({block: 'nearest'});
+  handle.focus();
+  await frame(); await frame();
+  touched = [];
+  let before = print(), first = null, last = 0;
+  const start = performance.now();
+  const key = {key: up ? 'ArrowRight' : 'ArrowLeft', keyCode: up ? 39 : 37, bubbles: true, cancelable: true};
+  handle.dispatchEvent(new KeyboardEvent('keydown', {...key, code: key.key}));
+  while (performance.now() - start < timeout && (first === null || performance.now() - start - last < 150)) {
+    await frame();
+    const changed = touched, after = print();
+    if (!changed.length && after === before) continue;
+    touched = []; before = after;
+    const pictures = changed.map(m => m.target).filter(n => n.tagName === 'IMG' && n.src);
+    if (pictures.length) { await Promise.all(pictures.map(n => n.decode().catch(() => 0))); await frame(); }
+    await frame();  // this frame's drawing was painted before the next one begins
+    last = performance.now() - start;
+    first ??= last;
+  }
+  observer.disconnect();
+  return {first, last};
+}"""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running JupyterLab: its address and the folder it serves, which holds notebooks/ and assets/."""
+
+    url: str
+    folder: Path
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
+    """Return when `url` answers; raise when the server ends or does not answer in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            raise RuntimeError(f"expected a running JupyterLab, but it ended with code {server.returncode}.")
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"expected an answer from {url} within {seconds:.0f} s, got none.")
+
+
+def copy_course(folder: Path) -> None:
+    """Copy the notebooks and their pictures to `folder`, and write JupyterLab's settings beside them."""
+    shutil.copytree(NOTEBOOKS, folder / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    if (ROOT / "assets").is_dir():
+        shutil.copytree(ROOT / "assets", folder / "root" / "assets")
+    settings = {"notebook-extension/tracker": {"windowingMode": "none"},
+                "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+    for name, value in settings.items():
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+
+
+@contextlib.contextmanager
+def serve_lab(folder: Path):
+    """Serve a copy of the course below `folder` with a JupyterLab that reads no user configuration."""
+    copy_course(folder)
+    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
+              "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
+               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'root'}", "--IdentityProvider.token=",
+               "--ServerApp.password=", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder / "root",
+                                  env={**os.environ, **{name: str(folder / place) for name, place in places.items()}})
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api", server)
+            yield Lab(f"http://127.0.0.1:{port}", folder / "root")
+        finally:
+            server.terminate()
+            try:
+                server.wait(15)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def watched(page):
+    """Make a page remember requests to other hosts (`offsite`) and errors in the console (`complaints`)."""
+    page.set_default_timeout(60_000)
+    page.offsite, page.complaints = [], []
+    here = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
+    page.on("request", lambda request: None if here.match(request.url) else page.offsite.append(request.url))
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    return page
+
+
+def open_notebook(page, lab: Lab, name: str) -> None:
+    """Open notebooks/`name` in single-document mode and wait for its kernel."""
+    page.goto(f"{lab.url}/doc/tree/notebooks/{name}?reset")
+    page.wait_for_function("window.jupyterapp !== undefined")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function("""() => { const s = window.jupyterapp.shell.currentWidget?.sessionContext;
+        return s?.isReady && s.session?.kernel?.status === 'idle'; }""")
+
+
+def run_all(page, seconds: float = 240) -> str:
+    """Run every cell of the open notebook; "done", or what failed in which cell."""
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    return page.wait_for_function(RUN_STATE, timeout=1000 * seconds).json_value()
+
+
+def close_notebook(page) -> None:
+    """Shut the notebook's kernel down, so that it takes no processor time from the next measurement."""
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
+def heroes(page) -> list[int]:
+    """For every output that holds sliders, the number of its first visible slider handle on the page."""
+    return page.evaluate("""selector => { const seen = new Set(), found = [];
+        document.querySelectorAll(selector).forEach((handle, i) => {
+            const area = handle.closest('.jp-OutputArea-output');
+            if (handle.getClientRects().length && !seen.has(area)) { seen.add(area); found.push(i); } });
+        return found; }""", HANDLE)
+
+
+def press(page, index: int, timeout: float = 10_000) -> tuple[float, float]:
+    """Milliseconds from a key press on handle `index` to the first and to the last repaint that it causes."""
+    times = page.evaluate(PRESS, [HANDLE, index, timeout])
+    if times["first"] is None:
+        raise AssertionError(f"expected slider {index} to change the figure of its output, but nothing outside the "
+                             f"slider changed within {timeout / 1000:.1f} s.")
+    return times["first"], times["last"]
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The smallest value that at least a share `q` of the values does not exceed."""
+    return sorted(values)[max(0, -int(-q * len(values) // 1) - 1)]

@@ -1,0 +1,98 @@
+"""Every notebook in a real JupyterLab: it opens, runs, draws, asks nobody else, and its sliders answer.
+
+`python3 -m lib bench` runs this file with DIFFCLASS_BENCH=1: 60 key presses, answered within 100 ms (p95).
+"""
+
+import os
+from pathlib import Path
+
+import browser
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.browser
+BENCH = bool(os.environ.get("DIFFCLASS_BENCH"))
+PRESSES, WARM_UP, LIMIT_MS = (60, 5, 100) if BENCH else (5, 2, 1000)
+SLIDER = """
+import io, time
+import ipywidgets as W
+from matplotlib.figure import Figure
+def draw(k, delay=DELAY):
+    time.sleep(delay)
+    figure, file = Figure(figsize=(2, 1)), io.BytesIO()
+    figure.subplots().plot([0, k])
+    figure.savefig(file, format="png")
+    return file.getvalue()
+image, slider = W.Image(value=draw(1)), W.IntSlider(value=1, min=0, max=2)
+slider.observe(lambda change, image=image, draw=draw: setattr(image, "value", draw(change["new"])), "value")
+W.VBox([slider, image])
+"""
+
+
+def write(lab, name, *cells):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, lab.folder / "notebooks" / name)
+
+
+def shoot(page, name):
+    if os.environ.get("DIFFCLASS_SHOTS"):
+        folder = Path(os.environ["DIFFCLASS_SHOTS"])
+        folder.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=folder / f"{name}.png")
+
+
+def time_sliders(page, name, capsys):
+    """Press every hero's first slider; print and return the rows (hero, median, p95, max, p95 until all is quiet)."""
+    rows = []
+    for hero, handle in enumerate(browser.heroes(page)):
+        times = [browser.press(page, handle) for _ in range(WARM_UP + PRESSES)][WARM_UP:]
+        first, last = ([pair[i] for pair in times] for i in (0, 1))
+        shoot(page, f"{name}-{hero}")
+        rows.append((hero, browser.quantile(first, 0.5), browser.quantile(first, 0.95), max(first),
+                     browser.quantile(last, 0.95)))
+    with capsys.disabled():
+        for hero, *figures in rows if BENCH else []:
+            print(f"\n{name:28} hero {hero}  {PRESSES} presses   median {figures[0]:4.0f} ms   p95 {figures[1]:4.0f} ms"
+                  f"   max {figures[2]:4.0f} ms   p95 to the last repaint {figures[3]:4.0f} ms", end="")
+    return rows
+
+
+@pytest.mark.parametrize("path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
+    browser.open_notebook(page, lab, path.name)
+    assert browser.run_all(page) == "done"
+    page.wait_for_selector(browser.HANDLE)
+    shoot(page, path.stem)
+    rows = time_sliders(page, path.stem, capsys)
+    assert rows, "expected at least one visible slider"
+    assert page.offsite == [], f"expected no request to another host, got {page.offsite[:3]}"
+    slow = [f"hero {hero}: {p95:.0f} ms" for hero, _, p95, _, _ in rows if p95 > LIMIT_MS]
+    assert not slow, f"expected p95 from slider to repaint of at most {LIMIT_MS} ms, got {slow}"
+    browser.close_notebook(page)
+
+
+def test_the_stopwatch_sees_a_slow_figure_and_a_dead_slider(lab, page):
+    write(lab, "stopwatch.ipynb", *(SLIDER.replace("DELAY", delay) for delay in ("0.0", "0.4")), "W.IntSlider()")
+    browser.open_notebook(page, lab, "stopwatch.ipynb")
+    assert browser.run_all(page) == "done"
+    page.wait_for_function("selector => document.querySelectorAll(selector).length === 3", arg=browser.HANDLE)
+    quick, slow, dead = browser.heroes(page)
+    fast = [browser.press(page, quick)[0] for _ in range(5)]
+    late = [browser.press(page, slow)[0] for _ in range(5)]
+    assert min(late) >= 400 and browser.quantile(fast, 0.5) < 400
+    with pytest.raises(AssertionError, match="nothing outside the slider changed"):
+        browser.press(page, dead, timeout=500)
+    browser.close_notebook(page)
+
+
+def test_a_failing_cell_is_reported_with_its_number(lab, page):
+    write(lab, "fails.ipynb", "1", "raise ValueError('planted')", "2")
+    browser.open_notebook(page, lab, "fails.ipynb")
+    assert browser.run_all(page) == "code cell 1: ValueError: planted"
+    browser.close_notebook(page)
+
+
+def test_a_request_to_another_host_is_noticed(lab, page):
+    page.set_content(f'<img src="{lab.url}/favicon.ico"><img src="http://elsewhere.invalid/picture.png">')
+    assert page.offsite == ["http://elsewhere.invalid/picture.png"]
