@@ -1,0 +1,60 @@
+"""The one noun that everything above stands on: a denoiser that answers for every class at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import units
+
+
+class Denoiser(nn.Module, ABC):
+    """E[x0 | x_sigma, class]: all that a diffusion classifier needs to know about a diffusion model.
+
+    Subclasses are final and implement `estimate`. Predictions of the noise, the score or v are converted inside them;
+    no timestep is visible here. The class index `num_classes` means "no class given", where `has_null` says it is
+    offered; it is what likelihood maximisation and purification ask for.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]  # C, H, W of model space
+    sigma_range: tuple[float, float]  # the levels at which the estimate can be trusted, model units
+    has_null: bool = False
+
+    @abstractmethod
+    def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+        """The denoised images. Shapes: x_sigma [B,C,H,W], sigma [B], classes [k] -> [B,k,C,H,W]; inputs are checked."""
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor | float, classes: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Denoise under every class, or under the classes named.
+
+        Formula     D_k(x_sigma, sigma) = E[x0 | x_sigma, k]
+        Shapes      x_sigma [B,C,H,W], sigma a number or [B], classes [k] or None for all K -> [B,k,C,H,W]
+        Units       model space
+        Errors      ValueError for a wrong shape, sigma <= 0, or a class that does not exist
+        """
+        units.check_images(x_sigma, self.image_shape, pixel_range=False)
+        sigma = units.check_sigma(sigma).to(x_sigma)
+        if sigma.ndim == 0:
+            sigma = sigma.expand(len(x_sigma))
+        elif tuple(sigma.shape) != (len(x_sigma),):
+            raise ValueError(f"expected one noise level for all images or one for each of {len(x_sigma)}, "
+                             f"got sigma of shape {list(sigma.shape)}.")
+        return self.estimate(x_sigma, sigma, self.check_classes(classes).to(x_sigma.device))
+
+    def unconditional(self, x_sigma: Tensor, sigma: Tensor | float) -> Tensor:
+        """Denoise without a class: E[x0 | x_sigma]. Shapes: [B,C,H,W], sigma a number or [B] -> [B,C,H,W]."""
+        return self(x_sigma, sigma, [self.num_classes])[:, 0]
+
+    def check_classes(self, classes: Sequence[int] | Tensor | None) -> Tensor:
+        """Return class indices as a long tensor [k], all K for None; raise if one does not exist."""
+        if classes is None:
+            return torch.arange(self.num_classes)
+        classes = torch.as_tensor(classes, dtype=torch.long).reshape(-1)
+        last = self.num_classes if self.has_null else self.num_classes - 1
+        if classes.numel() == 0 or int(classes.min()) < 0 or int(classes.max()) > last:
+            null = f" ({self.num_classes} = no class)" if self.has_null else "; this one has no 'no class'"
+            raise ValueError(f"expected classes between 0 and {last}{null}, got {classes.tolist()}; "
+                             f"this denoiser was made for {self.num_classes} classes.")
+        return classes

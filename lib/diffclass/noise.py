@@ -1,0 +1,317 @@
+"""Noise levels, schedules, quadrature weights and shared noise. Timesteps never leave this module.
+
+Everything is said in sigma, the standard deviation of the noise in model space: x_sigma = x0 + sigma * eps. A DDPM
+timestep t with signal coefficient abar_t is the level sigma_t = sqrt((1 - abar_t) / abar_t).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EDM_LOG_MEAN, EDM_LOG_STD, EDM_SIGMA_DATA = -1.2, 1.2, 0.5  # Karras et al. 2022, Table 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: betas -> abar -> sigma
+
+
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """DDPM's schedule. Source: Ho et al. 2020, section 4. Shapes: -> [T], float64."""
+    return torch.linspace(first, last, steps, dtype=torch.float64)
+
+
+def scaled_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """Stable Diffusion's schedule, linear in sqrt(beta). Source: Rombach et al. 2022. Shapes: -> [T], float64."""
+    return torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64) ** 2
+
+
+def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Tensor:
+    """The cosine schedule. Formula: abar_t = f(t)/f(0), f(t) = cos^2(((t/T) + s)/(1 + s) * pi/2), betas capped.
+
+    Source      Nichol & Dhariwal 2021, equation 17
+    Shapes      -> [T], float64
+    """
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=largest)
+
+
+def alpha_bar(betas: Tensor) -> Tensor:
+    """Signal power left after t steps. Formula: abar_t = prod_{s<=t} (1 - beta_s). Shapes: [T] -> [T]."""
+    if float(betas.min()) <= 0 or float(betas.max()) >= 1:
+        raise ValueError(f"expected betas strictly between 0 and 1, got {float(betas.min()):.3g} to "
+                         f"{float(betas.max()):.3g}.")
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def sigma_of_alpha_bar(abar: Tensor) -> Tensor:
+    """The noise level of a DDPM signal coefficient. Formula: sigma = sqrt((1 - abar)/abar). Units: model space."""
+    return ((1 - abar) / abar).sqrt()
+
+
+def alpha_bar_of_sigma(sigma: Tensor) -> Tensor:
+    """The DDPM signal coefficient of a noise level. Formula: abar = 1 / (1 + sigma^2). Units: model space."""
+    return 1 / (1 + sigma**2)
+
+
+def snr(sigma: Tensor) -> Tensor:
+    """Signal-to-noise ratio of a level, for signals of unit variance. Formula: sigma^-2."""
+    return sigma**-2
+
+
+def edm_sigmas(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
+    """EDM's sampling levels, descending. Source: Karras et al. 2022, equation 5. Shapes: -> [T], float64."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Levels: where the loss is measured, and which stretch of the sigma axis each measurement stands for
+
+
+@dataclass(frozen=True)
+class Levels:
+    """T noise levels, each standing for one interval of the sigma axis; all [T], model units, ascending.
+
+    The loss of level t is measured at `sigma[t]` and weighted by an integral over [lower[t], upper[t]].
+    """
+
+    sigma: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __post_init__(self):
+        if not (self.sigma.shape == self.lower.shape == self.upper.shape and self.sigma.ndim == 1 and len(self.sigma)):
+            raise ValueError(f"expected sigma, lower and upper as equally long vectors, got "
+                             f"{[list(v.shape) for v in (self.sigma, self.lower, self.upper)]}.")
+        inside = (self.lower <= self.sigma) & (self.sigma <= self.upper) & (self.lower < self.upper)
+        if float(self.lower[0]) <= 0 or not bool(inside.all()):
+            raise ValueError("expected 0 < lower <= sigma <= upper with lower < upper for every noise level; "
+                             f"got sigma {self.sigma.tolist()[:4]}..., lower {self.lower.tolist()[:4]}...")
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    def __repr__(self) -> str:
+        return f"Levels(T={len(self)}, sigma {float(self.lower[0]):.3g} to {float(self.upper[-1]):.3g})"
+
+    @property
+    def step(self) -> Tensor:
+        """Width of each interval by the rule d sigma = sigma d ln sigma. Shapes: [T]."""
+        return self.sigma * (self.upper / self.lower).log()
+
+
+def midpoint_levels(edges: Tensor) -> Levels:
+    """Levels at the geometric midpoints of ascending `edges` [T+1]: the midpoint rule in ln sigma."""
+    edges = torch.as_tensor(edges)
+    return Levels((edges[:-1] * edges[1:]).sqrt(), edges[:-1], edges[1:])
+
+
+def log_levels(low: float, high: float, count: int) -> Levels:
+    """`count` geometric intervals of [low, high], measured at their midpoints: the natural quadrature.
+
+    Why         the exact weight on the noise error is uniform in ln sigma, so equal steps there are equal work
+    Units       model space
+    """
+    _check_grid(low, high, count)
+    return midpoint_levels(torch.logspace(math.log10(low), math.log10(high), count + 1, dtype=torch.float64))
+
+
+def linear_levels(low: float, high: float, count: int) -> Levels:
+    """`count` equal intervals of [low, high], measured at their left ends, as RDC's released code does. Units: model space."""
+    _check_grid(low, high, count)
+    edges = torch.linspace(low, high, count + 1, dtype=torch.float64)
+    return Levels(edges[:-1], edges[:-1], edges[1:])
+
+
+def chain_levels(edges: Tensor) -> Levels:
+    """The steps of a discrete diffusion chain, measured at their noisy ends: the levels of the discrete ELBO.
+
+    Shapes      edges [T+1], ascending, edges[0] > 0 -> T levels
+    Why         the network call of the step t+1 -> t happens at sigma_{t+1} (derived in notebook 02)
+    """
+    edges = torch.as_tensor(edges)
+    return Levels(edges[1:], edges[:-1], edges[1:])
+
+
+def noised_levels(sigma_tau: float, high: float, count: int, first: float = 0.05) -> Levels:
+    """Levels above the noise `sigma_tau` that an image already carries, geometric in the added noise r.
+
+    Formula     sigma = sqrt(sigma_tau^2 + r^2), r from first * sigma_tau to sqrt(high^2 - sigma_tau^2)
+    Why         near sigma_tau the integrand of a noised image changes on the scale of r, not of sigma
+    Units       model space
+    """
+    if not 0 < sigma_tau < high:
+        raise ValueError(f"expected 0 < sigma_tau < high, got sigma_tau {sigma_tau:.3g} and high {high:.3g}; "
+                         "the chain must start at the noise that the image carries and end above it.")
+    r_edges = log_levels(first * sigma_tau, math.sqrt(high**2 - sigma_tau**2), count)
+    sigma_of = [(sigma_tau**2 + r**2).sqrt() for r in (r_edges.sigma, r_edges.lower, r_edges.upper)]
+    return Levels(*sigma_of)
+
+
+def _check_grid(low: float, high: float, count: int) -> None:
+    if not (0 < low < high and math.isfinite(high)):
+        raise ValueError(f"expected noise levels with 0 < low < high, got low {low:g} and high {high:g}; "
+                         "the loss at zero noise is zero over zero, so start at 0.01 or so.")
+    if count < 1:
+        raise ValueError(f"expected at least one noise level, got {count}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weightings: Levels -> weights [T] of ||x0 - D||^2. Each one defines a classifier; only the first two a posterior.
+
+Weighting = Callable[[Levels], Tensor]
+
+
+def discrete_elbo_weight(levels: Levels) -> Tensor:
+    """The exact weight of one interval: half the drop of the signal-to-noise ratio.
+
+    Formula     w_t = (lower_t^-2 - upper_t^-2) / 2 = integral of sigma^-3 over [lower_t, upper_t]
+    Source      Gaussian KL of the VE chain; Kingma et al. 2021, equation 13
+    Shapes      -> [T]
+    """
+    return (levels.lower**-2 - levels.upper**-2) / 2
+
+
+def elbo_weight(levels: Levels) -> Tensor:
+    """The exact continuous weight sigma^-3 d sigma by the midpoint rule in ln sigma.
+
+    Formula     w_t = sigma_t^-3 * step_t = sigma_t^-2 ln(upper_t / lower_t)
+    Source      Kingma et al. 2021; Kong et al. 2023 (pointwise I-MMSE)
+    Shapes      -> [T]
+    """
+    return levels.sigma**-3 * levels.step
+
+
+def right_end_weight(levels: Levels) -> Tensor:
+    """The Riemann sum that NDC prints; it is smaller than the exact weight, so its sum is *not* a lower bound.
+
+    Formula     w_t = (upper_t - lower_t) / upper_t^3
+    Source      Chen et al. 2024 (NDC)
+    Shapes      -> [T]
+    """
+    return (levels.upper - levels.lower) / levels.upper**3
+
+
+def edm_weight(levels: Levels) -> Tensor:
+    """EDM's training weight times its log-normal density: what RDC means to use.
+
+    Formula     w_t = lambda(sigma) p(sigma) step,  lambda = (sigma^2 + s^2)/(sigma s)^2,  ln sigma ~ N(-1.2, 1.2^2)
+    Source      Karras et al. 2022, Table 1; Chen et al. 2024 (RDC)
+    Shapes      -> [T]
+    """
+    return _edm_lambda(levels.sigma) * _log_normal(levels.sigma, EDM_LOG_STD) * levels.step
+
+
+def rdc_released_weight(levels: Levels) -> Tensor:
+    """RDC's released weight, with its slip: exp(-z^2/2 * s^2) where exp(-z^2 / (2 s^2)) is meant.
+
+    Why         published numbers were computed with it; here by name, to reproduce them
+    Shapes      -> [T]
+    """
+    z = levels.sigma.log() - EDM_LOG_MEAN
+    slipped = (-(z**2) / 2 * EDM_LOG_STD**2).exp() / (levels.sigma * EDM_LOG_STD * math.sqrt(2 * math.pi))
+    return _edm_lambda(levels.sigma) * slipped * levels.step
+
+
+def unit_weight(levels: Levels) -> Tensor:
+    """w = 1 on the x-error, uniform in sigma. Formula: w_t = step_t. Not a likelihood. Shapes: -> [T]."""
+    return levels.step
+
+
+def simple_weight(levels: Levels) -> Tensor:
+    """DDPM's simple loss: w = 1 on the noise error, uniform in the timesteps of the linear schedule.
+
+    Formula     w_t = sigma_t^-2 * (time spent in [lower_t, upper_t])
+    Source      Ho et al. 2020, equation 14; used by Li et al. 2023 and TMDC
+    Shapes      -> [T]
+    """
+    grid = sigma_of_alpha_bar(alpha_bar(linear_betas()))
+
+    def time_of(sigma: Tensor) -> Tensor:  # linear interpolation of t over the schedule's levels
+        s = sigma.to(grid).clamp(grid[0], grid[-1]).contiguous()
+        right = torch.searchsorted(grid.to(s.device), s).clamp(1, len(grid) - 1)
+        left = right - 1
+        g = grid.to(s.device)
+        return (left + (s - g[left]) / (g[right] - g[left])) / len(grid)
+
+    return levels.sigma**-2 * (time_of(levels.upper) - time_of(levels.lower)).to(levels.sigma)
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "discrete ELBO": discrete_elbo_weight,
+    "ELBO": elbo_weight,
+    "EDM": edm_weight,
+    "RDC as released": rdc_released_weight,
+    "w = 1 on noise": simple_weight,
+    "w = 1 on x": unit_weight,
+    "right end (NDC)": right_end_weight,
+}
+
+
+def _edm_lambda(sigma: Tensor) -> Tensor:
+    return (sigma**2 + EDM_SIGMA_DATA**2) / (sigma * EDM_SIGMA_DATA) ** 2
+
+
+def _log_normal(sigma: Tensor, log_std: float) -> Tensor:
+    z = (sigma.log() - EDM_LOG_MEAN) / log_std
+    return (-(z**2) / 2).exp() / (sigma * log_std * math.sqrt(2 * math.pi))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise itself, as an argument
+
+
+class NoiseBank(nn.Module):
+    """Noise levels and the noise drawn at them: an argument, never a side effect, and shared by all classes.
+
+    Shapes      levels: T levels; noise [T,S,N,C,H,W], S samples a level, N = 1 (one noise for every image: the
+                deterministic classifier) or N = B (each image its own: the random one)
+    Randomness  all of it is here; `fixed` and `fresh` take the seed or the generator
+    """
+
+    def __init__(self, levels: Levels, noise: Tensor):
+        super().__init__()
+        if noise.ndim != 6 or noise.shape[0] != len(levels):
+            raise ValueError(f"expected noise of shape [T,S,N,C,H,W] with T = {len(levels)}, got {list(noise.shape)}.")
+        for name in ("sigma", "lower", "upper"):
+            self.register_buffer(name, getattr(levels, name).to(noise))
+        self.register_buffer("noise", noise)
+
+    @classmethod
+    def fixed(cls, levels: Levels, image_shape: tuple[int, int, int], samples: int = 1, seed: int = 0,
+              dtype: torch.dtype = torch.float32) -> "NoiseBank":
+        """One noise for every image, drawn from `seed`: the bank of a deterministic classifier."""
+        return cls.fresh(levels, image_shape, 1, torch.Generator().manual_seed(seed), samples, dtype)
+
+    @classmethod
+    def fresh(cls, levels: Levels, image_shape: tuple[int, int, int], images: int, generator: torch.Generator,
+              samples: int = 1, dtype: torch.dtype = torch.float32) -> "NoiseBank":
+        """Independent noise for each of `images` images, drawn from `generator`, which advances."""
+        shape = (len(levels), samples, images, *image_shape)
+        return cls(levels, torch.randn(shape, generator=generator, dtype=dtype, device=generator.device))
+
+    def redrawn(self, images: int, generator: torch.Generator) -> "NoiseBank":
+        """A bank with the same levels and sample count, and new noise for each of `images` images."""
+        new = NoiseBank.fresh(self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype)
+        return new.to(self.noise.device)
+
+    @property
+    def levels(self) -> Levels:
+        """The levels, on the bank's device."""
+        return Levels(self.sigma, self.lower, self.upper)
+
+    @property
+    def samples(self) -> int:
+        """Noise draws a level."""
+        return self.noise.shape[1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.noise.shape[3:])
+
+    def extra_repr(self) -> str:
+        return f"{self.levels}, samples={self.samples}, images={self.noise.shape[2]}"
