@@ -1,0 +1,53 @@
+"""The only random step of a certificate: counting votes on noised copies. The arithmetic is in `certificates`."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import units
+from diffclass.certificates import Votes
+
+
+def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, generator: torch.Generator,
+                batch: int = 250) -> Iterator[Tensor]:
+    """Votes of `classifier` on x + sigma_pixel eps, as running counts after every batch.
+
+    Formula     counts_k = #{i <= n: argmax f(x + sigma eps_i) = k}
+    Source      Cohen et al. 2019, Algorithm 1 (SampleUnderNoise)
+    Shapes      x [1,C,H,W] in [0,1] -> yields [K] of dtype long; the last one sums to n
+    Randomness  `generator` draws eps; a random classifier draws its own noise for every vote, which keeps votes
+                independent. The noise is not clipped: the certificate is about Gaussian noise.
+    """
+    units.check_images(x)
+    if len(x) != 1:
+        raise ValueError(f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time.")
+    if n < 1:
+        raise ValueError(f"expected at least one vote, got n={n}.")
+    sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+    counts = torch.zeros(classifier.num_classes, dtype=torch.long)
+    for start in range(0, n, batch):
+        size = min(batch, n - start)
+        eps = torch.randn((size, *x.shape[1:]), generator=generator, dtype=x.dtype).to(x.device)
+        with torch.no_grad():
+            chosen = classifier(x + sigma_pixel * eps).argmax(1)
+        counts = counts + torch.bincount(chosen.cpu(), minlength=len(counts))
+        yield counts.clone()
+
+
+def draw_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, *, selection: int = 100, estimation: int = 1000,
+               seed: int = 0, batch: int = 250) -> Iterator[tuple[int, Votes | None]]:
+    """The two independent counts of Cohen's Algorithm 1: one to guess the class, another to bound its probability.
+
+    Shapes      x [1,C,H,W] -> yields (votes counted so far, None), and at the end (all, `Votes`)
+    Randomness  all from `seed`, including a random classifier's own noise if it was built from the same generator
+    """
+    generator = torch.Generator().manual_seed(seed)
+    done, counts = 0, []
+    for wanted in (selection, estimation):
+        running = None
+        for running in count_votes(classifier, x, sigma_pixel, wanted, generator, batch):
+            yield done + int(running.sum()), None
+        done += wanted
+        counts.append(tuple(running.tolist()))
+    yield done, Votes(counts[0], counts[1], sigma_pixel, seed)
