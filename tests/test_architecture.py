@@ -21,10 +21,11 @@ FLOORS = {
     3: ("classifiers", "translation", "attacks", "smoothing"),
     4: ("audit", "exercises", "recipes"),
     5: ("figures", "course"),
-    6: ("widgets", "cli"),
+    6: ("scenes",),
+    7: ("widgets", "cli"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-SHARED = {"denoisers.base", "exercises.base", "exercises.compare"}  # what the modules of one package may share
+SHARED = {"denoisers.base", "exercises.base", "exercises.compare", "scenes.digits"}  # what the modules of one package may share
 MAX_ARROWS, MAX_MODULE, MAX_FUNCTION = 3.0, 350, 40
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -144,22 +144,26 @@ def shrink(fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int 
     return best
 
 
-def smallest_l2(classifier: nn.Module, x: Tensor, y: Tensor, *, budgets=(0.25, 0.5, 1.0, 2.0, 4.0), steps: int = 20,
-                loss: AttackLoss = margin_loss, draws: int = 1, rounds: int = 12) -> Tensor | None:
-    """The smallest L2 perturbation of one image that PGD at growing budgets and a bisection find; None if all fail.
+def smallest_l2(classifier: nn.Module, x: Tensor, y: Tensor, *, fooled: Callable[[Tensor], bool] | None = None,
+                budgets=(0.25, 0.5, 1.0, 2.0, 4.0), steps: int = 20, loss: AttackLoss = margin_loss, draws: int = 1,
+                rounds: int = 8) -> Iterator[Tensor | None]:
+    """Search one image's smallest L2 perturbation by PGD at growing budgets and bisection; yields the best so far.
 
-    Shapes      x [1,C,H,W], y [1] -> the adversarial image [1,C,H,W]
-    Units       budgets in pixels; the result is an *upper bound* of the distance to the decision boundary
+    Shapes      x [1,C,H,W], y [1] -> yields the adversarial image [1,C,H,W], or None while there is none; the last
+                one is the result: `*_, best = smallest_l2(...)`
+    Units       budgets in pixels; the norm of the result is an *upper bound* of the distance to the decision boundary
+    Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
-    best = None
+    decide = fooled or (lambda image: bool(classifier(image).argmax(1) != y))
+    best, largest = None, x[0].numel() ** 0.5
     for budget in budgets:
+        *_, last = pgd(classifier, x, y, min(budget, largest), norm="l2", steps=steps, loss=loss, draws=draws)
+        best = shrink(decide, x, last.x, rounds)
+        yield best
         if best is not None:
             break
-        *_, last = pgd(classifier, x, y, min(budget, x[0].numel() ** 0.5), norm="l2", steps=steps, loss=loss, draws=draws)
-        best = shrink(lambda image: bool(classifier(image).argmax(1) != y), x, last.x, rounds)
     if best is not None:  # once more from just inside what was found: the nearest boundary is often elsewhere
         radius = float(size_of(best - x, "l2"))
         *_, last = pgd(classifier, x, y, radius, norm="l2", steps=steps, step_size=radius / 8, loss=loss, draws=draws)
-        closer = shrink(lambda image: bool(classifier(image).argmax(1) != y), x, last.x, rounds)
-        best = min((b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2")))
-    return best
+        closer = shrink(decide, x, last.x, rounds)
+        yield min((b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2")))

@@ -55,25 +55,37 @@ def log_likelihood(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weighting: We
                    classes: Sequence[int] | None = None, chunk: int = CHUNK) -> Tensor:
     """The whole of it, constant included: E log p_a(z + a eps | k) at the lowest level's edge a.
 
-    Formula     -D/2 ln(2 pi e) - D ln a - integral_a^inf sigma^-3 E||D_k - z||^2 d sigma
+    Formula     -D/2 ln(2 pi e a^2) - integral_a^inf sigma^-3 E||D_k - z||^2 d sigma
     Source      the pointwise identity, derived in notebook 04
     Shapes      z [B,C,H,W] -> [B,K]
     Units       nats per image, with respect to the volume of model space
     """
-    dimensions = z[0].numel()
-    constant = -dimensions / 2 * math.log(2 * math.pi * math.e) - dimensions * math.log(float(bank.lower[0]))
-    return constant + elbo(denoiser, z, bank, weighting, classes, chunk)
+    return noise_constant(bank.levels, z[0].numel()) + elbo(denoiser, z, bank, weighting, classes, chunk)
+
+
+def noise_constant(levels: noise.Levels, dimensions: int) -> float:
+    """What weighted losses lack to be a log-likelihood at the lowest level a, when the highest is high enough.
+
+    Formula     -D/2 ln(2 pi e a^2): minus the entropy of the noise at level a
+    Source      the limit of the pointwise identity, derived in notebook 04
+    Units       nats
+    """
+    return -dimensions / 2 * math.log(2 * math.pi * math.e * float(levels.lower[0]) ** 2)
 
 
 def end_term(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float) -> Tensor:
-    """What stopping at a finite level drops, class by class, to second order.
+    """What stopping at a finite level drops, class by class: exact for isotropic Gaussian classes.
 
-    Formula     C_k(sigma) = -(||z - m_k||^2 + tr Sigma_k) / (2 sigma^2) + O(sigma^-4)
-    Source      expand E log p_sigma(z + sigma eps | k) for large sigma; add it to `elbo` for levels that end at sigma
+    Formula     C_k(sigma) = -(||z - m_k||^2 - tr Sigma_k) / (2 (sigma^2 + v_k)) - D/2 ln(1 + v_k/sigma^2),
+                v_k = tr Sigma_k / D;  for any class this is -||z - m_k||^2 / (2 sigma^2) + O(sigma^-4): the trace cancels
+    Source      E log p_sigma(z + sigma eps | k) of a Gaussian with these moments; add it to `elbo` for levels that end
+                at sigma
     Shapes      z [B,C,H,W], class_means [K,C,H,W], class_traces [K] -> [B,K]
     """
     square = ((z[:, None] - class_means) ** 2).flatten(2).sum(-1)
-    return -(square + class_traces) / (2 * sigma**2)
+    dimensions = z[0].numel()
+    variance = class_traces / dimensions
+    return -(square - class_traces) / (2 * (sigma**2 + variance)) - dimensions / 2 * torch.log1p(variance / sigma**2)
 
 
 def class_moments(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

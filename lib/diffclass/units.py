@@ -72,6 +72,7 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
     if x.ndim != 4 or (image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape)):
         hint = "add the batch axis with x[None]" if x.ndim == 3 else "is this the world that the classifier was made for?"
         raise ValueError(f"expected images of shape {expected}, got {_describe(x)}; {hint}")
+    x, given = x.detach(), x
     if x.numel() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"expected finite images, got {bad} NaN or infinite values among {x.numel()}; "
@@ -85,7 +86,7 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
         else:
             hint = "clamp the perturbed image to [0,1]"
         raise ValueError(f"expected images in [0,1], got {_describe(x)}; {hint}.")
-    return x
+    return given
 
 
 def check_sigma(sigma, name: str = "sigma") -> Tensor:
@@ -94,10 +95,12 @@ def check_sigma(sigma, name: str = "sigma") -> Tensor:
     Units       whatever space the caller names
     Errors      ValueError for a level <= 0, NaN or infinite
     """
-    sigma = torch.as_tensor(sigma)
-    if sigma.numel() == 0 or not bool(torch.isfinite(sigma).all()) or float(sigma.min()) <= 0:
-        got = f"{float(sigma.min()):.3g}" if sigma.numel() else "nothing"
-        raise ValueError(f"expected a noise level {name} > 0, got {got}; at zero noise there is no loss to measure, "
+    if not isinstance(sigma, Tensor):  # torch would make a Python number float32
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    bad = sigma[~(torch.isfinite(sigma) & (sigma > 0))]
+    if sigma.numel() == 0 or bad.numel():
+        got = f"{float(bad.flatten()[0]):.3g}" if sigma.numel() else "nothing"
+        raise ValueError(f"expected a finite noise level {name} > 0, got {got}; there is no loss at zero noise, "
                          "so use a small level such as 0.01 instead.")
     return sigma
 

@@ -156,6 +156,8 @@ class UNet(nn.Module):
         self.unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=heads * channels,
                                 block_out_channels=tuple(widths), layers_per_block=layers,
                                 down_block_types=tuple(plain), up_block_types=tuple(attentive),
+                                # one channel a group would erase the embedding of level and class, a shift by channel
+                                norm_num_groups=min(32, math.gcd(*widths) // 2),
                                 num_class_embeds=classes + 1 if classes else None)
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:

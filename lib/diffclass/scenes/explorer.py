@@ -1,0 +1,172 @@
+"""The explorer: one real digit, attacked and certified, with both results on one radius axis.
+
+Two functions are shown and never confused: the plain classifier (attacked, never certified) and the smoothed one, the
+majority vote of the noised classifier, which has a certificate and an attack of its own.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffclass import attacks, certificates, data, figures, likelihood, recipes, smoothing, units
+from diffclass.attacks import AttackStep
+from diffclass.classifiers import NoisedBayesClassifier
+from diffclass.denoisers.base import Denoiser
+from diffclass.figures import COLOURS
+from diffclass.noise import NoiseBank
+from diffclass.scenes.digits import CURVE_LEVELS, excess_curves, posterior_bars
+
+NORMS = {"L2": "l2", "L∞": "linf"}
+ALPHA = 0.001
+CHECK_VOTES = 200  # votes that decide whether a perturbed point has changed the smoothed prediction
+
+
+class ExplorerScene:
+    """The state of the explorer: a digit, the film of its attack, its votes, and the smallest perturbations found.
+
+    Jobs (`attack`, `certify`) are iterators: each item is a share of work done, so that a widget can show and stop them.
+    Randomness  every job starts from its own fixed seed: the same controls give the same numbers
+    """
+
+    def __init__(self, denoiser: Denoiser, index: int = 4):
+        self.world, self.denoiser = data.digits(), denoiser
+        self.classifier = recipes.digit_classifier(denoiser)
+        self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, 2, 0)
+        self.choose(index)
+
+    def choose(self, index: int) -> None:
+        """Take another test digit; what was found for the last one is put away."""
+        self.index, self.x = index, self.world.test_images[index:index + 1]
+        self.label = int(self.world.test_labels[index])
+        with torch.no_grad():
+            self.predicted = int(self.classifier(self.x).argmax())
+        self.film: list[AttackStep] = []
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.smallest: float | None = None
+        self.forget_votes()
+
+    def forget_votes(self) -> None:
+        """Drop votes and certificate, which belong to one sigma."""
+        self.certificate: certificates.Certificate | None = None
+        self.counts: Tensor | None = None
+        self.smallest_smoothed: float | None = None
+        self.searched = False
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def attack(self, norm: str, budget: float, steps: int = 20) -> Iterator[float]:
+        """PGD on the plain classifier: fills the film, and keeps the smallest fooling perturbation seen so far."""
+        y = torch.tensor([self.predicted])
+        self.film, self.known = [], {}
+        for frame in attacks.pgd(self.classifier, self.x, y, budget, norm=NORMS[norm], steps=steps):
+            self.film.append(frame)
+            yield (frame.step + 1) / (steps + 1)
+        found = attacks.shrink(lambda x: bool(self.classifier(x).argmax(1) != y), self.x, self.film[-1].x)
+        if found is not None:
+            size = float(attacks.size_of(found - self.x, "l2"))
+            self.smallest = size if self.smallest is None else min(size, self.smallest)
+
+    def certify(self, sigma_pixel: float, n: int) -> Iterator[float]:
+        """Votes and certificate of the smoothed classifier, then the search for an attack on the same function."""
+        self.forget_votes()
+        noised = self._noised(sigma_pixel, seed=1)
+        for done, votes in smoothing.draw_votes(noised, self.x, sigma_pixel, estimation=n, seed=2):
+            if votes is not None:
+                self.certificate = certificates.smoothing_radius(votes, ALPHA)
+                self.counts = torch.tensor(votes.estimation)
+            yield 0.5 * done / (n + 100)
+        if self.certificate.prediction is not None:
+            yield from self._attack_smoothed(sigma_pixel)
+        self.searched = True
+        yield 1.0
+
+    def _attack_smoothed(self, sigma_pixel: float) -> Iterator[float]:
+        original = self.certificate.prediction
+        stand_in = smoothing.NoiseAveraged(self._noised(sigma_pixel, seed=3), sigma_pixel, 16, torch.Generator().manual_seed(4))
+        judge = self._noised(sigma_pixel, seed=5)
+
+        def changed(x: Tensor) -> bool:
+            *_, counts = smoothing.count_votes(judge, x, sigma_pixel, CHECK_VOTES, judge.generator)
+            return certificates.prediction_changed(counts.tolist(), original, ALPHA)
+
+        budgets = (1.0, 2.0, 3.0, 4.5)
+        search = attacks.smallest_l2(stand_in, self.x, torch.tensor([original]), fooled=changed, budgets=budgets, steps=8, rounds=5)
+        for trial, best in enumerate(search):
+            if best is not None:
+                self.smallest_smoothed = float(attacks.size_of(best - self.x, "l2"))
+            yield 0.5 + 0.5 * (trial + 1) / (len(budgets) + 2)
+
+    def _noised(self, sigma_pixel: float, seed: int) -> NoisedBayesClassifier:
+        return NoisedBayesClassifier(self.denoiser, sigma_pixel, generator=torch.Generator().manual_seed(seed))
+
+    # -- the frame ----------------------------------------------------------------------------------------------------
+
+    def at(self, step: int, sigma_pixel: float, n: int) -> dict:
+        """What the explorer shows: frame `step` of the film (the clean digit without one), votes, and the radius axis."""
+        x, step = (self.film[min(step, len(self.film) - 1)].x, min(step, len(self.film) - 1)) if self.film else (self.x, 0)
+        curve, logits = self._measured(step, x)
+        share = torch.softmax(logits, 0)
+        best = int(logits.argmax())
+        colours = figures.emphasis(logits)
+        delta = x - self.x
+        size = float(attacks.size_of(delta, "l2"))
+        shown = 0.5 + delta[0] * min(10.0, 0.5 / max(float(delta.abs().max()), 1e-6))
+        panels = [
+            figures.tiles([self.x[0], x[0], shown], columns=3, size=96, title=f"Test digit {self.index}, a {self.label}",
+                          captions=["clean", f"step {step}: {best}", f"change, L2 {size:.2f}"],
+                          borders=[None, figures.WRONG if best != self.predicted else None, None],
+                          alt=f"The digit, its perturbed copy at step {step}, and the perturbation."),
+            excess_curves(curve, best, colours, self.curve_bank.sigma, None, w=380),
+            posterior_bars(share, colours, "Posterior of the plain classifier", w=300),
+            self._film_panel(step), self._votes_panel(n), self._axis(sigma_pixel, n),
+        ]
+        return figures.frame(panels, self._note(best, float(share[best]), size))
+
+    def _measured(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        if step not in self.known or not self.film:
+            with torch.no_grad():
+                curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
+                self.known[step] = curve, self.classifier(x)[0]
+        return self.known[step]
+
+    def _film_panel(self, step: int) -> dict:
+        if not self.film:
+            steps, margins = [0.0, 1.0], [0.0, 0.0]
+        else:
+            steps = [float(f.step) for f in self.film]
+            y = torch.tensor([self.predicted])
+            margins = [-float(attacks.margin_loss(f.logits, y)) for f in self.film]
+        return figures.curves(steps, [dict(y=margins, colour=COLOURS[0], width=2.2), dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")],
+                              title="Film of the attack: margin, step by step", xlabel="PGD step (drag)", ylabel="nats",
+                              cursor=step if self.film else None, w=340, h=210,
+                              alt="Margin of the predicted class over the runner-up at each step of the attack; below zero it is fooled.")
+
+    def _votes_panel(self, n: int) -> dict:
+        counts = self.counts if self.counts is not None else torch.zeros(10)
+        total = max(1, int(counts.sum()))
+        text = f"Votes of the noised classifier (n = {total})" if self.counts is not None else "Votes: press Certify"
+        return figures.bars([str(k) for k in range(10)], counts / total, colours=figures.emphasis(counts, 1), title=text,
+                            texts=[str(int(c)) if c else "" for c in counts], xlabel="class", w=300, h=210,
+                            alt="Votes of the noised classifier for each class.")
+
+    def _axis(self, sigma_pixel: float, n: int) -> dict:
+        radius = self.certificate.radius if self.certificate else 0.0
+        ceiling = certificates.largest_radius(n, sigma_pixel, ALPHA)
+        rows = [dict(label="plain classifier", certified=0.0, attacked=self.smallest),
+                dict(label=f"smoothed, σ = {sigma_pixel:.2f}", certified=radius, attacked=self.smallest_smoothed)]
+        found = [v for v in (self.smallest, self.smallest_smoothed, radius, ceiling) if v]
+        return figures.radius_axis(rows, title="How far is the nearest picture that is classified differently?",
+                                   xlabel=f"L2 radius in pixels (largest radius that {n} votes can certify: {ceiling:.2f})",
+                                   range=(0.0, max(1.0, 1.15 * max(found))), w=720,
+                                   alt=f"Certified up to {radius:.2f}; smallest attack found: plain {self.smallest}, smoothed {self.smallest_smoothed}.")
+
+    def _note(self, best: int, share: float, size: float) -> str:
+        lines = [f"The plain classifier says <b>{best}</b> (posterior {share:.3f})"
+                 + (f", <b>fooled</b> at L2 distance {size:.2f}." if best != self.predicted else ".")]
+        if self.certificate is not None:
+            lines.append(str(self.certificate) + ".")
+            if self.certificate.prediction is not None and self.searched:
+                lines.append("Attack on the smoothed vote: " + (f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
+                             if self.smallest_smoothed else "none found; that is not a proof."))
+        return " ".join(lines)

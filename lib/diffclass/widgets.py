@@ -1,0 +1,216 @@
+"""Thin controllers: a few controls, one function from their state to a frame, one stage that draws it. No arithmetic."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anywidget
+import ipywidgets as W
+import traitlets
+
+from diffclass import data, noise
+from diffclass.data import MixtureLaw
+from diffclass.denoisers.base import Denoiser
+from diffclass.scenes.digits import DigitScene, OptimalDigitsScene
+from diffclass.scenes.explorer import NORMS, ExplorerScene
+from diffclass.scenes.plane import ForwardScene, PlaneScene
+
+
+class Stage(anywidget.AnyWidget):
+    """The drawing surface: shows `frame`, and reports what the reader drags (`point`, `cursor`) or clicks (`picked`)."""
+
+    _esm = Path(__file__).with_name("stage.js")
+    _css = Path(__file__).with_name("stage.css")
+    frame = traitlets.Dict().tag(sync=True)
+    backdrops = traitlets.Dict().tag(sync=True)
+    point = traitlets.List(traitlets.Float(), [0.0, 0.0]).tag(sync=True)
+    cursor = traitlets.Float(0.0).tag(sync=True)
+    picked = traitlets.Int(-1).tag(sync=True)
+
+
+class Hero(W.VBox):
+    """Controls above a stage; every change calls `show`, which returns the next frame.
+
+    Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame
+    Why         one place for wiring, so that each hero is its controls and one function, and a test can turn them
+    """
+
+    def __init__(self, show: Callable[..., dict], controls: dict[str, W.Widget], *, cursor: str | None = None,
+                 point: tuple[float, float] | None = None, backdrops: dict | None = None):
+        self.stage = Stage(backdrops=backdrops or {})
+        if point is not None:
+            self.stage.point = list(point)
+        self.controls, self.show = controls, show
+        for control in controls.values():
+            control.observe(self.refresh, "value")
+        self.stage.observe(self.refresh, ["point", "picked"])
+        if cursor is not None:  # dragging the line in the figure is the same as moving the slider
+            self.stage.observe(lambda change: setattr(controls[cursor], "value", change["new"]), "cursor")
+        super().__init__([W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), self.stage])
+        self.refresh()
+
+    def refresh(self, _=None) -> None:
+        """Draw the frame of the present state."""
+        values = {name: control.value for name, control in self.controls.items()}
+        self.stage.frame = self.show(**values, point=tuple(self.stage.point), picked=self.stage.picked)
+
+
+def slider(label: str, value, low, high, step, *, log: bool = False, **more) -> W.Widget:
+    """A slider with room for its label; `log` makes low and high powers of ten."""
+    style, layout = {"description_width": "initial"}, W.Layout(width="340px")
+    if log:
+        return W.FloatLogSlider(value=value, base=10, min=low, max=high, step=step, description=label, style=style,
+                                layout=layout, readout_format=".3g", **more)
+    kind = W.IntSlider if isinstance(value, int) and isinstance(step, int) else W.FloatSlider
+    return kind(value=value, min=low, max=high, step=step, description=label, style=style, layout=layout, **more)
+
+
+def choice(label: str, options, value=None) -> W.Dropdown:
+    """A dropdown with room for its label."""
+    options = list(options)
+    return W.Dropdown(options=options, value=value or options[0], description=label, style={"description_width": "initial"})
+
+
+def digit_hero(denoiser: Denoiser, index: int = 1) -> Hero:
+    """A real digit, its ten denoised versions, its ten losses over sigma and its posterior (notebooks 00, 02)."""
+    scene = DigitScene(denoiser)
+    controls = dict(index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+                    sigma=slider("noise σ", 0.6, -1.3, 0.7, 0.02, log=True))
+    return Hero(lambda index, sigma, point, picked: scene.at(index, sigma, picked if picked >= 0 else None), controls,
+                cursor="sigma")
+
+
+def forward_hero(law: MixtureLaw | None = None) -> Hero:
+    """Points and a digit carried through time by a noise schedule (notebook 01)."""
+    scene = ForwardScene(law or data.gaussians(), data.digits().test_images[1])
+    controls = dict(t=slider("timestep t", 200, 1, 1000, 1), schedule=choice("schedule", scene.SCHEDULES))
+    hero = Hero(lambda t, schedule, point, picked: scene.at(int(t), schedule), controls)
+    hero.stage.observe(lambda change: setattr(controls["t"], "value", round(change["new"])), "cursor")
+    return hero
+
+
+def elbo_hero(law: MixtureLaw | None = None) -> Hero:
+    """The bound of a chain of T steps at a dragged point, against the exact log-likelihood (notebook 02)."""
+    scene = PlaneScene(law or data.gaussians())
+    controls = dict(steps=slider("steps T", 16, 4, 128, 4))
+    hero = Hero(lambda steps, point, picked: scene.elbo(point, steps), controls, point=(0.1, 0.1),
+                backdrops={"posterior": scene.backdrop()})
+    hero.stage.observe(lambda change: setattr(controls["steps"], "value", 4 * round(change["new"] / 4)), "cursor")
+    return hero
+
+
+def bayes_hero(law: MixtureLaw | None = None) -> Hero:
+    """Losses, evidence and posterior of a dragged point, with prior, temperature and weighting (notebook 03)."""
+    scene = PlaneScene(law or data.gaussians())
+    controls = dict(prior_of_a=slider("prior of class A", 1 / 3, 0.01, 0.98, 0.01),
+                    temperature=slider("temperature", 1.0, -1, 2, 0.05, log=True),
+                    weighting=choice("weighting", noise.WEIGHTINGS, "ELBO"))
+    return Hero(lambda prior_of_a, temperature, weighting, point, picked:
+                scene.bayes(point, prior_of_a, temperature, noise.WEIGHTINGS[weighting]),
+                controls, point=(0.05, 0.05), backdrops={"posterior": scene.backdrop()})
+
+
+def denoiser_hero(law: MixtureLaw | None = None) -> Hero:
+    """E[x0 | x_sigma, k] of a dragged noisy point under every class (notebook 04)."""
+    scene = PlaneScene(law or data.mixtures())
+    controls = dict(sigma=slider("noise σ", 0.2, -1.6, 0.7, 0.02, log=True))
+    return Hero(lambda sigma, point, picked: scene.denoised(point, sigma), controls, cursor="sigma", point=(0.1, 0.2),
+                backdrops={"posterior": scene.backdrop()})
+
+
+def optimal_digits_hero(denoiser: Denoiser) -> Hero:
+    """Ten denoised digits by a network against ten by the optimal denoiser of the training set (notebook 04)."""
+    scene = OptimalDigitsScene(denoiser)
+    controls = dict(sigma=slider("noise σ", 0.3, -1.3, 0.7, 0.02, log=True), index=slider("digit", 1, 0, 399, 1),
+                    split=choice("from the", ["test set", "training set"]))
+    return Hero(lambda sigma, index, split, point, picked: scene.at(index, sigma, split == "training set"), controls)
+
+
+class Explorer(W.VBox):
+    """Notebook 15: attack and certify one digit live. Jobs run between the reader's other actions and can be stopped."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.scene = ExplorerScene(denoiser)
+        self.stage, self.job = Stage(), None
+        self.index = slider("test digit", self.scene.index, 0, len(self.scene.world.test_images) - 1, 1)
+        self.norm = choice("norm", NORMS)
+        self.budget = slider("attack budget (pixels)", 1.0, 0.0, 4.0, 0.05, continuous_update=False)
+        self.step = slider("film: PGD step", 20, 0, 20, 1)
+        self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01)
+        self.votes = slider("votes n", 1000, 2, 4, 0.1, log=True)
+        self.run_attack, self.run_certify, self.stop = (
+            W.Button(description=d, button_style=s, tooltip=t) for d, s, t in (
+                ("Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"),
+                ("Certify", "success", "votes, Clopper-Pearson bound, radius; then an attack on the same vote"),
+                ("Stop", "", "stop the running job; what it has found stays")))
+        self.progress = W.FloatProgress(min=0, max=1, description="idle", layout=W.Layout(width="260px"))
+        self._wire()
+        wrap = W.Layout(flex_flow="row wrap")
+        super().__init__([W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
+                          W.HBox([self.step, self.sigma, self.votes, self.run_certify], layout=wrap),
+                          W.HBox([self.stop, self.progress]), self.stage])
+        self.refresh()
+
+    def _wire(self) -> None:
+        self.index.observe(lambda _: (self.halt(), self.scene.choose(self.index.value), self.refresh()), "value")
+        self.step.observe(self.refresh, "value")
+        for control in (self.sigma, self.votes):
+            control.observe(lambda _: (self.scene.forget_votes(), self.refresh()), "value")
+        for control in (self.budget, self.norm):
+            control.observe(lambda _: self.attack(), "value")
+        self.stage.observe(lambda change: setattr(self.step, "value", round(change["new"])), "cursor")
+        self.run_attack.on_click(lambda _: self.attack())
+        self.run_certify.on_click(lambda _: self.certify())
+        self.stop.on_click(lambda _: self.halt())
+
+    def refresh(self, _=None) -> None:
+        """Draw the present state."""
+        self.stage.frame = self.scene.at(self.step.value, self.sigma.value, round(self.votes.value))
+
+    def attack(self) -> None:
+        """Start the attack on the plain classifier."""
+        self.step.value = self.step.max
+        self.start("attacking", self.scene.attack(self.norm.value, self.budget.value))
+
+    def certify(self) -> None:
+        """Start votes, certificate and the attack on the smoothed vote."""
+        self.start("certifying", self.scene.certify(self.sigma.value, round(self.votes.value)))
+
+    def start(self, what: str, work: Iterator[float]) -> None:
+        """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
+        self.halt()
+        self.progress.description, self.progress.value = what, 0.0
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            for self.progress.value in work:
+                pass
+            self._finish()
+        else:
+            self.job = loop.create_task(self._run(work))
+
+    async def _run(self, work: Iterator[float]) -> None:
+        painted = time.monotonic()
+        for self.progress.value in work:
+            if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
+                self.refresh()
+                painted = time.monotonic()
+            await asyncio.sleep(0)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.progress.description, self.job = "done", None
+        self.refresh()
+
+    def halt(self) -> None:
+        """Stop the running job; what it has found stays."""
+        if self.job is not None:
+            self.job.cancel()
+            self.job = None
+            self.progress.description = "stopped"
+
+
+def explorer(denoiser: Denoiser) -> Explorer:
+    """One digit, attacked and certified, on one radius axis (notebook 15)."""
+    return Explorer(denoiser)
