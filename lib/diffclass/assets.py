@@ -1,8 +1,9 @@
 """The files that travel with the course: where they are, and whether they are still what they were."""
 
-import hashlib
 import os
 from pathlib import Path
+
+from diffclass.results import sha256_of
 
 SUMS = "SHA256SUMS"
 
@@ -14,17 +15,14 @@ def folder() -> Path:
 
 def checksums() -> dict[str, str]:
     """The SHA-256 that each file should have, from `SHA256SUMS` (the format of sha256sum); empty if there is none."""
-    listing = folder() / SUMS
+    return _listed(folder() / SUMS)
+
+
+def _listed(listing: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
     pairs = (line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip())
     return {name.lstrip("*").strip(): digest for digest, name in pairs}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verified(name: str) -> Path:
@@ -37,7 +35,7 @@ def verified(name: str) -> Path:
         raise FileNotFoundError(f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found "
                                 f"{'the file only' if path.exists() else 'no such file'}; check out the repository again, "
                                 "or make it with `diffclass train digits`.")
-    got = sha256(path)
+    got = sha256_of(path)
     if got != wanted:
         raise ValueError(f"expected {name} with SHA-256 {wanted[:12]}..., got {got[:12]}... ({path.stat().st_size} bytes); "
                          "the file was changed or its copy cut short: restore it with git, or train it again.")
@@ -47,9 +45,5 @@ def verified(name: str) -> Path:
 def record(names: list[str], target: Path | None = None) -> None:
     """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files."""
     target = target or folder()
-    listing = target / SUMS
-    lines = {}
-    if listing.exists():
-        lines = {line.split(maxsplit=1)[1].strip(): line.split()[0] for line in listing.read_text().splitlines() if line}
-    lines |= {name: sha256(target / name) for name in names}
-    listing.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))
+    lines = _listed(target / SUMS) | {name: sha256(target / name) for name in names}
+    (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))

@@ -122,7 +122,7 @@ class Training:
         self.denoiser.train()
         loss = self.loss(self.denoiser, self.images[chosen], self.labels[chosen], generator)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {float(loss)} at step {self.step}; lower the rate "
+            raise FloatingPointError(f"the loss became {float(loss.detach())} at step {self.step}; lower the rate "
                                      f"({settings['rate']:g}) and start again from the last checkpoint.")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

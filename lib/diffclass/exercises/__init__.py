@@ -9,6 +9,7 @@ from diffclass.exercises.bayes import (
     TEMPERATURE,
     TWEEDIE,
 )
+from diffclass.exercises.certify import CERTIFIED_RADIUS
 from diffclass.exercises.forward import (
     FORWARD_NOISE,
     KL_GAUSSIANS,
@@ -28,6 +29,7 @@ EXERCISES: dict[str, Exercise] = {
         VE_WEIGHT, KL_GAUSSIANS, POSTERIOR_MEAN,
         BAYES_POSTERIOR, TEMPERATURE, PRIOR_SHIFT,
         MIXTURE_DENOISER, TWEEDIE, EMPIRICAL_DENOISER,
+        CERTIFIED_RADIUS,
     )
 }
 
@@ -38,4 +40,5 @@ __all__ = [
     "VE_WEIGHT", "KL_GAUSSIANS", "POSTERIOR_MEAN",
     "BAYES_POSTERIOR", "TEMPERATURE", "PRIOR_SHIFT",
     "MIXTURE_DENOISER", "TWEEDIE", "EMPIRICAL_DENOISER",
+    "CERTIFIED_RADIUS",
 ]
