@@ -43,7 +43,8 @@ def test_at_least_three_mistakes_and_prompts(exercise):
 
 
 @each_exercise
-@pytest.mark.parametrize("unfilled", [None, ..., lambda *args: None, lambda *args: ...], ids=str)
+@pytest.mark.parametrize("unfilled", [None, ..., lambda *args: None, lambda *args: ...],
+                         ids=["None", "Ellipsis", "returns-None", "returns-Ellipsis"])
 def test_unfilled_is_not_an_error(exercise, unfilled, capsys):
     grade(exercise, unfilled)
     assert capsys.readouterr().out.startswith(f"○ {exercise.key}   not attempted yet")

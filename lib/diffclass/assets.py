@@ -45,5 +45,5 @@ def verified(name: str) -> Path:
 def record(names: list[str], target: Path | None = None) -> None:
     """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files."""
     target = target or folder()
-    lines = _listed(target / SUMS) | {name: sha256(target / name) for name in names}
+    lines = _listed(target / SUMS) | {name: sha256_of(target / name) for name in names}
     (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))

@@ -99,9 +99,10 @@ def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: st
     Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `AttackStep`
     Units       epsilon and step_size in pixels; step_size defaults to 2.5 epsilon / steps
     Randomness  a random start if `generator` is given; a random classifier draws its own noise
-    Errors      ValueError for a budget that cannot be meant, FloatingPointError for a non-finite gradient
+    Errors      ValueError for a budget or labels that cannot be meant, FloatingPointError for a non-finite gradient
     """
     units.check_images(x, classifier.image_shape)
+    units.check_labels(y, len(x), classifier.num_classes)
     epsilon = units.check_budget(epsilon, norm, x[0].numel())
     step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
     x0 = x

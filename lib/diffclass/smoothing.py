@@ -19,7 +19,7 @@ def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, ge
     Randomness  `generator` draws eps; a random classifier draws its own noise for every vote, which keeps votes
                 independent. The noise is not clipped: the certificate is about Gaussian noise.
     """
-    units.check_images(x)
+    units.check_images(x, classifier.image_shape)
     if len(x) != 1:
         raise ValueError(f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time.")
     if n < 1:

@@ -89,6 +89,17 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
     return given
 
 
+def check_labels(y: Tensor, images: int, num_classes: int) -> Tensor:
+    """Return class labels [B] if there is one existing class for each image, else raise a ValueError."""
+    if y.is_floating_point() or tuple(y.shape) != (images,):
+        raise ValueError(f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and dtype "
+                         f"{str(y.dtype).removeprefix('torch.')}.")
+    if y.numel() and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+        raise ValueError(f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is this "
+                         "the world that the classifier was made for?")
+    return y
+
+
 def check_sigma(sigma, name: str = "sigma") -> Tensor:
     """Return `sigma` as a tensor if every level is finite and positive, else raise.
 

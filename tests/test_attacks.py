@@ -1,0 +1,318 @@
+"""Attacks on classifiers whose answer is known in closed form, and the view that keeps attack libraries honest."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from diffclass import attacks, data, noise
+from diffclass.attacks import AttackView
+from diffclass.classifiers import BayesClassifier
+from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.noise import NoiseBank
+from torch import nn
+
+SHAPE = (1, 4, 4)
+
+
+class Linear(nn.Module):
+    """Logits scale * (W x + b) - shift: robust accuracy, distance and gradient are known exactly."""
+
+    def __init__(self, classes: int = 2, scale: float = 1.0, shift: float = 0.0, shape=SHAPE):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        size = math.prod(shape)
+        self.weight = nn.Parameter(torch.randn(classes, size, generator=generator, dtype=torch.float64))
+        self.bias = nn.Parameter(-self.weight.detach().sum(1) / 2)  # the middle of the cube is on the boundary
+        self.scale, self.shift, self.num_classes, self.image_shape = scale, shift, classes, shape
+
+    def forward(self, x):
+        """Logits."""
+        return self.scale * (x.flatten(1) @ self.weight.T.to(x) + self.bias.to(x)) - self.shift
+
+    @property
+    def normal(self):
+        """w_1 - w_0, the direction across the boundary of two classes."""
+        return (self.weight[1] - self.weight[0]).detach()
+
+    def margin(self, x):
+        """|f_1 - f_0|, how far ahead the predicted class is."""
+        return self(x).detach().diff(dim=1).abs()[:, 0] / self.scale
+
+
+def images(count: int = 200, seed: int = 0):
+    """Images around the middle of the cube, far from its faces, and the labels that `Linear` gives them."""
+    uniform = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = 0.45 + 0.1 * uniform
+    return x, Linear()(x).argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PGD against closed forms
+
+
+def check_pgd(pgd=attacks.pgd):
+    """On a linear model PGD reaches the exact robust accuracy: an image falls iff its margin is below eps ||w||_q."""
+    model, (x, y) = Linear(), images()
+    for norm, q, budgets in (("linf", 1, (0.002, 0.01, 0.03)), ("l2", 2, (0.01, 0.03, 0.1))):
+        for epsilon in budgets:
+            *_, last = pgd(model, x, y, epsilon, norm=norm, steps=10)
+            falls = model.margin(x) < epsilon * model.normal.norm(p=q)
+            assert torch.equal(last.fooled, falls), (norm, epsilon)
+            assert 0.01 < float(falls.double().mean()), "a budget at which nothing falls proves nothing"
+
+
+def test_pgd_reaches_the_exact_robust_accuracy():
+    check_pgd()
+
+
+@pytest.mark.parametrize("norm, q", [("linf", 1), ("l2", 2)])
+def test_one_step_gains_epsilon_times_the_dual_norm(norm, q):
+    model, (x, y) = Linear(), images(20)
+    first, last = attacks.pgd(model, x, y, 0.02, norm=norm, steps=1)
+    gain = attacks.margin_loss(last.logits, y) - attacks.margin_loss(first.logits, y)
+    assert torch.allclose(gain, 0.02 * model.normal.norm(p=q), rtol=1e-9)
+    assert torch.allclose(last.size, torch.full((20,), 0.02, dtype=torch.float64), rtol=1e-9)
+
+
+def test_every_frame_is_kept_and_inside_the_budget():
+    model, (x, y) = Linear(3), images(10)
+    for norm in ("linf", "l2"):
+        frames = list(attacks.pgd(model, x, y, 0.05, norm=norm, steps=7, generator=torch.Generator().manual_seed(0)))
+        assert [f.step for f in frames] == list(range(8))
+        for f in frames:
+            assert float(f.size.max()) <= 0.05 + 1e-12 and float(f.x.min()) >= 0 and float(f.x.max()) <= 1
+            assert torch.allclose(f.logits, model(f.x).detach()) and torch.equal(f.fooled, f.logits.argmax(1) != y)
+            assert torch.equal(f.size, attacks.size_of(f.x - x, norm)) and not f.x.requires_grad
+        assert float(frames[0].size.min()) > 0, "a random start"
+    assert float(next(attacks.pgd(model, x, y, 0.05)).size.max()) == 0, "without a generator it starts at the image"
+
+
+def test_a_zero_budget_changes_nothing():
+    model, (x, y) = Linear(), images(5)
+    for norm in ("linf", "l2"):
+        *_, last = attacks.pgd(model, x, y, 0.0, norm=norm, steps=3)
+        assert torch.equal(last.x, x) and not bool(last.fooled.any())
+
+
+def check_projection(project=attacks.project):
+    """The result is in the ball and in [0,1]; what is inside already stays; projecting twice changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(50, *SHAPE, generator=generator, dtype=torch.float64)
+    far = x0 + torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    for norm in ("linf", "l2"):
+        once = project(far, x0, 0.3, norm)
+        assert float(attacks.size_of(once - x0, norm).max()) <= 0.3 + 1e-12
+        assert float(once.min()) >= 0 and float(once.max()) <= 1
+        assert torch.allclose(project(once, x0, 0.3, norm), once, atol=1e-12)
+        near = (x0 + 0.01 * (far - x0)).clamp(0, 1)
+        assert torch.allclose(project(near, x0, 0.3, norm), near, atol=1e-12)
+    reach = attacks.size_of(project(far, torch.full_like(x0, 0.5), 0.3, "l2") - 0.5, "l2")
+    assert torch.allclose(reach, torch.full_like(reach, 0.3)), "an image outside the ball lands on its surface"
+
+
+def test_projection():
+    check_projection()
+
+
+def check_margin_loss(loss=attacks.margin_loss):
+    """max over wrong classes minus the right one: positive exactly when fooled."""
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, -5.0, 4.0], [1.0, 2.0, -7.0]])
+    assert loss(logits, torch.tensor([0, 2, 2])).tolist() == [-1.0, -4.0, 9.0]
+
+
+def test_losses():
+    check_margin_loss()
+    logits, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1])
+    assert torch.allclose(attacks.cross_entropy_loss(logits, y), -torch.log_softmax(logits, 1)[torch.arange(6), y])
+
+
+def test_averaging_over_draws_beats_one_draw_on_a_random_classifier():
+    """A linear model with gradient noise: the mean of 64 draws points along w more closely than one draw does."""
+
+    class Noisy(Linear):
+        generator = torch.Generator().manual_seed(5)
+
+        def forward(self, x):
+            """Logits with a random slope of mean zero."""
+            slope = 3 * torch.randn(2, x[0].numel(), generator=self.generator, dtype=x.dtype)
+            return super().forward(x) + (x.flatten(1) - 0.5) @ slope.T
+
+    model, (x, y) = Noisy(), images(1)
+    along = {}
+    for draws in (1, 64):
+        *_, last = attacks.pgd(model, x, y, 0.05, norm="l2", steps=1, draws=draws)
+        along[draws] = abs(float(torch.cosine_similarity((last.x - x).flatten(), model.normal, dim=0)))
+    assert along[64] > 0.8 > along[1], along
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The smallest perturbation
+
+
+def test_shrink_returns_what_was_tested_and_fools():
+    x0, x = torch.zeros(1, *SHAPE), torch.full((1, *SHAPE), 0.2)
+    tested = []
+
+    def fooled(image):
+        tested.append(image)
+        return float(image.max()) > 0.0603
+
+    best = attacks.shrink(fooled, x0, x, rounds=12)
+    assert fooled(best) and any(torch.equal(best, t) for t in tested)
+    assert 0.0603 < float(best.max()) < 0.0603 + 2 * 0.2 / 2**12
+    assert attacks.shrink(lambda image: False, x0, x) is None
+
+
+def test_the_smallest_attack_on_a_linear_model_is_its_distance():
+    """An upper bound by construction, and within 2 % of |margin| / ||w||_2."""
+    model, (x, y) = Linear(), images(12)
+    for i in range(12):
+        *_, best = attacks.smallest_l2(model, x[i:i + 1], y[i:i + 1], rounds=10)
+        found = float(attacks.size_of(best - x[i:i + 1], "l2"))
+        distance = float(model.margin(x[i:i + 1]) / model.normal.norm())
+        assert distance * (1 - 1e-9) <= found <= 1.02 * distance + 0.25 * 2**-9, (found, distance)
+        assert int(model(best).argmax(1)) != int(y[i])
+
+
+def test_no_attack_within_the_budgets_is_none():
+    model, (x, y) = Linear(), images(1)
+    *_, best = attacks.smallest_l2(model, x, y, budgets=(1e-6, 1e-5), steps=2)
+    assert best is None
+
+
+def test_another_judge_can_decide():
+    """`fooled` is what decides: a stricter judge gets a larger perturbation."""
+    model, (x, y) = Linear(), images(1)
+    *_, plain = attacks.smallest_l2(model, x, y)
+    *_, strict = attacks.smallest_l2(model, x, y, fooled=lambda image: bool(
+        attacks.margin_loss(model(image), y) > 0.5))
+    assert float(attacks.size_of(strict - x, "l2")) > float(attacks.size_of(plain - x, "l2")) + 0.03
+
+
+def test_pgd_through_a_diffusion_classifier_moves_towards_the_boundary():
+    law = data.gaussians()
+    bank = NoiseBank.fixed(noise.log_levels(0.02, 10, 24), (2, 1, 1), 4, dtype=torch.float64)
+    model = BayesClassifier(MixtureDenoiser.of_law(law), bank, chunk=40)
+    x, y = law.sample(8, torch.Generator().manual_seed(0), torch.float64)
+    frames = list(attacks.pgd(model, x, y, 0.25, norm="l2", steps=10))
+    assert bool(frames[-1].fooled.all())
+    gains = [attacks.margin_loss(f.logits, y).mean() for f in frames]
+    assert float(gains[-1]) > float(gains[0]) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The view that libraries get
+
+
+def test_the_view_keeps_decisions_and_gradients():
+    model, (x, _) = Linear(4, scale=1e4, shift=1e6), images(50)
+    view = AttackView.calibrated(model, x)
+    assert torch.equal(view(x).argmax(1), model(x).argmax(1)) and float(view(x).detach().min()) >= 0
+    top = view(x).topk(2, dim=1).values
+    assert abs(float((top[:, 0] - top[:, 1]).median()) - 1) < 1e-6
+    leaf = x[:3].clone().requires_grad_(True)
+    slope = torch.autograd.grad(view(leaf)[:, 1].sum(), leaf)[0]
+    wanted = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)[0] / view.temperature
+    assert torch.allclose(slope, wanted, rtol=1e-9)
+    assert next(view.parameters()).device.type == "cpu" and view.num_classes == 4 and view.image_shape == SHAPE
+
+
+def library(name: str, model):
+    """An attack of torchattacks with its random start switched off, so that runs can be compared."""
+    import torchattacks
+
+    made = {
+        "PGD": lambda: torchattacks.PGD(model, eps=0.02, alpha=0.005, steps=8, random_start=False),
+        "PGDL2": lambda: torchattacks.PGDL2(model, eps=0.05, alpha=0.02, steps=8, random_start=False),
+        "FGSM": lambda: torchattacks.FGSM(model, eps=0.02),
+        "CW": lambda: torchattacks.CW(model, c=1, steps=40, lr=0.01),
+        "APGD": lambda: torchattacks.APGD(model, norm="Linf", eps=0.02, steps=10, n_restarts=1, seed=0, loss="ce"),
+    }
+    return made[name]()
+
+
+def attacked(name: str, model, x, y):
+    """Which images an attack of torchattacks fools, and by how much it moves them; the global generator is restored."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        moved = library(name, model)(x, y).to(x.dtype)
+    return model(moved).argmax(1) != y, (moved - x).flatten(1).norm(dim=1).detach()
+
+
+@pytest.mark.parametrize("name", ["PGD", "PGDL2", "FGSM", "CW", "APGD"])
+def test_through_the_view_an_attack_does_not_feel_the_scale(name):
+    """Logits times 1, 1e3 and 1e6, all negative like log-densities: the same images fall."""
+    x, y = images(40)
+    x = x.float()
+    fallen = {}
+    for scale in (1.0, 1e3, 1e6):
+        model = Linear(scale=scale, shift=100 * scale)
+        fallen[scale] = attacked(name, AttackView.calibrated(model.double(), x.double()).float(), x, y)[0]
+    assert 0 < int(fallen[1.0].sum()) < 40 or name == "CW"
+    assert int(fallen[1.0].sum()) > 0
+    for scale in (1e3, 1e6):
+        assert int((fallen[scale] != fallen[1.0]).sum()) <= 1, (name, scale)
+
+
+def test_without_the_view_carlini_wagner_does_nothing_to_negative_logits():
+    """The trap: its objective reads max((1 - onehot) f), which is zero when every logit is negative."""
+    x, y = images(40)
+    x = x.float()
+    fooled, size = attacked("CW", Linear(shift=1000.0), x, y)
+    assert int(fooled.sum()) == 0 and float(size.max()) < 1e-3
+    model = Linear(shift=1000.0)
+    through, _ = attacked("CW", AttackView.calibrated(model, x), x, y)
+    assert int(through.sum()) > 20
+
+
+def test_without_the_view_cross_entropy_is_flat_on_logits_far_apart():
+    x, y = images(40)
+    x = x.float()
+    raw, _ = attacked("PGD", Linear(scale=1e6), x, y)
+    through, _ = attacked("PGD", AttackView.calibrated(Linear(scale=1e6), x), x, y)
+    assert int(raw.sum()) < int(through.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("options, error, sentence", [
+    (dict(epsilon=8), ValueError, r"attack budget 8 \(linf\) is larger than the pixel range .*did you mean 8/255"),
+    (dict(epsilon=-0.1), ValueError, "expected an attack budget >= 0"),
+    (dict(epsilon=math.nan), ValueError, "expected an attack budget >= 0, got nan"),
+    (dict(epsilon=0.1, norm="l0"), ValueError, "expected norm 'linf' or 'l2', got 'l0'"),
+    (dict(epsilon=0.1, y=torch.tensor([0, 2])), ValueError, "expected labels between 0 and 1, got"),
+    (dict(epsilon=0.1, y=torch.tensor([0, -1])), ValueError, "expected labels between 0 and 1, got"),
+    (dict(epsilon=0.1, y=torch.tensor([0])), ValueError, "expected one label for each of 2 images"),
+    (dict(epsilon=0.1, x=torch.full((2, *SHAPE), 200.0)), ValueError, "divide by 255"),
+    (dict(epsilon=0.1, x=torch.zeros(2, 3, 4, 4)), ValueError, r"expected images of shape \[B,1,4,4\]"),
+    (dict(epsilon=0.1, x=torch.full((2, *SHAPE), math.nan)), ValueError, "expected finite images"),
+])
+def test_attacks_that_cannot_be_meant_get_a_sentence(options, error, sentence):
+    x, y = images(2)
+    arguments = {"x": x, "y": y, **options}
+    with pytest.raises(error, match=sentence):
+        next(attacks.pgd(Linear(), **arguments))
+
+
+def test_a_gradient_that_breaks_gets_a_sentence_and_the_frames_stand():
+    class Breaking(Linear):
+        def forward(self, x):
+            """Logits whose slope is 0 times infinity below 0.44."""
+            root = (x.flatten(1).amin(1, keepdim=True) - 0.44).clamp(min=0).sqrt()
+            return super().forward(x) + 5 * root * torch.tensor([1.0, 0.0])
+
+    x, y = images(1)[0], torch.zeros(1, dtype=torch.long)  # climbing away from class 0 lowers the root
+    frames = []
+    with pytest.raises(FloatingPointError, match="the attack's gradient became non-finite at step"):
+        for frame in attacks.pgd(Breaking(), x, y, 0.2, steps=10):
+            frames.append(frame)
+    assert frames and all(bool(torch.isfinite(f.x).all()) for f in frames)
+
+
+def test_a_view_needs_a_positive_temperature():
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="expected a temperature > 0, got .*; use AttackView.calibrated"):
+            AttackView(Linear(), temperature)

@@ -1,0 +1,415 @@
+"""The command `diffclass`: pure JSON, exit codes, one sentence for every error, and nothing done that is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diffclass import __version__, assets, cli, data, noise, recipes, results, training
+from diffclass.denoisers import network
+from typer.testing import CliRunner
+
+ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)
+
+
+@pytest.fixture(scope="module")
+def small_digits():
+    """The digits with a small test set: measuring is not what is tested here."""
+    world = data.digits()
+    return replace(world, test_images=world.test_images[:12], test_labels=world.test_labels[:12])
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory, small_digits):
+    """Both networks with their first weights, in one folder with its checksums."""
+    folder = tmp_path_factory.mktemp("networks")
+    for name, settings in recipes.SETTINGS.items():
+        denoiser = network.build(settings["kind"], "DigitNet", 10, (1, 8, 8), seed=1)
+        network.save_denoiser(denoiser, folder / name, dict(accuracy=ACCURACY) if name == recipes.STUDENT else {})
+    assets.record(list(recipes.SETTINGS), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, networks, small_digits, monkeypatch):
+    """A copy of the networks that the command takes for its assets, and no CIFAR-10."""
+    shutil.copytree(networks, tmp_path / "assets")
+    monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path / "assets"))
+    monkeypatch.setenv("DIFFCLASS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DIFFCLASS_CIFAR10", raising=False)
+    monkeypatch.setattr(data, "digits", lambda: small_digits)
+    return tmp_path / "assets"
+
+
+@pytest.fixture
+def picture(tmp_path, small_digits):
+    """A test digit as an 80x80 PNG."""
+    return save_picture(tmp_path / "digit.png", small_digits.test_images[0, 0])
+
+
+def save_picture(path: Path, image) -> Path:
+    from PIL import Image
+
+    pixels = (image.numpy() * 255).round().astype("uint8")
+    Image.fromarray(pixels).resize((80, 80), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def run(*arguments):
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "Traceback" not in done.output
+    return done
+
+
+def document(done):
+    """The one JSON document on stdout: anything beside it would not parse."""
+    return json.loads(done.stdout)
+
+
+def one_sentence(done, *words):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("diffclass: ")]
+    return len(lines) == 1 and lines[0].endswith(".") and all(word in lines[0] for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command as such
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = ("import sys, time; start = time.perf_counter(); from diffclass import cli\n"
+            "try:\n    cli.app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("lab", "doctor", "train", "classify", "evaluate", "Exit codes", "130"))
+    assert run("--version").stdout == f"diffclass {__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["lab", "doctor", "train", "classify", "evaluate"])
+def test_every_help_names_the_exit_codes(name):
+    done = run(name, "--help")
+    assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("arguments", [("evaluate", "--levels", "0"), ("evaluate", "--limit", "-1"), ("classify",),
+                                       ("nonsense",), ("train", "digits", "--steps", "many")])
+def test_bad_options_exit_2_with_nothing_on_stdout(folder, arguments):
+    done = run(*arguments)
+    assert done.exit_code == 2 and done.stdout == "" and "Usage" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("evaluate", "--weighting", "EDN"), ("'EDM'", "'EDN'")),
+    (("evaluate", "--model", "professor"), ("'teacher'", "'professor'")),
+    (("evaluate", "--world", "mars"), ("'plane'", "'mars'")),
+    (("evaluate", "--world", "plane:hole"), ("'moons'", "'hole'")),
+    (("evaluate", "--world", "plane"), ("'moons'", "''")),
+    (("evaluate", "--world", "digits:moons"), ("'digits:moons'",)),
+    (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
+    (("classify", "--model", "professor", "x.png"), ("'professor'",)),
+    (("train", "cifar10"), ("'digits'", "'cifar10'")),
+])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_unknown_names_exit_2_with_one_sentence(folder, arguments, words, as_json):
+    done = run(*["--json"] * as_json, *arguments)
+    assert done.exit_code == 2 and one_sentence(done, *words)
+    assert all(word in document(done)["error"] for word in words) if as_json else done.stdout == ""
+
+
+def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
+    shutil.copy(cli.ROOT / "lib" / "__main__.py", tmp_path / "lib")
+    started = []
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    assert run("lab").exit_code == 0
+    (program, arguments, environment), = started
+    assert program == sys.executable and arguments[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert arguments[-1].endswith("00_start_here.ipynb") and environment["HF_HUB_OFFLINE"] == "1"
+    assert ("--allow-root" in arguments) == (os.geteuid() == 0)
+
+
+def test_lab_without_the_course_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    done = run("lab")
+    assert done.exit_code == 2 and one_sentence(done, "00_start_here.ipynb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# doctor
+
+
+def statuses(found):
+    return {check["name"]: check for group in ("device", "worlds", "assets", "packages") for check in found[group]}
+
+
+def test_doctor_is_content_and_missing_cifar_is_a_note(folder):
+    done = run("doctor")
+    assert done.exit_code == 0 and "The digits course can run" in done.stdout
+    assert "99.0% [97.5%, 99.7%] (396 of 400" in done.stdout and "no accuracy on its model card" in done.stdout
+    for arguments in (("--json", "doctor"), ("doctor", "--json")):
+        done = run(*arguments)
+        checks = statuses(document(done))
+        assert done.exit_code == 0 and document(done)["ok"] is True and checks["CIFAR-10"]["status"] == "note"
+        assert checks["device"]["threads"] >= 1 and checks["device"]["type"] in checks["device"]["detail"]
+        assert {checks[name]["status"] for name in (*cli.PACKAGES, "plane", "digits", *recipes.SETTINGS)} == {"ok"}
+        assert checks[recipes.STUDENT]["bytes"] == (folder / recipes.STUDENT).stat().st_size
+
+
+def test_doctor_finds_a_changed_asset(folder):
+    path = folder / recipes.TEACHER
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = run("--json", "doctor")
+    checks = statuses(document(done))
+    assert done.exit_code == 1 and document(done)["ok"] is False
+    assert (checks[recipes.TEACHER]["state"], checks[recipes.STUDENT]["state"]) == ("changed", "ok")
+    assert "SHA-256" in checks[recipes.TEACHER]["detail"] and "problem" in run("doctor").stdout
+
+
+def test_doctor_finds_a_missing_asset_and_says_how_to_get_it(folder):
+    (folder / recipes.STUDENT).unlink()
+    done = run("--json", "doctor")
+    check = statuses(document(done))[recipes.STUDENT]
+    assert done.exit_code == 1 and check["state"] == "missing" and "diffclass train digits" in check["detail"]
+    assert check["bytes"] is None
+
+
+def test_doctor_finds_a_broken_asset_with_the_right_checksum(folder):
+    (folder / recipes.STUDENT).write_bytes(b"not weights at all")
+    assets.record([recipes.STUDENT], folder)
+    done = run("--json", "doctor")
+    check = statuses(document(done))[recipes.STUDENT]
+    assert done.exit_code == 1 and check["status"] == "problem" and "safetensors" in check["detail"]
+
+
+def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
+    (folder / assets.SUMS).write_text("one-word\n")
+    done = run("--json", "doctor")
+    assert done.exit_code == 1 and statuses(document(done))[assets.SUMS]["status"] == "problem"
+    shutil.rmtree(folder)
+    done = run("--json", "doctor")
+    assert done.exit_code == 1 and statuses(document(done))[recipes.TEACHER]["state"] == "missing"
+
+
+def test_doctor_names_a_missing_package(folder, monkeypatch):
+    monkeypatch.setattr(cli, "PACKAGES", ("plotly", "no-such-package"))
+    done = run("doctor")
+    assert done.exit_code == 1 and "no-such-package" in done.stdout and "python3 -m lib lab" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+
+def test_train_writes_both_networks_with_cards_and_checksums(folder, tmp_path):
+    out = tmp_path / "out"
+    done = run("--json", "train", "digits", "--steps", 3, "--out", out, "--seed", 2)
+    teacher, student = document(done)["models"]
+    assert done.exit_code == 0 and "loss" in done.stderr
+    assert Path(teacher["file"]) == out / recipes.TEACHER and Path(student["file"]) == out / recipes.STUDENT
+    assert student["card"]["accuracy"]["n"] == 12 and student["card"]["settings"]["steps"] == 3
+    assert student["card"]["settings"]["seed"] == 2
+    os.environ["DIFFCLASS_ASSETS"] = str(out)  # the fixture restores it
+    assert assets.verified(recipes.TEACHER).exists() and assets.verified(recipes.STUDENT).exists()
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_train_teacher_only_prints_its_accuracy(folder, tmp_path):
+    done = run("train", "digits", "--steps", 1, "--teacher-only", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "of 12, 95 % Clopper-Pearson" in done.stdout
+    assert not (tmp_path / "out" / recipes.STUDENT).exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_interrupted_training_keeps_its_checkpoint_and_resumes(folder, tmp_path, monkeypatch, as_json):
+    """Ctrl-C during the second step of four: the step is finished, and the resumed run equals an unbroken one."""
+    command = [*["--json"] * as_json, "train", "digits", "--steps", 4, "--teacher-only", "--out"]
+    assert run(*command, tmp_path / "unbroken").exit_code == 0
+    step, before = training.Training._one_step, signal.getsignal(signal.SIGINT)
+    begun = []
+
+    def interrupted(self, steps):
+        begun.append(self.step)
+        if len(begun) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, steps)
+
+    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    done = run(*command, tmp_path / "out")
+    checkpoint = tmp_path / "out" / "checkpoints" / recipes.TEACHER
+    assert done.exit_code == 130 and one_sentence(done, str(checkpoint), "resumes") and checkpoint.exists()
+    assert document(done)["models"] == [] if as_json else done.stdout == ""
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(*command, tmp_path / "out").exit_code == 0
+    assert begun == [0, 1, 2, 3] and not checkpoint.exists()
+    assert weights(tmp_path / "out").equal(weights(tmp_path / "unbroken"))
+
+
+def weights(folder: Path):
+    import torch
+
+    denoiser = network.load_denoiser(folder / recipes.TEACHER)[0]
+    return torch.cat([value.flatten() for value in denoiser.state_dict().values()])
+
+
+def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, monkeypatch):
+    """A KeyboardInterrupt that arises inside a step, as from a second Ctrl-C."""
+    out, step, calls = tmp_path / "out", training.Training._one_step, []
+
+    def interrupted(self, steps):
+        calls.append(type(self.denoiser).__name__)
+        if len(calls) == 6:  # three steps of the teacher, two of the student
+            raise KeyboardInterrupt
+        return step(self, steps)
+
+    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    command = ("train", "digits", "--steps", 3, "--out", out)
+    done = run(*command)
+    assert done.exit_code == 130 and one_sentence(done, recipes.STUDENT) and recipes.TEACHER in done.stdout
+    teacher = (out / recipes.TEACHER).read_bytes()
+    assert run(*command).exit_code == 0
+    assert calls == ["ConditionalDenoiser"] * 3 + ["MultiHeadDenoiser"] * 4
+    assert (out / recipes.TEACHER).read_bytes() == teacher and (out / recipes.STUDENT).exists()
+
+
+def test_resuming_with_other_settings_is_refused_in_one_sentence(folder, tmp_path, monkeypatch):
+    def interrupted(self, steps):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return step(self, steps)
+
+    step = training.Training._one_step
+    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    command = ("train", "digits", "--teacher-only", "--out", tmp_path, "--steps")
+    assert run(*command, 4).exit_code == 130
+    done = run(*command, 5)
+    assert done.exit_code == 2 and one_sentence(done, "['steps']")
+
+
+def test_training_into_a_file_is_refused(folder, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    done = run("train", "digits", "--steps", 1, "--teacher-only", "--out", tmp_path / "out")
+    assert done.exit_code == 2 and one_sentence(done, "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classify
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_classify_prints_prediction_posterior_and_losses(folder, picture, model):
+    done = run("classify", "--model", model, picture)
+    assert done.exit_code == 0 and done.stderr == ""
+    first, posterior, losses = done.stdout.splitlines()[:3]
+    assert first.startswith(f"{picture}: ") and posterior.count("%") == 3 and losses.count(":+") == 10
+    verdict, = document(run("--json", "classify", "--model", model, picture))["pictures"]
+    assert sum(verdict["posterior"]) == pytest.approx(1, abs=1e-5) and len(verdict["losses"]) == 10
+    assert verdict["posterior"].index(max(verdict["posterior"])) == int(verdict["prediction"]) == int(first[-1])
+    assert verdict["losses"].index(min(verdict["losses"])) == int(verdict["prediction"])
+
+
+def test_classify_warns_of_what_is_unlike_the_training_data(folder, picture, tmp_path, generator):
+    import torch
+
+    static = save_picture(tmp_path / "static.png", torch.rand(8, 8, generator=generator))
+    assert "WARNING" in run("classify", static).stdout
+    known, unknown = document(run("--json", "classify", picture, static))["pictures"]
+    assert unknown["familiarity"]["far"] and not known["familiarity"]["far"]
+    assert "WARNING" not in run("classify", picture).stdout
+
+
+def test_a_broken_file_does_not_stop_the_others(folder, picture, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:60])
+    done = run("classify", broken, picture, tmp_path / "absent.png", picture)
+    errors = done.stderr.splitlines()
+    assert done.exit_code == 2 and done.stdout.count("posterior") == 2
+    assert len(errors) == 2 and str(broken) in errors[0] and "absent.png" in errors[1]
+    done = run("--json", "classify", broken, picture)
+    first, second = document(done)["pictures"]
+    assert done.exit_code == 2 and set(first) == {"file", "error"} and second["prediction"] in "0123456789"
+
+
+def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkeypatch):
+    from diffclass import pictures
+
+    load, calls = pictures.load_picture, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return load(*arguments)
+
+    monkeypatch.setattr(pictures, "load_picture", interrupted)
+    done = run("--json", "classify", picture, picture)
+    assert done.exit_code == 130 and len(document(done)["pictures"]) == 1 and "error" in document(done)
+
+
+@pytest.mark.parametrize("command", [("classify", "x.png"), ("evaluate",)])
+def test_missing_and_changed_assets_are_one_sentence(folder, command):
+    (folder / recipes.STUDENT).write_bytes(b"changed")
+    done = run(*command)
+    assert done.exit_code == 2 and done.stdout == "" and one_sentence(done, "SHA-256")
+    (folder / recipes.STUDENT).unlink()
+    done = run("--json", *command)
+    assert done.exit_code == 2 and "diffclass train digits" in document(done)["error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate
+
+
+def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(folder, tmp_path, small_digits):
+    file = tmp_path / "records" / "results.jsonl"
+    done = run("--json", "evaluate", "--limit", 10, "--levels", 4, "--weighting", "edm", "--seed", 3, "--record", file)
+    got, = document(done)["records"]
+    denoiser = recipes.load_digits_denoiser()
+    classifier = recipes.digit_classifier(denoiser, noise.log_levels(0.1, 3.0, 4), seed=3, weighting=noise.edm_weight)
+    wanted = recipes.accuracy(classifier, small_digits.test_images[:10], small_digits.test_labels[:10])
+    assert done.exit_code == 0 and got["value"] == wanted / 10 and got["n"] == 10 and got["low"] < got["high"]
+    assert got["checkpoint"] == results.sha256_of(folder / recipes.STUDENT) and got["seed"] == 3
+    assert got["settings"]["weighting"] == "EDM" and got["settings"]["levels"] == 4
+    written, = results.read(file)
+    assert written.value == got["value"] and written.settings == got["settings"]
+    run("evaluate", "--limit", 2, "--levels", 2, "--model", "teacher", "--record", file)
+    assert len(results.read(file)) == 2
+
+
+def test_evaluate_the_plane_next_to_the_optimum(folder):
+    done = run("--json", "evaluate", "--world", "plane:overlapping", "--limit", 200)
+    diffusion, optimal = document(done)["records"]
+    law = data.PLANE_LAWS["overlapping"]()
+    import torch
+
+    x, y = law.sample(200, torch.Generator().manual_seed(0))
+    assert optimal["value"] == pytest.approx(float((law.posterior(x).argmax(1) == y).double().mean()))
+    assert diffusion["value"] == pytest.approx(optimal["value"], abs=0.05) and diffusion["checkpoint"] is None
+    text = run("evaluate", "--world", "plane:overlapping", "--limit", 50)
+    assert text.exit_code == 0 and text.stdout.count("95 % Clopper-Pearson") == 2 and "50/50" in text.stderr
+
+
+def test_an_evaluation_is_shown_even_if_its_record_cannot_be_written(folder, tmp_path):
+    done = run("--json", "evaluate", "--world", "plane:moons", "--limit", 20, "--record", tmp_path)
+    assert done.exit_code == 2 and document(done)["records"][0]["n"] == 20 and document(done)["error"]
+
+
+def test_an_interrupted_evaluation_exits_130(folder, monkeypatch):
+    def interrupted(*arguments, **options):
+        yield 1, 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "hits", interrupted)
+    done = run("--json", "evaluate", "--world", "plane:moons")
+    assert done.exit_code == 130 and document(done)["records"] == []

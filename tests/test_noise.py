@@ -1,0 +1,265 @@
+"""Schedules against their published values, weights against the KLs they stand for, banks against their word."""
+
+import math
+
+import pytest
+import torch
+from diffclass import noise
+from diffclass.noise import Levels, NoiseBank
+from scipy import integrate, stats
+
+SHAPE = (1, 2, 2)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def check_sigma_of_alpha_bar(sigma_of=noise.sigma_of_alpha_bar):
+    """The noise-to-signal ratio of z = sqrt(abar) x + sqrt(1 - abar) eps, and the levels of DDPM's schedule."""
+    sigma = sigma_of(noise.alpha_bar(noise.linear_betas()))
+    published = {1: 0.0100, 10: 0.0436, 100: 0.3388, 200: 0.7193, 300: 1.2339, 500: 3.424, 750: 17.25, 1000: 157.4}
+    for t, level in published.items():
+        assert abs(float(sigma[t - 1]) / level - 1) < 2e-3, t
+
+
+def check_scaled_linear(betas=noise.scaled_linear_betas):
+    """Linear in sqrt(beta) from 0.00085 to 0.012; 157 steps of 1000 are not the same as for a linear schedule."""
+    roots = betas().sqrt()
+    assert torch.allclose(roots.diff(), roots.diff()[:1], rtol=1e-9)
+    assert abs(float(betas()[0]) - 0.00085) < 1e-12 and abs(float(betas()[-1]) - 0.012) < 1e-12
+
+
+def test_ddpm_levels():
+    check_sigma_of_alpha_bar()
+    assert torch.allclose(noise.alpha_bar_of_sigma(noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))),
+                          noise.alpha_bar(noise.linear_betas()), rtol=1e-12)
+
+
+def test_stable_diffusion_betas():
+    check_scaled_linear()
+
+
+def test_cosine_schedule_follows_the_cosine():
+    abar = noise.alpha_bar(noise.cosine_betas())
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 250, 500, 900)]
+    for t, value in zip((250, 500, 900), f[1:], strict=True):
+        assert abs(float(abar[t - 1]) - value / f[0]) < 1e-10
+    assert float(noise.cosine_betas().max()) == 0.999
+
+
+def test_edm_levels_run_from_80_to_0_002():
+    sigma = noise.edm_sigmas(18)
+    assert abs(float(sigma[0]) - 80) < 1e-9 and abs(float(sigma[-1]) - 0.002) < 1e-12
+    assert bool((sigma.diff() < 0).all())
+    assert torch.allclose((sigma ** (1 / 7)).diff(), (sigma ** (1 / 7)).diff()[:1], rtol=1e-9)
+
+
+def test_betas_outside_0_1_get_a_sentence():
+    with pytest.raises(ValueError, match="expected betas strictly between 0 and 1, got 0.1 to 1.2"):
+        noise.alpha_bar(torch.tensor([0.1, 1.2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Levels
+
+
+def test_log_levels_cut_the_axis_into_equal_ratios():
+    levels = noise.log_levels(0.01, 10, 30)
+    assert torch.allclose(levels.lower[1:], levels.upper[:-1], rtol=1e-12)
+    assert torch.allclose(levels.sigma**2, levels.lower * levels.upper, rtol=1e-12)
+    assert torch.allclose((levels.upper / levels.lower).log(), torch.tensor(math.log(1000) / 30).double(), rtol=1e-9)
+    assert repr(levels) == "Levels(T=30, sigma 0.01 to 10)"
+
+
+def test_linear_and_chain_levels_are_measured_at_opposite_ends():
+    linear, chain = noise.linear_levels(0.5, 1.5, 4), noise.chain_levels(torch.tensor([0.5, 0.7, 1.5]))
+    assert torch.equal(linear.sigma, linear.lower) and abs(float(linear.upper[-1]) - 1.5) < 1e-12
+    assert torch.equal(chain.sigma, chain.upper) and len(chain) == 2
+
+
+def test_noised_levels_are_geometric_in_the_added_noise():
+    levels = noise.noised_levels(0.5, 20.0, 16)
+    added = (levels.lower**2 - 0.25).sqrt()
+    assert torch.allclose(added[1:] / added[:-1], (added[1] / added[0]).expand(15), rtol=1e-6)
+    assert abs(float(added[0]) - 0.025) < 1e-9 and abs(float(levels.upper[-1]) - 20) < 1e-9
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda: noise.log_levels(0.0, 1, 4), "expected noise levels with 0 < low < high, got low 0"),
+    (lambda: noise.log_levels(-1, 1, 4), "got low -1"),
+    (lambda: noise.log_levels(2, 1, 4), "got low 2 and high 1"),
+    (lambda: noise.log_levels(0.1, math.inf, 4), "got low 0.1 and high inf"),
+    (lambda: noise.linear_levels(0.1, 1, 0), "expected at least one noise level, got 0"),
+    (lambda: noise.noised_levels(2.0, 1.0, 4), "expected 0 < sigma_tau < high, got sigma_tau 2 and high 1"),
+    (lambda: Levels(torch.ones(2), torch.ones(3), torch.ones(2)), "equally long vectors"),
+    (lambda: Levels(torch.ones(1), torch.tensor([2.0]), torch.tensor([3.0])), "expected 0 < lower <= sigma <= upper"),
+    (lambda: Levels(torch.ones(1), torch.ones(1), torch.ones(1)), "with lower < upper"),
+])
+def test_impossible_levels_get_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def gaussian_kl(levels: Levels, error: torch.Tensor) -> torch.Tensor:
+    """KL between q(x_l | x_u, x) and the same Gaussian with x replaced by its estimate, from torch's own formula."""
+    low, up = levels.lower**2, levels.upper**2
+    spread = (low * (up - low) / up).sqrt()
+    shift = (up - low) / up * error  # of the means, when the estimate is off by `error`
+    zero = torch.zeros_like(shift)
+    return torch.distributions.kl_divergence(torch.distributions.Normal(zero, spread),
+                                             torch.distributions.Normal(shift, spread))
+
+
+def check_discrete_weight(weight=noise.discrete_elbo_weight):
+    """The weight of a chain step is its KL for an estimate that is off by one, and the integral of sigma^-3."""
+    levels = noise.chain_levels(torch.logspace(-1, 1, 9, dtype=torch.float64))
+    w = weight(levels)
+    assert torch.allclose(w, gaussian_kl(levels, torch.ones(8).double()), rtol=1e-12, atol=0)
+    for t in (0, 5):
+        exact = integrate.quad(lambda s: s**-3, float(levels.lower[t]), float(levels.upper[t]))[0]
+        assert abs(float(w[t]) / exact - 1) < 1e-9
+
+
+def check_elbo_weight(weight=noise.elbo_weight):
+    """The midpoint rule: within 1e-4 of the exact integral of sigma^-3 at 400 levels, four times worse at 200."""
+    off = {}
+    for count in (200, 400):
+        levels = noise.log_levels(0.01, 50, count)
+        off[count] = float((weight(levels) / noise.discrete_elbo_weight(levels) - 1).abs().max())
+    assert off[400] < 1e-4 and 3.9 < off[200] / off[400] < 4.1
+
+
+def check_edm_weight(weight=noise.edm_weight):
+    """EDM's 1/c_out^2 times scipy's log-normal density of its training levels; the density sums to one."""
+    levels = noise.log_levels(1e-4, 1e4, 2000)
+    density = stats.lognorm.pdf(levels.sigma.numpy(), s=1.2, scale=math.exp(-1.2))
+    c_out = levels.sigma * 0.5 / (levels.sigma**2 + 0.25).sqrt()
+    drawn = weight(levels) * c_out**2
+    assert torch.allclose(drawn, torch.from_numpy(density) * levels.step, rtol=1e-9, atol=1e-300)
+    assert abs(float(drawn.sum()) - 1) < 1e-6
+
+
+def check_simple_weight(weight=noise.simple_weight):
+    """On the noise error every step of DDPM's own chain weighs the same, and all of them together one."""
+    sigma = noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))
+    levels = noise.chain_levels(sigma)
+    assert torch.allclose(weight(levels) * levels.sigma**2, torch.full((999,), 1 / 1000).double(), rtol=1e-8)
+
+
+def test_discrete_weight_is_the_kl_of_a_step():
+    check_discrete_weight()
+
+
+def test_elbo_weight_is_the_midpoint_rule():
+    check_elbo_weight()
+
+
+def test_edm_weight_is_lambda_times_the_log_normal():
+    check_edm_weight()
+
+
+def test_the_released_weight_is_a_log_normal_of_another_width():
+    """The slip turns the log-standard deviation 1.2 into 1/1.2, and leaves the density 1.44 times too small."""
+    levels = noise.log_levels(1e-4, 1e4, 2000)
+    c_out = levels.sigma * 0.5 / (levels.sigma**2 + 0.25).sqrt()
+    slipped = noise.rdc_released_weight(levels) * c_out**2 / levels.step
+    density = torch.from_numpy(stats.lognorm.pdf(levels.sigma.numpy(), s=1 / 1.2, scale=math.exp(-1.2)))
+    assert torch.allclose(slipped * 1.44, density, rtol=1e-9, atol=1e-300)
+    assert float((noise.rdc_released_weight(levels) / noise.edm_weight(levels) - 1).abs().max()) > 0.5
+
+
+def test_simple_weight_is_uniform_over_ddpm_steps():
+    check_simple_weight()
+
+
+def test_unit_weight_sums_to_the_length_of_the_axis():
+    assert abs(float(noise.unit_weight(noise.log_levels(0.1, 3.0, 400)).sum()) - 2.9) < 1e-4
+
+
+def test_right_end_weight_is_smaller_than_the_exact_one():
+    levels = noise.chain_levels(torch.logspace(-2, 1, 20))
+    assert bool((noise.right_end_weight(levels) < noise.discrete_elbo_weight(levels)).all())
+    assert torch.allclose(noise.right_end_weight(levels), (levels.upper - levels.lower) * levels.upper**-3)
+
+
+def test_every_weighting_is_positive_and_keeps_the_dtype():
+    for name, weighting in noise.WEIGHTINGS.items():
+        for dtype in (torch.float32, torch.float64):
+            grid = noise.log_levels(0.02, 20, 12)
+            w = weighting(Levels(*(v.to(dtype) for v in (grid.sigma, grid.lower, grid.upper))))
+            assert w.dtype == dtype and w.shape == (12,) and float(w.min()) > 0, name
+
+
+def ddpm_weight_of_snr(betas):
+    """Half the relative drop of the signal-to-noise ratio: the weight on the noise error of steps 2..T."""
+    ratio = noise.snr(noise.sigma_of_alpha_bar(noise.alpha_bar(betas)))
+    return (ratio[:-1] / ratio[1:] - 1) / 2
+
+
+def test_ddpm_weight_is_the_drop_of_snr():
+    """beta_t^2 / (2 beta~_t alpha_t (1 - abar_t)), as DDPM prints it, to 1e-11 relative; its published values."""
+    betas = noise.linear_betas()
+    abar = noise.alpha_bar(betas)
+    posterior_variance = betas[1:] * (1 - abar[:-1]) / (1 - abar[1:])
+    printed = betas[1:] ** 2 / (2 * posterior_variance * (1 - betas[1:]) * (1 - abar[1:]))
+    assert float((ddpm_weight_of_snr(betas) / printed - 1).abs().max()) < 1e-11
+    assert [round(float(printed[t - 2]), 3) for t in (2, 3, 4)] == [0.6, 0.318, 0.222]
+
+
+def test_bridge_posterior_by_conditioning():
+    """q(x_l | x_u, x) from the joint covariance of the chain: the mean and variance whose KL the weight is."""
+    low, up, x, x_up = 0.3**2, 0.8**2, -0.4, 1.1  # cov(x_l, x_u | x) is the smaller variance
+    gain = low / up
+    mean, variance = x + gain * (x_up - x), low - gain * low
+    assert abs(mean - ((up - low) * x + low * x_up) / up) < 1e-15
+    assert abs(variance - low * (up - low) / up) < 1e-15
+    draws = torch.randn(2, 400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_low = x + 0.3 * draws[0]
+    x_high = x_low + math.sqrt(up - low) * draws[1]
+    slope = float(torch.cov(torch.stack([x_low, x_high]))[0, 1] / x_high.var())
+    rest = x_low - x - slope * (x_high - x)
+    assert abs(slope - gain) < 4 * math.sqrt(variance / up / 400_000)
+    assert abs(float(rest.var()) / variance - 1) < 4 * math.sqrt(2 / 400_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Banks
+
+
+def test_a_fixed_bank_depends_on_its_seed_alone():
+    levels = noise.log_levels(0.1, 1, 3)
+    before = torch.get_rng_state()
+    one, same, other = (NoiseBank.fixed(levels, SHAPE, 2, seed) for seed in (5, 5, 6))
+    assert torch.equal(one.noise, same.noise) and not torch.equal(one.noise, other.noise)
+    assert tuple(one.noise.shape) == (3, 2, 1, *SHAPE) and one.samples == 2 and one.image_shape == SHAPE
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+
+
+def test_fresh_noise_differs_by_image_and_call_and_repeats_with_the_generator():
+    levels = noise.log_levels(0.1, 1, 3)
+    draw = torch.Generator().manual_seed(3)
+    first, second = (NoiseBank.fresh(levels, SHAPE, 4, draw) for _ in range(2))
+    again = NoiseBank.fresh(levels, SHAPE, 4, torch.Generator().manual_seed(3))
+    assert torch.equal(first.noise, again.noise) and not torch.equal(first.noise, second.noise)
+    assert not torch.equal(first.noise[:, :, 0], first.noise[:, :, 1])
+
+
+def test_a_redrawn_bank_keeps_levels_samples_and_dtype():
+    bank = NoiseBank.fixed(noise.log_levels(0.1, 1, 3), SHAPE, 2, dtype=torch.float64)
+    new = bank.redrawn(5, torch.Generator().manual_seed(1))
+    assert torch.equal(new.sigma, bank.sigma) and tuple(new.noise.shape) == (3, 2, 5, *SHAPE)
+    assert new.noise.dtype == torch.float64 and "samples=2, images=5" in repr(new)
+
+
+def test_noise_is_standard_normal():
+    noise_drawn = NoiseBank.fixed(noise.log_levels(0.1, 1, 10), (1, 8, 8), 100).noise.flatten().double()
+    assert stats.kstest(noise_drawn.numpy(), "norm").pvalue > 0.001
+
+
+def test_noise_of_another_shape_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"\[T,S,N,C,H,W\] with T = 3, got \[2, 1, 1, 1, 2, 2\]"):
+        NoiseBank(noise.log_levels(0.1, 1, 3), torch.zeros(2, 1, 1, 1, 2, 2))

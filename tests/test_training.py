@@ -1,0 +1,218 @@
+"""The training loop: it learns, it copies a teacher, and a run cut anywhere ends where an unbroken one does."""
+
+import itertools
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from diffclass import training
+from diffclass.denoisers import network
+from diffclass.training import Training
+
+SHAPE = (1, 8, 8)
+
+
+def pictures(count: int = 64):
+    """Two classes of striped pictures in model space, with a little noise: [N,1,8,8], labels [N]."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    stripes = torch.where(torch.arange(8) % 4 < 2, 0.8, -0.8)
+    clean = torch.stack([stripes.expand(8, 8), stripes[:, None].expand(8, 8)])[labels][:, None]
+    return clean + 0.05 * torch.randn(clean.shape, generator=generator), labels
+
+
+def tiny(kind: str = "ConditionalDenoiser", seed: int = 0, width: int = 16):
+    """A denoiser of two classes that trains in milliseconds."""
+    return network.build(kind, "DigitNet", 2, SHAPE, seed=seed, width=width, blocks=1)
+
+
+def run(steps: int = 6, denoiser=None, **settings) -> Training:
+    """A short run on the striped pictures."""
+    images, labels = pictures()
+    return Training(denoiser or tiny(), images, labels, steps=steps, **{"batch": 16, **settings})
+
+
+def equal(one: Training, other: Training) -> bool:
+    """Whether weights and averages of two runs are the same bits."""
+    pairs = [(one.denoiser, other.denoiser), (one.average, other.average)]
+    return all(torch.equal(v, b.state_dict()[n]) for a, b in pairs for n, v in a.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def test_the_loss_falls_and_progress_counts():
+    frames = list(run(steps=60, batch=32))
+    assert sum(p.loss for p in frames[-10:]) < 0.7 * sum(p.loss for p in frames[:10])
+    assert [p.step for p in frames] == list(range(1, 61)) and frames[-1].images == 60 * 32
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(frames))
+
+
+def test_the_class_is_learned():
+    """After a few steps the right class denoises better than the wrong one, which is all that a classifier needs."""
+    trained = run(steps=80, batch=32, ema=0.9)
+    list(trained)
+    images, labels = pictures()
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        errors = ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+    assert float((errors.argmin(1) == labels).float().mean()) > 0.9
+
+
+def test_a_student_approaches_its_teacher_under_every_class():
+    teacher = tiny(seed=3)
+    list(run(steps=30, denoiser=teacher, batch=32))
+    teacher = teacher.eval().requires_grad_(False)
+    student = run(steps=60, denoiser=tiny("MultiHeadDenoiser"), loss=training.distillation_loss(teacher), batch=32)
+    images, _ = pictures()
+    noisy = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(6))
+
+    def distances():
+        with torch.no_grad():
+            return ((student.denoiser(noisy, 1.0, [0, 1, 2]) - teacher(noisy, 1.0, [0, 1, 2])) ** 2).mean((0, 2, 3, 4))
+
+    before = distances()
+    list(student)
+    assert bool((distances() < 0.5 * before).all()), "both classes and 'no class'"
+
+
+def check_denoising_loss(loss=training.denoising_loss):
+    """EDM's weight 1 / c_out^2 on the pixel mean: the loss of an untrained network, D = c_skip x, in closed form."""
+    denoiser, images = tiny(), 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        value = float(loss(denoiser, images, torch.zeros(4000).long(), torch.Generator().manual_seed(2)))
+    assert abs(value - 1) < 0.02, value  # data of deviation 0.5: every level's loss is exactly one in expectation
+
+
+def test_the_loss_of_an_untrained_network_is_one():
+    check_denoising_loss()
+
+
+def test_training_levels_are_log_normal_and_kept_in_range():
+    sigma = training.draw_sigma(200_000, torch.Generator().manual_seed(0))
+    assert abs(float(sigma.log().mean()) + 0.8) < 0.01 and abs(float(sigma.log().std()) - 1.2) < 0.01
+    narrow = training.draw_sigma(1000, torch.Generator().manual_seed(0), sigma_range=(0.2, 0.5))
+    assert float(narrow.min()) == pytest.approx(0.2) and float(narrow.max()) == pytest.approx(0.5)
+
+
+def test_a_tenth_of_the_labels_is_withheld(monkeypatch):
+    denoiser, seen = tiny(), []
+    paired = denoiser.paired
+    monkeypatch.setattr(denoiser, "paired", lambda x, s, labels: seen.append(labels) or paired(x, s, labels))
+    images, labels = pictures(4000)
+    with torch.no_grad():
+        training.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0))
+        training.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0), null_rate=0.0)
+    share = float((seen[0] == 2).float().mean())
+    assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 4000)
+    assert torch.equal(seen[0][seen[0] != 2], labels[seen[0] != 2]) and torch.equal(seen[1], labels)
+
+
+def test_the_average_is_an_exponential_moving_average():
+    """After step i: average <- k average + (1 - k) weights with k = min(ema, i / (i + 9)), recomputed by hand."""
+    trained = run(steps=12, ema=0.4)
+    by_hand = {n: v.clone().double() for n, v in trained.denoiser.named_parameters()}
+    for progress in trained:
+        keep = min(0.4, progress.step / (progress.step + 9))
+        for name, value in trained.denoiser.named_parameters():
+            by_hand[name] = keep * by_hand[name] + (1 - keep) * value.detach().double()
+    for name, value in trained.average.named_parameters():
+        assert torch.allclose(value.double(), by_hand[name], atol=1e-6), name
+        assert not value.requires_grad
+
+
+def test_training_depends_on_its_seed_alone():
+    before = None
+    results = []
+    for _ in range(2):
+        trained = run()
+        before = torch.get_rng_state()
+        list(trained)
+        assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+        results.append(trained)
+    other = run(seed=1)
+    list(other)
+    assert equal(*results) and not equal(results[0], other)
+
+
+def test_a_loss_that_explodes_gets_a_sentence():
+    images, labels = pictures()
+    with pytest.raises(FloatingPointError, match=r"the loss became nan at step 0; lower the rate \(0.002\)"):
+        list(Training(tiny(), images * math.nan, labels, steps=3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(kept, tmp_path):
+    whole = run()
+    losses = [p.loss for p in whole]
+    first = iter(run(checkpoint=tmp_path / "run.safetensors", save_every=100))
+    early = [next(first).loss for _ in range(kept)]
+    first.close()  # what an interruption or a closed notebook does
+    second = run(checkpoint=tmp_path / "run.safetensors", denoiser=tiny(seed=5))
+    assert second.step == kept
+    assert early + [p.loss for p in second] == losses and equal(whole, second)
+
+
+def test_an_exception_between_steps_saves_what_is_done(tmp_path):
+    trained = run(checkpoint=tmp_path / "run.safetensors", save_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        for progress in (frames := iter(trained)):
+            if progress.step == 2:
+                frames.throw(KeyboardInterrupt())
+    assert run(checkpoint=tmp_path / "run.safetensors").step == 2
+
+
+def test_the_same_run_can_be_iterated_again(tmp_path):
+    whole, parts = run(), run()
+    list(whole)
+    list(itertools.islice(parts, 2))
+    assert parts.step == 2 and [p.step for p in parts] == [3, 4, 5, 6] and equal(whole, parts)
+    assert list(parts) == []
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    path = tmp_path / "run.safetensors"
+    list(run(checkpoint=path))
+    again = run(checkpoint=path)
+    assert again.step == 6 and list(again) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(batch=8), r"\['batch'\] differ; delete it to start afresh, or use the old settings"),
+    (dict(rate=1e-3, seed=4), r"\['rate', 'seed'\] differ"),
+    (dict(steps=7), r"\['steps'\] differ"),
+])
+def test_a_checkpoint_of_other_settings_gets_a_sentence(change, sentence, tmp_path):
+    list(run(checkpoint=tmp_path / "run.safetensors"))
+    with pytest.raises(ValueError, match=sentence):
+        run(checkpoint=tmp_path / "run.safetensors", **change)
+
+
+@pytest.mark.parametrize("other", [dict(width=24), dict(kind="MultiHeadDenoiser")])
+def test_a_checkpoint_of_another_architecture_gets_a_sentence(other, tmp_path):
+    list(run(checkpoint=tmp_path / "run.safetensors"))
+    with pytest.raises(ValueError, match="run.safetensors holds another architecture; delete it"):
+        run(checkpoint=tmp_path / "run.safetensors", denoiser=tiny(**other))
+
+
+@pytest.mark.parametrize("keep", [0, 20, 3000, -8])
+def test_a_damaged_checkpoint_gets_a_sentence(keep, tmp_path):
+    path = tmp_path / "run.safetensors"
+    list(run(checkpoint=path))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="expected a training checkpoint in run.safetensors, got a damaged file"):
+        run(checkpoint=path)
+
+
+def test_weights_in_place_of_a_checkpoint_get_a_sentence(tmp_path):
+    path = tmp_path / "run.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="run.safetensors"):
+        run(checkpoint=path)
