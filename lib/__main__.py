@@ -3,6 +3,7 @@
     python3 -m lib lab    [jupyter args]    set up, then open JupyterLab at notebooks/00_start_here.ipynb
     python3 -m lib test   [pytest args]     set up, then run all tests and all notebooks
     python3 -m lib bench  [pytest args]     set up, then time the sliders in a real browser
+    python3 -m lib twins  [pytest args]     set up, then draw the static twins of the interactive figures anew
     python3 -m lib html   [nbconvert args]  set up, then write executed copies of the notebooks to build/html
 
 The first run installs about 2 GB into .venv (DIFFCLASS_VENV names another folder), which takes 1-2 minutes and the
@@ -129,6 +130,7 @@ def main(argv):
         "lab": lab,
         "test": lambda: "-m pytest -n 2 --dist loadfile --nbval-lax".split(),
         "bench": lambda: "-m pytest -q -s -m browser tests/test_browser.py".split(),
+        "twins": lambda: "-m pytest -q -m pictures tests/test_browser.py".split(),
         "html": lambda: [*"-m nbconvert --to html --execute --embed-images --output-dir build/html".split(), *books],
     }
     if job not in jobs:

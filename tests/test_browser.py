@@ -72,6 +72,24 @@ def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     browser.close_notebook(page)
 
 
+@pytest.mark.pictures
+@pytest.mark.parametrize("path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_draw_the_static_twin(path, lab, page):
+    """Not a test of anything: writes assets/NN_hero.png, which a reader without a kernel sees in the notebook."""
+    browser.open_notebook(page, lab, path.name)
+    assert browser.run_all(page) == "done"
+    hero = page.locator(".jp-OutputArea-output:has(.dc-stage) > .jupyter-widgets").first
+    hero.wait_for()
+    for name in ("Attack (PGD-20)", "Certify"):
+        if hero.get_by_role("button", name=name).count():
+            hero.get_by_role("button", name=name).click()
+            page.wait_for_timeout(500)
+            hero.get_by_text("done", exact=True).wait_for()
+    page.add_style_tag(content=".jp-Toolbar { visibility: hidden }")
+    hero.screenshot(path=browser.ROOT / "assets" / f"{path.name[:2]}_hero.png")
+    browser.close_notebook(page)
+
+
 def test_the_stopwatch_sees_a_slow_figure_and_a_dead_slider(lab, page):
     write(lab, "stopwatch.ipynb", *(SLIDER.replace("DELAY", delay) for delay in ("0.0", "0.4")), "W.IntSlider()")
     browser.open_notebook(page, lab, "stopwatch.ipynb")

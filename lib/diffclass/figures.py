@@ -53,7 +53,8 @@ def emphasis(scores, count: int = 2) -> list[str]:
 
 
 def curves(x, series: Sequence[dict], *, title: str, xlabel: str, ylabel: str, alt: str, xlog: bool = False,
-           ylog: bool = False, xrange=None, yrange=None, cursor: float | None = None, w: int = 420, h: int = 260) -> dict:
+           ylog: bool = False, xrange=None, yrange=None, cursor: float | None = None, w: int = 420,
+           h: int = 260) -> dict:
     """Lines over one axis. Each series: y, colour, and optionally label, width, dash, opacity, fill (down to `base`).
 
     Shapes      x [T], each y [T] -> a panel; `cursor` puts a draggable line at that x
@@ -64,7 +65,8 @@ def curves(x, series: Sequence[dict], *, title: str, xlabel: str, ylabel: str, a
         if len(y) != len(x):
             raise ValueError(f"expected {len(x)} values in each series, got {len(y)} in {one.get('label', 'one')!r}.")
         lines.append(dict(y=_list(y), color=one["colour"], label=one.get("label"), width=one.get("width", 1.5),
-                          dash=one.get("dash"), opacity=one.get("opacity", 1), fill=bool(one.get("fill")), base=one.get("base", 0)))
+                          dash=one.get("dash"), opacity=one.get("opacity", 1), fill=bool(one.get("fill")),
+                          base=one.get("base", 0)))
     everything = np.concatenate([np.asarray(one["y"], dtype=float).ravel() for one in series])
     return dict(kind="curves", title=title, xlabel=xlabel, ylabel=ylabel, alt=alt, xlog=xlog, ylog=ylog, x=_list(x),
                 xrange=_range(x, xrange if xrange is not None else (min(x), max(x))),
@@ -80,16 +82,18 @@ def bars(labels: Sequence[str], values, *, title: str, alt: str, colours: Sequen
                 texts=None if texts is None else list(texts), marks=None if marks is None else _list(marks))
 
 
-def tiles(images: Sequence, *, title: str, alt: str, columns: int, size: int = 64, captions: Sequence[str] | None = None,
-          borders: Sequence[str | None] | None = None, pick: bool = False, low: float = 0.0, high: float = 1.0) -> dict:
+def tiles(images: Sequence, *, title: str, alt: str, columns: int, size: int = 64,
+          captions: Sequence[str] | None = None, borders: Sequence[str | None] | None = None, pick: bool = False,
+          low: float = 0.0, high: float = 1.0) -> dict:
     """A grid of small images with captions; `pick` makes them buttons. Shapes: each image [C,H,W] -> a panel."""
     return dict(kind="tiles", title=title, alt=alt, columns=columns, size=size, pick=pick,
                 images=[picture(image, low, high) for image in images],
-                captions=None if captions is None else list(captions), borders=None if borders is None else list(borders))
+                captions=None if captions is None else list(captions),
+                borders=None if borders is None else list(borders))
 
 
-def plane(*, title: str, alt: str, handle=None, backdrop: str | None = None, dots=(), dot_colours=(), markers=(), lines=(),
-          ring=None, limit: float = 1.0, size: int = 300) -> dict:
+def plane(*, title: str, alt: str, handle=None, backdrop: str | None = None, dots=(), dot_colours=(), markers=(),
+          lines=(), ring=None, limit: float = 1.0, size: int = 300) -> dict:
     """The plane of model space, [-limit, limit]^2, with a draggable handle.
 
     Shapes      handle (x, y); dots [N,2] with N colours; markers (x, y, colour, label); lines (x1, y1, x2, y2, colour);

@@ -1,4 +1,4 @@
-"""Thin controllers: a few controls, one function from their state to a frame, one stage that draws it. No arithmetic."""
+"""Thin controllers: a few controls, one function from their state to a frame, one stage to draw it. No arithmetic."""
 
 import asyncio
 import time
@@ -16,9 +16,11 @@ from diffclass.scenes.digits import DigitScene, OptimalDigitsScene
 from diffclass.scenes.explorer import NORMS, ExplorerScene
 from diffclass.scenes.plane import ForwardScene, PlaneScene
 
+VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
+
 
 class Stage(anywidget.AnyWidget):
-    """The drawing surface: shows `frame`, and reports what the reader drags (`point`, `cursor`) or clicks (`picked`)."""
+    """The drawing surface: shows `frame`, reports what the reader drags (`point`, `cursor`) or clicks (`picked`)."""
 
     _esm = Path(__file__).with_name("stage.js")
     _css = Path(__file__).with_name("stage.css")
@@ -56,9 +58,9 @@ class Hero(W.VBox):
         self.stage.frame = self.show(**values, point=tuple(self.stage.point), picked=self.stage.picked)
 
 
-def slider(label: str, value, low, high, step, *, log: bool = False, **more) -> W.Widget:
+def slider(label: str, value, low, high, step, *, log: bool = False, width: int = 340, **more) -> W.Widget:
     """A slider with room for its label; `log` makes low and high powers of ten."""
-    style, layout = {"description_width": "initial"}, W.Layout(width="340px")
+    style, layout = {"description_width": "initial"}, W.Layout(width=f"{width}px")
     if log:
         return W.FloatLogSlider(value=value, base=10, min=low, max=high, step=step, description=label, style=style,
                                 layout=layout, readout_format=".3g", **more)
@@ -66,10 +68,11 @@ def slider(label: str, value, low, high, step, *, log: bool = False, **more) -> 
     return kind(value=value, min=low, max=high, step=step, description=label, style=style, layout=layout, **more)
 
 
-def choice(label: str, options, value=None) -> W.Dropdown:
+def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
     """A dropdown with room for its label."""
     options = list(options)
-    return W.Dropdown(options=options, value=value or options[0], description=label, style={"description_width": "initial"})
+    return W.Dropdown(options=options, value=value or options[0], description=label,
+                      style={"description_width": "initial"}, layout=W.Layout(width=f"{width}px"))
 
 
 def digit_hero(denoiser: Denoiser, index: int = 1) -> Hero:
@@ -128,28 +131,31 @@ def optimal_digits_hero(denoiser: Denoiser) -> Hero:
 
 
 class Explorer(W.VBox):
-    """Notebook 15: attack and certify one digit live. Jobs run between the reader's other actions and can be stopped."""
+    """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped."""
 
     def __init__(self, denoiser: Denoiser):
         self.scene = ExplorerScene(denoiser)
         self.stage, self.job = Stage(), None
-        self.index = slider("test digit", self.scene.index, 0, len(self.scene.world.test_images) - 1, 1)
-        self.norm = choice("norm", NORMS)
-        self.budget = slider("attack budget (pixels)", 1.0, 0.0, 4.0, 0.05, continuous_update=False)
-        self.step = slider("film: PGD step", 20, 0, 20, 1)
-        self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01)
-        self.votes = slider("votes n", 1000, 2, 4, 0.1, log=True)
+        last = len(self.scene.world.test_images) - 1
+        self.index = slider("test digit", self.scene.index, 0, last, 1, width=290)
+        self.norm = choice("norm", NORMS, width=130)
+        self.budget = slider("budget (pixels)", 1.0, 0.0, 4.0, 0.05, width=290, continuous_update=False)
+        self.step = slider("film: PGD step", 20, 0, 20, 1, width=290)
+        self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01, width=290)
+        self.votes = W.SelectionSlider(options=VOTES, value=1000, description="votes n",
+                                       layout=W.Layout(width="240px"), style={"description_width": "initial"})
         self.run_attack, self.run_certify, self.stop = (
-            W.Button(description=d, button_style=s, tooltip=t) for d, s, t in (
+            W.Button(description=d, button_style=s, tooltip=t, layout=W.Layout(width="130px")) for d, s, t in (
                 ("Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"),
                 ("Certify", "success", "votes, Clopper-Pearson bound, radius; then an attack on the same vote"),
                 ("Stop", "", "stop the running job; what it has found stays")))
-        self.progress = W.FloatProgress(min=0, max=1, description="idle", layout=W.Layout(width="260px"))
+        self.progress = W.FloatProgress(min=0, max=1, description="idle", layout=W.Layout(width="230px"))
         self._wire()
         wrap = W.Layout(flex_flow="row wrap")
-        super().__init__([W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
-                          W.HBox([self.step, self.sigma, self.votes, self.run_certify], layout=wrap),
-                          W.HBox([self.stop, self.progress]), self.stage])
+        super().__init__([
+            W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
+            W.HBox([self.sigma, self.votes, self.run_certify, self.stop], layout=wrap),
+            W.HBox([self.step, self.progress], layout=wrap), self.stage])
         self.refresh()
 
     def _wire(self) -> None:
@@ -166,7 +172,7 @@ class Explorer(W.VBox):
 
     def refresh(self, _=None) -> None:
         """Draw the present state."""
-        self.stage.frame = self.scene.at(self.step.value, self.sigma.value, round(self.votes.value))
+        self.stage.frame = self.scene.at(self.step.value, self.sigma.value, self.votes.value)
 
     def attack(self) -> None:
         """Start the attack on the plain classifier."""
@@ -175,7 +181,7 @@ class Explorer(W.VBox):
 
     def certify(self) -> None:
         """Start votes, certificate and the attack on the smoothed vote."""
-        self.start("certifying", self.scene.certify(self.sigma.value, round(self.votes.value)))
+        self.start("certifying", self.scene.certify(self.sigma.value, self.votes.value))
 
     def start(self, what: str, work: Iterator[float]) -> None:
         """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""

@@ -48,13 +48,16 @@ class DigitScene:
         colours = figures.emphasis(logits)
         if picked is not None and picked not in (best, second):
             colours[picked] = figures.WRONG
-        note = (f"Predicted <b>{best}</b> (label {label}) with posterior {float(share[best]):.3f}; runner-up {second} is "
-                f"{float(logits[best] - logits[second]):.1f} nats behind. At σ = {sigma:.2f} the denoised {best} misses the "
-                f"picture by {float(error[best]):.2f}, the denoised {second} by {float(error[second]):.2f} (squared).")
+        lead = float(logits[best] - logits[second])
+        note = (f"Predicted <b>{best}</b> (label {label}) with posterior {float(share[best]):.3f}; runner-up {second} "
+                f"is {lead:.1f} nats behind. At σ = {sigma:.2f} the denoised {best} misses the picture by "
+                f"{float(error[best]):.2f}, the denoised {second} by {float(error[second]):.2f} (squared).")
         return figures.frame([
             figures.tiles([z, (z_sigma / (1 + sigma))], columns=2, size=92, low=-1, high=1, title=f"Test digit {index}",
-                          captions=[f"label {label}", f"noised, σ = {sigma:.2f}"], alt=f"A handwritten {label} and its noised copy."),
-            figures.tiles(denoised, columns=10, size=58, low=-1, high=1, title="Denoised as if it were each class (click one)",
+                          captions=[f"label {label}", f"noised, σ = {sigma:.2f}"],
+                          alt=f"A handwritten {label} and its noised copy."),
+            figures.tiles(denoised, columns=10, size=58, low=-1, high=1,
+                          title="Denoised as if it were each class (click one)",
                           captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)], pick=True,
                           borders=[None if c == OTHER else c for c in colours],
                           alt="The noised digit denoised under each of the ten classes, with squared errors."),
@@ -71,7 +74,8 @@ def excess_curves(losses: Tensor, best: int, colours: list[str], sigmas: Tensor,
                    width=1 if colours[k] == OTHER else 2.4, fill=colours[k] == SECOND) for k in order]
     top = float(excess.max())
     return figures.curves(sigmas, series, title="Evidence against each class (area = nats)", cursor=cursor, xlog=True,
-                          xlabel="noise level σ (model units; drag)", ylabel="excess loss / σ²",
+                          xlabel="noise level σ (model units" + ("; drag)" if cursor is not None else ")"),
+                          ylabel="excess loss / σ²",
                           yrange=(min(0.0, float(excess.min())), max(top * 1.05, 1e-3)),
                           alt=f"Excess loss over class {best} for every class against the noise level.",
                           **{"w": 440, "h": 240, **more})
@@ -86,11 +90,12 @@ def posterior_bars(share: Tensor, colours: list[str], title: str = "Posterior p(
 
 
 class OptimalDigitsScene:
-    """Notebook 04: the network against the closed-form optimal denoiser of the training set, on the same noised digit."""
+    """Notebook 04: the network against the optimal denoiser of the training set, on the same noised digit."""
 
     def __init__(self, denoiser: Denoiser, seed: int = 0):
         self.world, self.denoiser = data.digits(), denoiser
-        self.optimal = MixtureDenoiser.of_images(units.to_model(self.world.train_images).double(), self.world.train_labels)
+        pictures = units.to_model(self.world.train_images).double()
+        self.optimal = MixtureDenoiser.of_images(pictures, self.world.train_labels)
         self.eps = torch.randn(denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1))
 
     def at(self, index: int, sigma: float, seen: bool) -> dict:
@@ -100,9 +105,11 @@ class OptimalDigitsScene:
         z, label = units.to_model(images[index]), int(labels[index])
         z_sigma = (z + sigma * self.eps)[None]
         with torch.no_grad():
-            pairs = {"the trained network": self.denoiser(z_sigma, sigma)[0], "the optimal denoiser": self.optimal(z_sigma, sigma)[0]}
+            pairs = {"the trained network": self.denoiser(z_sigma, sigma)[0],
+                     "the optimal denoiser": self.optimal(z_sigma, sigma)[0]}
         panels = [figures.tiles([z, z_sigma[0] / (1 + sigma)], columns=2, size=92, low=-1, high=1,
-                                title=f"{'Training' if seen else 'Test'} digit {index}", captions=[f"label {label}", f"σ = {sigma:.2f}"],
+                                title=f"{'Training' if seen else 'Test'} digit {index}",
+                                captions=[f"label {label}", f"σ = {sigma:.2f}"],
                                 alt=f"A handwritten {label} and its noised copy.")]
         errors = []
         for name, denoised in pairs.items():

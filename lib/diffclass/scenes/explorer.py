@@ -19,13 +19,14 @@ from diffclass.scenes.digits import CURVE_LEVELS, excess_curves, posterior_bars
 
 NORMS = {"L2": "l2", "L∞": "linf"}
 ALPHA = 0.001
+STEPS = 20
 CHECK_VOTES = 200  # votes that decide whether a perturbed point has changed the smoothed prediction
 
 
 class ExplorerScene:
     """The state of the explorer: a digit, the film of its attack, its votes, and the smallest perturbations found.
 
-    Jobs (`attack`, `certify`) are iterators: each item is a share of work done, so that a widget can show and stop them.
+    Jobs (`attack`, `certify`) are iterators: each item is the share of work done; a widget can show and stop them.
     Randomness  every job starts from its own fixed seed: the same controls give the same numbers
     """
 
@@ -55,7 +56,7 @@ class ExplorerScene:
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def attack(self, norm: str, budget: float, steps: int = 20) -> Iterator[float]:
+    def attack(self, norm: str, budget: float, steps: int = STEPS) -> Iterator[float]:
         """PGD on the plain classifier: fills the film, and keeps the smallest fooling perturbation seen so far."""
         y = torch.tensor([self.predicted])
         self.film, self.known = [], {}
@@ -83,7 +84,8 @@ class ExplorerScene:
 
     def _attack_smoothed(self, sigma_pixel: float) -> Iterator[float]:
         original = self.certificate.prediction
-        stand_in = smoothing.NoiseAveraged(self._noised(sigma_pixel, seed=3), sigma_pixel, 16, torch.Generator().manual_seed(4))
+        stand_in = smoothing.NoiseAveraged(self._noised(sigma_pixel, seed=3), sigma_pixel, 16,
+                                           torch.Generator().manual_seed(4))
         judge = self._noised(sigma_pixel, seed=5)
 
         def changed(x: Tensor) -> bool:
@@ -91,7 +93,8 @@ class ExplorerScene:
             return certificates.prediction_changed(counts.tolist(), original, ALPHA)
 
         budgets = (1.0, 2.0, 3.0, 4.5)
-        search = attacks.smallest_l2(stand_in, self.x, torch.tensor([original]), fooled=changed, budgets=budgets, steps=8, rounds=5)
+        search = attacks.smallest_l2(stand_in, self.x, torch.tensor([original]), fooled=changed, budgets=budgets,
+                                     steps=8, rounds=5)
         for trial, best in enumerate(search):
             if best is not None:
                 self.smallest_smoothed = float(attacks.size_of(best - self.x, "l2"))
@@ -103,8 +106,9 @@ class ExplorerScene:
     # -- the frame ----------------------------------------------------------------------------------------------------
 
     def at(self, step: int, sigma_pixel: float, n: int) -> dict:
-        """What the explorer shows: frame `step` of the film (the clean digit without one), votes, and the radius axis."""
-        x, step = (self.film[min(step, len(self.film) - 1)].x, min(step, len(self.film) - 1)) if self.film else (self.x, 0)
+        """What is shown: frame `step` of the film (the clean digit without one), votes, and the radius axis."""
+        step = max(0, min(step, len(self.film) - 1))
+        x = self.film[step].x if self.film else self.x
         curve, logits = self._measured(step, x)
         share = torch.softmax(logits, 0)
         best = int(logits.argmax())
@@ -113,12 +117,13 @@ class ExplorerScene:
         size = float(attacks.size_of(delta, "l2"))
         shown = 0.5 + delta[0] * min(10.0, 0.5 / max(float(delta.abs().max()), 1e-6))
         panels = [
-            figures.tiles([self.x[0], x[0], shown], columns=3, size=96, title=f"Test digit {self.index}, a {self.label}",
+            figures.tiles([self.x[0], x[0], shown], columns=3, size=96,
+                          title=f"Test digit {self.index}, a {self.label}",
                           captions=["clean", f"step {step}: {best}", f"change, L2 {size:.2f}"],
                           borders=[None, figures.WRONG if best != self.predicted else None, None],
                           alt=f"The digit, its perturbed copy at step {step}, and the perturbation."),
-            excess_curves(curve, best, colours, self.curve_bank.sigma, None, w=380),
-            posterior_bars(share, colours, "Posterior of the plain classifier", w=300),
+            excess_curves(curve, best, colours, self.curve_bank.sigma, None, w=380, h=210),
+            posterior_bars(share, colours, "Posterior of the plain classifier", w=300, h=210),
             self._film_panel(step), self._votes_panel(n), self._axis(sigma_pixel, n),
         ]
         return figures.frame(panels, self._note(best, float(share[best]), size))
@@ -131,42 +136,47 @@ class ExplorerScene:
         return self.known[step]
 
     def _film_panel(self, step: int) -> dict:
-        if not self.film:
-            steps, margins = [0.0, 1.0], [0.0, 0.0]
-        else:
-            steps = [float(f.step) for f in self.film]
-            y = torch.tensor([self.predicted])
+        y = torch.tensor([self.predicted])
+        if self.film:
+            title, steps = "Film of the attack: margin at each step", [float(f.step) for f in self.film]
             margins = [-float(attacks.margin_loss(f.logits, y)) for f in self.film]
-        return figures.curves(steps, [dict(y=margins, colour=COLOURS[0], width=2.2), dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")],
-                              title="Film of the attack: margin, step by step", xlabel="PGD step (drag)", ylabel="nats",
-                              cursor=step if self.film else None, w=340, h=210,
-                              alt="Margin of the predicted class over the runner-up at each step of the attack; below zero it is fooled.")
+        else:
+            title, steps = "Margin before any attack: press Attack", [0.0, float(STEPS)]
+            margins = 2 * [-float(attacks.margin_loss(self._measured(0, self.x)[1][None], y))]
+        zero = dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")
+        return figures.curves(steps, [dict(y=margins, colour=COLOURS[0], width=2.2), zero], title=title, w=540, h=210,
+                              xlabel="PGD step" + " (drag)" * bool(self.film), ylabel="lead / nats",
+                              cursor=step if self.film else None,
+                              alt="Lead of the predicted class over the runner-up, in nats, at each step of the "
+                                  "attack; below zero the classifier is fooled.")
 
     def _votes_panel(self, n: int) -> dict:
         counts = self.counts if self.counts is not None else torch.zeros(10)
         total = max(1, int(counts.sum()))
         text = f"Votes of the noised classifier (n = {total})" if self.counts is not None else "Votes: press Certify"
-        return figures.bars([str(k) for k in range(10)], counts / total, colours=figures.emphasis(counts, 1), title=text,
-                            texts=[str(int(c)) if c else "" for c in counts], xlabel="class", w=300, h=210,
-                            alt="Votes of the noised classifier for each class.")
+        return figures.bars([str(k) for k in range(10)], counts / total, title=text,
+                            colours=figures.emphasis(counts, 1), texts=[str(int(c)) if c else "" for c in counts],
+                            xlabel="class", w=450, h=210, alt="Votes of the noised classifier for each class.")
 
     def _axis(self, sigma_pixel: float, n: int) -> dict:
         radius = self.certificate.radius if self.certificate else 0.0
         ceiling = certificates.largest_radius(n, sigma_pixel, ALPHA)
         rows = [dict(label="plain classifier", certified=0.0, attacked=self.smallest),
                 dict(label=f"smoothed, σ = {sigma_pixel:.2f}", certified=radius, attacked=self.smallest_smoothed)]
+        spoken = [f"{row['label']}: certified up to {row['certified']:.2f}, smallest attack found: {row['attacked']}"
+                  for row in rows]
         found = [v for v in (self.smallest, self.smallest_smoothed, radius, ceiling) if v]
         return figures.radius_axis(rows, title="How far is the nearest picture that is classified differently?",
-                                   xlabel=f"L2 radius in pixels (largest radius that {n} votes can certify: {ceiling:.2f})",
-                                   range=(0.0, max(1.0, 1.15 * max(found))), w=720,
-                                   alt=f"Certified up to {radius:.2f}; smallest attack found: plain {self.smallest}, smoothed {self.smallest_smoothed}.")
+                                   xlabel=f"L2 radius in pixels (largest that {n} votes can certify: {ceiling:.2f})",
+                                   range=(0.0, max(1.0, 1.15 * max(found))), w=1004, alt="; ".join(spoken) + ".")
 
     def _note(self, best: int, share: float, size: float) -> str:
-        lines = [f"The plain classifier says <b>{best}</b> (posterior {share:.3f})"
-                 + (f", <b>fooled</b> at L2 distance {size:.2f}." if best != self.predicted else ".")]
+        fooled = f", <b>fooled</b> at L2 distance {size:.2f}." if best != self.predicted else "."
+        lines = [f"The plain classifier says <b>{best}</b> (posterior {share:.3f}){fooled}"]
         if self.certificate is not None:
-            lines.append(str(self.certificate) + ".")
+            lines.append(f"Smoothed vote {self.certificate}.")
             if self.certificate.prediction is not None and self.searched:
-                lines.append("Attack on the smoothed vote: " + (f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
-                             if self.smallest_smoothed else "none found; that is not a proof."))
+                found = (f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
+                         if self.smallest_smoothed else "none found; that is not a proof.")
+                lines.append(f"Attack on the smoothed vote: {found}")
         return " ".join(lines)

@@ -56,7 +56,8 @@ class PlaneScene:
 
     def curves(self, y, title: str, ylabel: str, alt: str, **more) -> dict:
         """One curve for each class over the bank's noise levels. Shapes: y [K,T] -> a panel."""
-        series = [dict(y=row, colour=c, label=n, width=2.2) for row, c, n in zip(y, self.colours, self.names, strict=True)]
+        series = [dict(y=row, colour=c, label=n, width=2.2)
+                  for row, c, n in zip(y, self.colours, self.names, strict=True)]
         return figures.curves(self.bank.sigma, series, title=title, xlabel="noise level σ (model units)", ylabel=ylabel,
                               alt=alt, xlog=True, **{"h": 300, **more})
 
@@ -68,8 +69,9 @@ class PlaneScene:
 
     def plane(self, xy, title: str, **more) -> dict:
         """The plane with the sampled points and the handle."""
+        where = f"{float(xy[0]):.2f}, {float(xy[1]):.2f}"
         return figures.plane(title=title, handle=xy, backdrop="posterior", dots=self.dots, dot_colours=self.dot_colours,
-                             alt=f"Plane of the {self.law.name} law; the point is at {float(xy[0]):.2f}, {float(xy[1]):.2f}.", **more)
+                             alt=f"Plane of the {self.law.name} law; the point is at {where}.", **more)
 
     # -- notebook 03 --------------------------------------------------------------------------------------------------
 
@@ -98,7 +100,7 @@ class PlaneScene:
     def elbo(self, xy, steps: int) -> dict:
         """KL terms of a chain of `steps` steps, the bound of each class, and the gap as the chain grows."""
         z = point_of(xy)
-        exact = self.denoiser.log_density(z + FIRST * self.first_eps, FIRST).mean(0)  # E log p at the chain's first level
+        exact = self.denoiser.log_density(z + FIRST * self.first_eps, FIRST).mean(0)  # E log p at the chain's beginning
         counts = [4, 8, 16, 32, 64, 128]
         bounds = {count: self._bound(z, count) for count in counts}
         kl, bound, sigma = self._bound(z, steps)
@@ -108,18 +110,20 @@ class PlaneScene:
         low = min(float(bound.min()), float(exact.min())) - 1
         kl_panel = figures.curves(sigma, [dict(y=row, colour=c, label=n, width=2) for row, c, n in
                                           zip(kl, self.colours, self.names, strict=True)],
-                                  title=f"KL per step, {steps} steps", xlabel="noise level σ of the step", ylabel="nats",
-                                  xlog=True, xrange=(FIRST, LAST), yrange=(0, max(1.0, float(kl.max()) * 1.05)),
-                                  alt="KL term of every step of the chain, one curve for each class.", w=340, h=300)
-        gap_panel = figures.curves(counts, [dict(y=gaps, colour=self.colours[best], label=f"class {self.names[best]}", width=2)],
-                                   title="Gap against the number of steps", xlabel="steps T", ylabel="nats", xlog=True,
-                                   ylog=True, yrange=(1e-2, 100), cursor=steps, w=300, h=300,
+                                  title=f"KL per step, {steps} steps", ylabel="nats",
+                                  xlabel="noise level σ of the step", xlog=True, xrange=(FIRST, LAST),
+                                  yrange=(0, max(1.0, float(kl.max()) * 1.05)),
+                                  alt="KL term of every step of the chain, one curve for each class.", w=310, h=300)
+        gap_line = dict(y=gaps, colour=self.colours[best], label=f"class {self.names[best]}", width=2)
+        gap_panel = figures.curves(counts, [gap_line], title="Gap against the number of steps", xlabel="steps T (drag)",
+                                   ylabel="nats", xlog=True, ylog=True, yrange=(1e-2, 100), cursor=steps, w=260, h=300,
                                    alt="The gap between exact log-likelihood and bound falls like one over T.")
         bars = figures.bars(self.names, bound, title="ELBO (black: exact log p)", colours=self.colours, marks=exact,
                             range=(low, max(0.0, float(exact.max()) + 1)), texts=[f"{float(v):.2f}" for v in bound],
-                            xlabel="nats", alt=f"ELBO {_spoken(self.names, bound)}; exact {_spoken(self.names, exact)}.", w=200, h=300)
-        note = (f"With {steps} steps the bound on log p(x | {self.names[best]}) is {float(bound[best]):.3f} nats, the truth "
-                f"{float(exact[best]):.3f}: a gap of {here:.3f}.")
+                            xlabel="nats", w=190, h=300,
+                            alt=f"ELBO {_spoken(self.names, bound)}; exact {_spoken(self.names, exact)}.")
+        note = (f"With {steps} steps the bound on log p(x | {self.names[best]}) is {float(bound[best]):.3f} nats, the "
+                f"truth {float(exact[best]):.3f}: a gap of {here:.3f}.")
         return figures.frame([self.plane(xy, "Drag the point"), kl_panel, bars, gap_panel], note)
 
     def _bound(self, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,9 +154,11 @@ class PlaneScene:
         return figures.frame([
             self.plane(xy, f"Denoised at σ = {sigma:.2f}", markers=markers, lines=lines, ring=(*xy, sigma)),
             self.curves(losses, "Noise error of each class, were the point clean", "loss / σ²", cursor=sigma, w=430,
-                        alt="Loss of the point under each class against sigma.", yrange=(0, float(losses.max()) * 1.05)),
-            figures.bars(self.names, share, title=f"p(class | x_σ) at σ = {sigma:.2f}", colours=self.colours, h=300, w=250,
-                         texts=[f"{float(p):.2f}" for p in share], xlabel="class", alt=f"Posterior {_spoken(self.names, share)}."),
+                        alt="Loss of the point under each class against sigma.",
+                        yrange=(0, float(losses.max()) * 1.05)),
+            figures.bars(self.names, share, title=f"p(class | x_σ) at σ = {sigma:.2f}", colours=self.colours, h=300,
+                         w=250, texts=[f"{float(p):.2f}" for p in share], xlabel="class",
+                         alt=f"Posterior {_spoken(self.names, share)}."),
         ], note)
 
 
@@ -187,12 +193,14 @@ class ForwardScene:
         vp, ve = signal * self.digit + spread * self.pixel_eps, self.digit + sigma * self.pixel_eps
         reach = float(1 + 2 * sigma)
         note = (f"t = {t}: signal √ᾱ = {float(signal):.3f}, noise √(1−ᾱ) = {float(spread):.3f}; the same picture at "
-                f"σ = {float(sigma):.3f} in VE form, {float(units.sigma_to_pixel(sigma)):.3f} in pixels; SNR = {float(abar / (1 - abar)):.3g}.")
+                f"σ = {float(sigma):.3f} in VE form, {float(units.sigma_to_pixel(sigma)):.3f} in pixels; "
+                f"SNR = {float(abar / (1 - abar)):.3g}.")
         return figures.frame([
             figures.plane(title=f"The plane at t = {t} (VP)", dots=z_t.numpy(), dot_colours=self.colours, limit=3.0,
-                          alt=f"Points of three classes, shrunk by {float(signal):.2f} and blurred by {float(spread):.2f}."),
-            figures.curves(steps, series, title="Signal-to-noise ratio", xlabel="timestep t (drag)", ylabel="SNR", ylog=True,
-                           yrange=(1e-5, 1e4), cursor=t, h=300, alt="SNR of three schedules against the timestep."),
+                          alt=f"Points of the classes, shrunk by {float(signal):.2f}, blurred by {float(spread):.2f}."),
+            figures.curves(steps, series, title="Signal-to-noise ratio", xlabel="timestep t (drag)", ylabel="SNR",
+                           ylog=True, yrange=(1e-5, 1e4), cursor=t, h=300,
+                           alt="SNR of three schedules against the timestep."),
             figures.tiles([self.digit, vp, units.to_model((ve / reach + 1) / 2)], columns=3, size=104, low=-1, high=1,
                           title="A digit", captions=["clean", "VP: z_t", "VE: x_σ, rescaled"],
                           alt="A digit, its VP noised form and its VE noised form, rescaled to be visible."),
