@@ -49,14 +49,61 @@ def test_a_changed_file_gets_a_sentence(shelf, content):
 
 def test_a_missing_file_gets_a_sentence(shelf):
     (shelf / "net.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="expected the asset net.* found no such file; .*train digits"):
+    with pytest.raises(FileNotFoundError, match=r"expected the asset net.* found no net.safetensors; .* again\.$"):
         assets.verified("net.safetensors")
+    with pytest.raises(FileNotFoundError, match="expected net.safetensors in .* to record its checksum, found no such"):
+        assets.record(["net.safetensors"])
+    assert "net.safetensors" in assets.checksums(), "its line stays"
+
+
+def test_missing_weights_say_which_command_trains_them(shelf):
+    with pytest.raises(FileNotFoundError, match="found no such file; .*or make it with `diffclass train digits`"):
+        assets.verified("digits-net.safetensors")
+
+
+def test_every_part_of_large_weights_is_verified(shelf):
+    for i in (1, 2):
+        (shelf / f"digits-large-{i}-of-2.safetensors").write_bytes(b"part %d" % i)
+    (shelf / "digits-large-student-1-of-1.safetensors").write_bytes(b"of another network")
+    assets.record(["digits-large.safetensors"])
+    parts = {"digits-large-1-of-2.safetensors", "digits-large-2-of-2.safetensors"}
+    assert set(assets.checksums()) == {"net.safetensors", *parts}
+    assert assets.verified("digits-large.safetensors") == shelf / "digits-large.safetensors"
+    (shelf / "digits-large-2-of-2.safetensors").write_bytes(b"part two")
+    with pytest.raises(ValueError, match="expected digits-large-2-of-2.safetensors with SHA-256"):
+        assets.verified("digits-large.safetensors")
+    (shelf / "digits-large-2-of-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="found no digits-large-2-of-2.safetensors; .*train digits"):
+        assets.verified("digits-large.safetensors")
+
+
+def test_recording_one_file_forgets_its_former_parts(shelf):
+    for i in (1, 2):
+        (shelf / f"a-{i}-of-2.safetensors").write_bytes(b"part")
+    assets.record(["a.safetensors"])
+    for i in (1, 2):
+        (shelf / f"a-{i}-of-2.safetensors").unlink()
+    (shelf / "a.safetensors").write_bytes(b"whole")
+    assets.record(["a.safetensors"])
+    assert set(assets.checksums()) == {"net.safetensors", "a.safetensors"}
 
 
 def test_an_unlisted_file_gets_a_sentence(shelf):
     (shelf / "other.bin").write_bytes(b"?")
     with pytest.raises(FileNotFoundError, match="its line in SHA256SUMS, found the file only"):
         assets.verified("other.bin")
+
+
+@pytest.mark.parametrize("line", [b"one-word", b"12ab  net.safetensors", b"\xff\xfe\x00", b"0" * 64,
+                                  b"0" * 64 + b"  "])
+def test_a_damaged_list_gets_a_sentence(shelf, line):
+    with (shelf / assets.SUMS).open("ab") as file:
+        file.write(line + b"\n")
+    damaged = "expected a SHA-256 and a file name in every line of SHA256SUMS, got .* restore it with git"
+    name = "net.safetensors"
+    for use in (assets.checksums, lambda: assets.verified(name), lambda: assets.record([name])):
+        with pytest.raises(ValueError, match=damaged):
+            use()
 
 
 def test_an_empty_folder_lists_nothing(tmp_path, monkeypatch):

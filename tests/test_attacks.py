@@ -52,14 +52,19 @@ def images(count: int = 200, seed: int = 0):
 
 
 def check_pgd(pgd=attacks.pgd):
-    """On a linear model PGD reaches the exact robust accuracy: an image falls iff its margin is below eps ||w||_q."""
-    model, (x, y) = Linear(), images()
-    for norm, q, budgets in (("linf", 1, (0.002, 0.01, 0.03)), ("l2", 2, (0.01, 0.03, 0.1))):
-        for epsilon in budgets:
-            *_, last = pgd(model, x, y, epsilon, norm=norm, steps=10)
-            falls = model.margin(x) < epsilon * model.normal.norm(p=q)
-            assert torch.equal(last.fooled, falls), (norm, epsilon)
-            assert 0.01 < float(falls.double().mean()), "a budget at which nothing falls proves nothing"
+    """On a linear model PGD reaches the exact robust accuracy: an image falls iff its margin is below eps ||w||_q.
+
+    The logits' scale does not matter: a step follows the direction of the gradient, not its length.
+    """
+    x, y = images()
+    for scale in (1e-3, 1.0, 1e3):
+        model = Linear(scale=scale)
+        for norm, q, budgets in (("linf", 1, (0.002, 0.01, 0.03)), ("l2", 2, (0.01, 0.03, 0.1))):
+            for epsilon in budgets:
+                *_, last = pgd(model, x, y, epsilon, norm=norm, steps=10)
+                falls = model.margin(x) < epsilon * model.normal.norm(p=q)
+                assert torch.equal(last.fooled, falls), (scale, norm, epsilon)
+                assert 0.01 < float(falls.double().mean()), "a budget at which nothing falls proves nothing"
 
 
 def test_pgd_reaches_the_exact_robust_accuracy():
@@ -209,7 +214,7 @@ def test_the_view_keeps_decisions_and_gradients():
     model, (x, _) = Linear(4, scale=1e4, shift=1e6), images(50)
     view = AttackView.calibrated(model, x)
     assert torch.equal(view(x).argmax(1), model(x).argmax(1)) and float(view(x).detach().min()) >= 0
-    top = view(x).topk(2, dim=1).values
+    top = view(x).detach().topk(2, dim=1).values
     assert abs(float((top[:, 0] - top[:, 1]).median()) - 1) < 1e-6
     leaf = x[:3].clone().requires_grad_(True)
     slope = torch.autograd.grad(view(leaf)[:, 1].sum(), leaf)[0]
@@ -300,16 +305,34 @@ def test_attacks_that_cannot_be_meant_get_a_sentence(options, error, sentence):
 def test_a_gradient_that_breaks_gets_a_sentence_and_the_frames_stand():
     class Breaking(Linear):
         def forward(self, x):
-            """Logits whose slope is 0 times infinity below 0.44."""
-            root = (x.flatten(1).amin(1, keepdim=True) - 0.44).clamp(min=0).sqrt()
+            """Finite logits; their slope is NaN below 0.44, as `where` does not keep the root's own slope out."""
+            depth = x.flatten(1).amin(1, keepdim=True) - 0.44
+            root = torch.where(depth > 0, depth.sqrt(), 0.0)
             return super().forward(x) + 5 * root * torch.tensor([1.0, 0.0])
 
     x, y = images(1)[0], torch.zeros(1, dtype=torch.long)  # climbing away from class 0 lowers the root
     frames = []
-    with pytest.raises(FloatingPointError, match="the attack's gradient became non-finite at step"):
+    with pytest.raises(FloatingPointError, match="gradient became non-finite at step 1; the frames so far stand"):
         for frame in attacks.pgd(Breaking(), x, y, 0.2, steps=10):
             frames.append(frame)
-    assert frames and all(bool(torch.isfinite(f.x).all()) for f in frames)
+    assert [f.step for f in frames] == [0, 1]
+    assert all(bool(torch.isfinite(f.x).all() and torch.isfinite(f.logits).all()) for f in frames)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_logits_that_are_not_numbers_do_not_count_as_fooled(steps):
+    """argmax of NaN is some class: an attack that ends, or passes, where a classifier breaks has fooled nothing."""
+    class Undefined(Linear):
+        def forward(self, x):
+            """Logits that are NaN, with the right slope, once any pixel is below 0.44."""
+            return super().forward(x) + torch.where(x.flatten(1).amin(1, keepdim=True) < 0.44, math.nan, 0.0)
+
+    x, y = images(4)
+    frames = []
+    with pytest.raises(FloatingPointError, match="the classifier's logits became NaN at step 1; the frames before it"):
+        for frame in attacks.pgd(Undefined(), x, y, 0.2, steps=steps, step_size=0.15):
+            frames.append(frame)
+    assert [f.step for f in frames] == [0]
 
 
 def test_a_view_needs_a_positive_temperature():

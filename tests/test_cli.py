@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffclass import __version__, assets, cli, data, noise, recipes, results, training
+from diffclass import __version__, assets, cifar, cli, data, noise, recipes, results, training
 from diffclass.denoisers import network
 from typer.testing import CliRunner
 
@@ -87,11 +87,11 @@ def test_help_and_version_import_nothing_heavy():
             "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("lab", "doctor", "train", "classify", "evaluate", "Exit codes", "130"))
+    assert all(name in done.stdout for name in ("lab", "doctor", "download", "train", "classify", "evaluate", "Exit codes", "130"))
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["lab", "doctor", "train", "classify", "evaluate"])
+@pytest.mark.parametrize("name", ["lab", "doctor", "download", "train", "classify", "evaluate"])
 def test_every_help_names_the_exit_codes(name):
     done = run(name, "--help")
     assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())
@@ -105,6 +105,43 @@ def test_bad_options_exit_2_with_nothing_on_stdout(folder, arguments):
 
 
 @pytest.mark.parametrize("arguments, words", [
+    (("--json", "evaluate", "--levels", "0"), "'--levels'"),
+    (("evaluate", "--limit", "many", "--json"), "'--limit'"),
+    (("evaluate", "--seed", "-1", "--json"), "'--seed'"),
+    (("evaluate", "--seed", str(2**64), "--json"), "'--seed'"),
+    (("evaluate", "--nonsense", "--json"), "--nonsense"),
+    (("--nonsense", "--json"), "--nonsense"),
+    (("nonsense", "--json"), "'nonsense'"),
+    (("classify", "--json"), "pictures"),
+    (("--json",), "Missing command"),
+])
+def test_bad_options_with_json_are_in_the_document_too(folder, arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2 and "Usage" in done.stderr
+    assert set(document(done)) == {"error"} and words in document(done)["error"]
+
+
+def test_a_picture_called_json_is_a_picture(folder, picture):
+    done = run("classify", "--", picture, "--json")
+    assert done.exit_code == 2 and "posterior" in done.stdout and one_sentence(done, "--json: ", "no such file")
+
+
+def test_download_without_a_network_says_what_to_do(folder, monkeypatch):
+    monkeypatch.setattr(cifar.download_cifar10, "__defaults__", (None, "http://127.0.0.1:9/none.tar.gz", False))
+    done = run("download", "cifar10", "--json")
+    assert done.exit_code == 2 and one_sentence(done, "127.0.0.1:9", "by hand")
+    assert document(done)["command"] == "download" and "by hand" in document(done)["error"]
+
+
+def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
+    archive = folder.parent / "cache" / "cifar10" / cifar.ARCHIVE
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(b"not the archive")
+    done = run("download", "cifar10")
+    assert done.exit_code == 2 and one_sentence(done, cifar.ARCHIVE)
+
+
+@pytest.mark.parametrize("arguments, words", [
     (("evaluate", "--weighting", "EDN"), ("'EDM'", "'EDN'")),
     (("evaluate", "--model", "professor"), ("'teacher'", "'professor'")),
     (("evaluate", "--world", "mars"), ("'plane'", "'mars'")),
@@ -114,12 +151,17 @@ def test_bad_options_exit_2_with_nothing_on_stdout(folder, arguments):
     (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
     (("classify", "--model", "professor", "x.png"), ("'professor'",)),
     (("train", "cifar10"), ("'digits'", "'cifar10'")),
+    (("download", "digits"), ("'cifar10'", "'digits'")),
 ])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_unknown_names_exit_2_with_one_sentence(folder, arguments, words, as_json):
     done = run(*["--json"] * as_json, *arguments)
     assert done.exit_code == 2 and one_sentence(done, *words)
-    assert all(word in document(done)["error"] for word in words) if as_json else done.stdout == ""
+    if not as_json:
+        assert done.stdout == ""
+    else:
+        assert all(word in document(done)["error"] for word in words)
+        assert document(done)["command"] == arguments[0]
 
 
 def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
@@ -196,7 +238,10 @@ def test_doctor_finds_a_broken_asset_with_the_right_checksum(folder):
 def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
     (folder / assets.SUMS).write_text("one-word\n")
     done = run("--json", "doctor")
-    assert done.exit_code == 1 and statuses(document(done))[assets.SUMS]["status"] == "problem"
+    checks = statuses(document(done))
+    assert done.exit_code == 1 and checks[assets.SUMS]["status"] == "problem"
+    assert checks[recipes.TEACHER]["state"] == "unlisted" and "'one-word'" in checks[recipes.TEACHER]["detail"]
+    assert one_sentence(run("classify", "x.png"), "'one-word'", "restore it with git")
     shutil.rmtree(folder)
     done = run("--json", "doctor")
     assert done.exit_code == 1 and statuses(document(done))[recipes.TEACHER]["state"] == "missing"
@@ -205,7 +250,7 @@ def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
 def test_doctor_names_a_missing_package(folder, monkeypatch):
     monkeypatch.setattr(cli, "PACKAGES", ("plotly", "no-such-package"))
     done = run("doctor")
-    assert done.exit_code == 1 and "no-such-package" in done.stdout and "python3 -m lib lab" in done.stdout
+    assert done.exit_code == 1 and "no-such-package. Run" in done.stdout and "python3 -m lib lab" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,6 +384,18 @@ def test_a_broken_file_does_not_stop_the_others(folder, picture, tmp_path):
     done = run("--json", "classify", broken, picture)
     first, second = document(done)["pictures"]
     assert done.exit_code == 2 and set(first) == {"file", "error"} and second["prediction"] in "0123456789"
+
+
+def test_a_sentence_that_asks_keeps_its_question_mark(folder, picture, monkeypatch):
+    from diffclass import pictures
+
+    def refuse(*arguments):
+        raise ValueError("expected pixels in [0,1],\n got 255; did you forget to divide?")
+
+    monkeypatch.setattr(pictures, "load_picture", refuse)
+    done = run("classify", picture)
+    assert done.exit_code == 2
+    assert done.stderr == f"diffclass: {picture}: expected pixels in [0,1], got 255; did you forget to divide?\n"
 
 
 def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkeypatch):

@@ -266,7 +266,9 @@ def test_networks_are_built_from_their_seed_alone(case):
     for global_seed in (1, 2):
         with torch.random.fork_rng():
             torch.manual_seed(global_seed)
+            before = torch.get_rng_state()
             global_seeds.append(build(case, seed=7, awake=False).state_dict())
+            assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
     other = build(case, seed=8, awake=False).state_dict()
     assert all(torch.equal(global_seeds[0][n], global_seeds[1][n]) for n in other)
     assert any(not torch.equal(global_seeds[0][n], other[n]) for n in other)
@@ -320,7 +322,7 @@ def test_weights_travel_bit_for_bit(case, tmp_path):
 
 
 def test_missing_weights_get_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected weights at none.*, found none; run `diffclass doctor`"):
+    with pytest.raises(FileNotFoundError, match="expected weights at none.* in 1 file, found 0; run `diffclass doctor`"):
         network.load_denoiser(tmp_path / "none.safetensors")
 
 

@@ -130,9 +130,42 @@ def test_the_average_of_noised_logits_has_the_closed_form_mean_and_a_gradient():
     (dict(sigma_pixel=0.0), ValueError, "expected a finite noise level sigma_pixel > 0, got 0"),
     (dict(sigma_pixel=-1.0), ValueError, "got -1"),
     (dict(sigma_pixel=math.inf), ValueError, "got inf"),
-    (dict(n=0), ValueError, "expected at least one vote, got n=0"),
+    (dict(n=0), ValueError, "expected at least one vote, .* got n=0"),
+    (dict(batch=0), ValueError, "in batches of at least one, got n=10, batch=0"),
+    (dict(x=torch.zeros(1, *SHAPE).numpy()), TypeError, "expected images as a torch.Tensor, got ndarray"),
 ])
 def test_votes_that_cannot_be_meant_get_a_sentence(change, error, sentence):
     arguments = {"x": torch.zeros(1, *SHAPE), "sigma_pixel": 0.25, "n": 10, "generator": generator(), **change}
     with pytest.raises(error, match=sentence):
         next(smoothing.count_votes(HalfSpace(), **arguments))
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(selection=0), "expected at least one vote, .* got n=0"),
+    (dict(estimation=-5), "expected at least one vote, .* got n=-5"),
+    (dict(sigma_pixel=0.0), "expected a finite noise level sigma_pixel > 0"),
+])
+def test_a_certificate_needs_votes_and_noise(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        list(smoothing.draw_votes(HalfSpace(), image(0.1), **{"sigma_pixel": 0.25, **change}))
+
+
+@pytest.mark.parametrize("sigma, draws, sentence", [
+    (0.0, 4, "expected a finite noise level sigma_pixel > 0"),
+    (math.nan, 4, "got nan"),
+    (0.25, 0, "expected at least one draw to average over, got 0"),
+])
+def test_an_average_needs_noise_and_draws(sigma, draws, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        smoothing.NoiseAveraged(HalfSpace(), sigma, draws, generator())
+
+
+def test_logits_that_are_not_numbers_are_no_votes():
+    """argmax of NaN is some class, always the same one: without the error a broken classifier would be certified."""
+    class Undefined(HalfSpace):
+        def forward(self, x):
+            """Logits that are NaN for one image in a few."""
+            return super().forward(x) + torch.where(x.flatten(1).amin(1, keepdim=True) < 0, math.nan, 0.0)
+
+    with pytest.raises(FloatingPointError, match="logits became NaN on noised images .sigma_pixel 0.25. and cannot"):
+        list(smoothing.draw_votes(Undefined(), image(0.1), 0.25))

@@ -137,6 +137,12 @@ def test_training_depends_on_its_seed_alone():
     assert equal(*results) and not equal(results[0], other)
 
 
+def test_a_batch_is_shared_evenly_or_gets_a_sentence():
+    assert [training.own_share(12, processes) for processes in (1, 3, 4)] == [12, 4, 3]
+    with pytest.raises(ValueError, match="expected a batch that 5 processes can share evenly, got 12 images; .* of 5"):
+        training.own_share(12, 5)
+
+
 def test_a_loss_that_explodes_gets_a_sentence():
     images, labels = pictures()
     with pytest.raises(FloatingPointError, match=r"the loss became nan at step 0; lower the rate \(0.002\)"):

@@ -1,6 +1,8 @@
 """The files that travel with the course: where they are, and whether they are still what they were."""
 
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from diffclass.results import sha256_of
@@ -14,36 +16,67 @@ def folder() -> Path:
 
 
 def checksums() -> dict[str, str]:
-    """The SHA-256 that each file should have, from `SHA256SUMS` (the format of sha256sum); empty if there is none."""
+    """The SHA-256 that each file should have, from `SHA256SUMS` (the format of sha256sum); empty if there is none.
+
+    Errors      ValueError for a line that is not a checksum and a name
+    """
     return _listed(folder() / SUMS)
 
 
 def _listed(listing: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
-    pairs = (line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip())
-    return {name.lstrip("*").strip(): digest for digest, name in pairs}
+    listed = {}
+    for line in filter(str.strip, listing.read_text(encoding="utf-8", errors="replace").splitlines()):
+        entry = re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*?)\s*", line)
+        if not entry:
+            raise ValueError(f"expected a SHA-256 and a file name in every line of {listing.name}, got {line[:80]!r}; "
+                             "the list is damaged: restore it with git.")
+        listed[entry[2]] = entry[1]
+    return listed
 
 
 def verified(name: str) -> Path:
-    """The path of an asset whose checksum holds.
+    """The path of an asset whose checksum holds; large weights are several files, NAME-1-of-2.safetensors and so on.
 
-    Errors      FileNotFoundError if it is missing or unlisted; ValueError if its bytes have changed
+    Errors      FileNotFoundError if a file is missing or unlisted; ValueError if its bytes have changed
     """
-    path, wanted = folder() / name, checksums().get(name)
-    if not path.exists() or wanted is None:
-        raise FileNotFoundError(f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found "
-                                f"{'the file only' if path.exists() else 'no such file'}; check out the repository again, "
-                                "or make it with `diffclass train digits`.")
-    got = sha256_of(path)
-    if got != wanted:
-        raise ValueError(f"expected {name} with SHA-256 {wanted[:12]}..., got {got[:12]}... ({path.stat().st_size} bytes); "
-                         "the file was changed or its copy cut short: restore it with git, or train it again.")
+    path, listed = folder() / name, checksums()
+    parts = _files_of(name, listed)
+    missing = [part for part in parts if not (folder() / part).exists()]
+    if missing or not parts:
+        found = f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
+        world, dash, _ = name.partition("-")  # weights are named after the world that they were trained on
+        raise FileNotFoundError(f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
+                                "check out the repository again"
+                                f"{f', or make it with `diffclass train {world}`' if dash else ''}.")
+    for part in parts:
+        got = sha256_of(folder() / part)
+        if got != listed[part]:
+            raise ValueError(f"expected {part} with SHA-256 {listed[part][:12]}..., got {got[:12]}... "
+                             f"({(folder() / part).stat().st_size} bytes); the file was changed or its copy cut short: "
+                             "restore it with git, or train it again.")
     return path
 
 
 def record(names: list[str], target: Path | None = None) -> None:
-    """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files."""
+    """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files.
+
+    Errors      FileNotFoundError for a name without a file; ValueError for a damaged list
+    """
     target = target or folder()
-    lines = _listed(target / SUMS) | {name: sha256_of(target / name) for name in names}
+    lines = _listed(target / SUMS)
+    for name in names:
+        for old in _files_of(name, lines):
+            del lines[old]
+        files = _files_of(name, os.listdir(target))
+        if not files:
+            raise FileNotFoundError(f"expected {name} in {target} to record its checksum, found no such file.")
+        lines |= {file: sha256_of(target / file) for file in files}
     (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))
+
+
+def _files_of(name: str, present: Collection[str]) -> list[str]:
+    """The names among `present` that hold an asset: itself, or its parts."""
+    part = re.compile(rf"{re.escape(Path(name).stem)}-\d+-of-\d+{re.escape(Path(name).suffix)}")
+    return [name] if name in present else sorted(filter(part.fullmatch, present))

@@ -1,4 +1,4 @@
-"""Attacks on whatever maps pixels to logits, written to be read; and the view of a classifier that attack libraries need."""
+"""Attacks on whatever maps pixels to logits, written to be read; and the view of a classifier that libraries need."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class AttackView(nn.Module):
             raise ValueError(f"expected a temperature > 0, got {temperature}; use AttackView.calibrated.")
         self.classifier, self.temperature = classifier, float(temperature)
         self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # libraries ask the first parameter for a device
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # libraries ask it for the device
 
     @classmethod
     def calibrated(cls, classifier: nn.Module, x: Tensor) -> "AttackView":
@@ -99,7 +99,8 @@ def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: st
     Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `AttackStep`
     Units       epsilon and step_size in pixels; step_size defaults to 2.5 epsilon / steps
     Randomness  a random start if `generator` is given; a random classifier draws its own noise
-    Errors      ValueError for a budget or labels that cannot be meant, FloatingPointError for a non-finite gradient
+    Errors      ValueError for a budget or labels that cannot be meant; FloatingPointError for a gradient that is not
+                finite or logits that are NaN, whose argmax would count as a class; the frames before it stand
     """
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
@@ -118,11 +119,14 @@ def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: st
                 logits = drawn.detach() if logits is None else logits + drawn.detach()
                 if step < steps:
                     gradient = gradient + torch.autograd.grad(loss(drawn, y).sum(), x)[0]
+        if bool(torch.isnan(logits).any()):
+            raise FloatingPointError(f"the classifier's logits became NaN at step {step}; the frames before it stand, "
+                                     "and infinity minus infinity or 0/0 in the classifier is the likely cause.")
         yield AttackStep(step, x.detach(), logits / draws, (logits.argmax(1) != y), size_of(x.detach() - x0, norm))
         if step < steps:
             if not bool(torch.isfinite(gradient).all()):
-                raise FloatingPointError(f"the attack's gradient became non-finite at step {step}; the frames before it "
-                                         "stand. Saturated logits or a division by zero in the classifier cause this.")
+                raise FloatingPointError(f"the attack's gradient became non-finite at step {step}; the frames so far "
+                                         "stand, and the slope of a root or a logarithm at 0 is the likely cause.")
             x = project(x.detach() + step_size * _ascent(gradient, norm), x0, epsilon, norm)
 
 

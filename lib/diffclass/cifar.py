@@ -61,7 +61,7 @@ def _layout(folder: Path) -> tuple[str, Path] | None:
 
 def _missing() -> str:
     places = " and ".join(str(folder) for folder in _folders())
-    return (f"expected CIFAR-10 in {places}, found none; run download_cifar10() once (163 MiB), or put {ARCHIVE} from "
+    return (f"expected CIFAR-10 in {places}, found none; run `diffclass download cifar10` once (163 MiB), or put {ARCHIVE} from "
             f"{OFFICIAL_URL} into {cifar10_cache()}, or set DIFFCLASS_CIFAR10 to the folder that holds it.")
 
 
@@ -157,7 +157,7 @@ def _read_archive(path: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarr
             raise tarfile.TarError(f"it holds no {names[0]}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as reason:
         raise ValueError(f"expected {path.name} to be the official CIFAR-10 archive, got {path.stat().st_size} bytes "
-                         f"that cannot be read ({reason}); delete it and run download_cifar10().") from reason
+                         f"that cannot be read ({reason}); delete it and run `diffclass download cifar10`.") from reason
 
 
 def _read_tiles(folder: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

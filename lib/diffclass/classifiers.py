@@ -40,7 +40,8 @@ class BayesClassifier(nn.Module):
         if not temperature > 0:
             raise ValueError(f"expected a temperature > 0, got {temperature}; 1 is Bayes' rule.")
         if bank.image_shape != denoiser.image_shape:
-            raise ValueError(f"expected a noise bank for images {list(denoiser.image_shape)}, got {list(bank.image_shape)}.")
+            raise ValueError(f"expected a noise bank for images {list(denoiser.image_shape)}, "
+                             f"got {list(bank.image_shape)}.")
         self.denoiser, self.bank, self.weighting = denoiser, bank, weighting
         self.temperature, self.chunk = temperature, chunk
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))

@@ -24,6 +24,7 @@ from diffclass import __version__, assets
 
 ROOT = Path(__file__).resolve().parents[2]
 OK, PROBLEM, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+UsageError = typer.BadParameter.__base__  # typer does not export it
 FAILURES = (ValueError, TypeError, ArithmeticError, OSError, ImportError)  # what the library says in one sentence
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
 SET_UP = "Run `python3 -m lib lab` in the checkout: it installs what is missing."
@@ -47,21 +48,35 @@ class Answer:
         print(f"diffclass: {sentence}", file=sys.stderr, flush=True)
         self.content["error"] = sentence
 
+    def finish(self) -> None:
+        """Print the document, if it is wanted and there is anything in it."""
+        if self.json and self.content:
+            print(json.dumps(self.content, indent=2, ensure_ascii=False, allow_nan=False))
+
 
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line; the operating system's own errors name the file first."""
     system = isinstance(error, OSError) and error.filename and error.strerror
     text = f"{error.filename}: {error.strerror}" if system else str(error) or type(error).__name__
-    return " ".join(text.split()).rstrip(".") + "."
+    text = " ".join(text.split())
+    return text if text.endswith("?") else text.rstrip(".") + "."
 
 
 class _Commands(typer.core.TyperGroup):
     """Turns what the library raises into one sentence and an exit code, and prints the JSON document once."""
 
+    def make_context(self, info_name, args, parent=None, **extra):
+        """--json is looked up before anything is parsed: it also holds for arguments that cannot be understood."""
+        answer = Answer(json="--json" in (args[:args.index("--")] if "--" in args else args))
+        with self._usage_errors(answer):
+            return super().make_context(info_name, args, parent, obj=answer, **extra)
+
     def invoke(self, ctx):
-        answer, code = ctx.ensure_object(Answer), OK
+        """Run the command; whatever happens, its answer is printed once."""
+        answer, code = ctx.obj, OK
         try:
-            super().invoke(ctx)
+            with self._usage_errors(answer):
+                super().invoke(ctx)
         except typer.Exit as end:
             code = end.exit_code
         except BrokenPipeError:  # the reader of a pipe has left, as `head` does
@@ -72,18 +87,22 @@ class _Commands(typer.core.TyperGroup):
         except FAILURES as error:
             code = BAD_INPUT
             answer.fail(_sentence(error))
-        if answer.json and answer.content:
-            print(json.dumps(answer.content, indent=2, ensure_ascii=False, allow_nan=False))
+        answer.finish()
         raise typer.Exit(code)
+
+    @contextlib.contextmanager
+    def _usage_errors(self, answer: Answer):
+        """A misspelled option is in the document as well; typer itself prints the usage and exits with 2."""
+        try:
+            yield
+        except UsageError as error:
+            answer.content["error"] = _sentence(ValueError(error.format_message()))
+            answer.finish()
+            raise
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
                   pretty_exceptions_enable=False, epilog=EXIT_CODES)
-
-
-def _want_json(ctx: typer.Context, value: bool) -> None:
-    answer = ctx.ensure_object(Answer)
-    answer.json = answer.json or value
 
 
 def _show_version(value: bool) -> None:
@@ -92,8 +111,9 @@ def _show_version(value: bool) -> None:
         raise typer.Exit()
 
 
-Json = Annotated[bool, typer.Option("--json", callback=_want_json,
-                                    help="Print one JSON document and nothing else; progress goes to stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else; progress goes to "
+                                                   "stderr.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="All randomness comes from it.")]
 
 
 @app.callback()
@@ -127,7 +147,7 @@ def _check(name: str, look: Callable[[], dict | str], advice: str = "", needed: 
         found = look()
         return dict(name=name, status="ok", **(found if isinstance(found, dict) else {"detail": found}))
     except FAILURES as error:
-        return dict(name=name, status="problem" if needed else "note", detail=f"{error} {advice}".rstrip())
+        return dict(name=name, status="problem" if needed else "note", detail=f"{_sentence(error)} {advice}".rstrip())
 
 
 def _device() -> dict:
@@ -139,7 +159,8 @@ def _device() -> dict:
         hardware = getattr(torch.get_device_module(kind), "get_device_name", lambda: kind)()
     facts = dict(type=kind, hardware=hardware, threads=torch.get_num_threads(), torch=torch.__version__,
                  python=platform.python_version())
-    return {**facts, "detail": "{type} ({hardware}), {threads} threads, torch {torch}, Python {python}".format(**facts)}
+    words = "{type} ({hardware}), threads: {threads}, torch {torch}, Python {python}"
+    return {**facts, "detail": words.format(**facts)}
 
 
 def _world_checks() -> list[dict]:
@@ -160,7 +181,7 @@ def _world_checks() -> list[dict]:
 
 
 def _asset_checks() -> list[dict]:
-    """The weights of the course and every other file that SHA256SUMS lists: ok, changed or missing."""
+    """The weights of the course and every other file that SHA256SUMS lists: ok, changed, unlisted or missing."""
     from diffclass import recipes
 
     def look(path: Path) -> str:
@@ -169,12 +190,12 @@ def _asset_checks() -> list[dict]:
         return f"checksum ok, {path.stat().st_size} bytes{card}"
 
     listed = []
-    found = [_check(assets.SUMS, lambda: listed.extend(assets.checksums()) or f"{len(listed)} files listed",
-                    "The list of checksums is damaged: restore it with git.")]
+    found = [_check(assets.SUMS, lambda: listed.extend(assets.checksums()) or f"{len(listed)} files listed")]
     for name in dict.fromkeys([*recipes.MODELS.values(), *listed]):
         path = assets.folder() / name
         check = _check(name, functools.partial(look, path))
-        state = "ok" if check["status"] == "ok" else "changed" if path.exists() and name in listed else "missing"
+        wrong = "missing" if not path.exists() else "changed" if name in listed else "unlisted"
+        state = "ok" if check["status"] == "ok" else wrong
         found.append({**check, "state": state, "bytes": path.stat().st_size if path.exists() else None})
     return found
 
@@ -201,6 +222,19 @@ def doctor(ctx: typer.Context, json_wanted: Json = False):
     raise typer.Exit(PROBLEM if problems else OK)
 
 
+@app.command(epilog=EXIT_CODES)
+def download(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to fetch: cifar10.")],
+             json_wanted: Json = False):
+    """Fetch CIFAR-10 from its official source and verify it; an interrupted download goes on where it stopped."""
+    from diffclass import cifar, recipes
+
+    ctx.obj.content |= dict(command="download")
+    recipes.chosen(world, ("cifar10",), "the world to download")
+    path = cifar.download_cifar10()
+    ctx.obj.content |= dict(file=str(path), bytes=path.stat().st_size)
+    ctx.obj.say(f"{path}: {path.stat().st_size} bytes, checksum ok")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Its models
 
@@ -223,14 +257,14 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           steps: Annotated[int | None, typer.Option(min=1, help="Steps of each network, not the recipe's.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
-          seed: int = 0, json_wanted: Json = False):
+          seed: Seed = 0, json_wanted: Json = False):
     """Train the digits networks: a teacher, then the student that copies it. Ctrl-C keeps what is done."""
     from diffclass import recipes
 
-    recipes.chosen(world, ("digits",), "the world to train on")
     folder = out or assets.folder()
-    folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
+    recipes.chosen(world, ("digits",), "the world to train on")
+    folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
     try:
         for name in recipes.remaining(folder, teacher_only):
             _train_one(name, folder, steps, seed)
@@ -274,14 +308,15 @@ def evaluate(ctx: typer.Context,
              levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
              weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",
              record: Annotated[Path | None, typer.Option(help="Append the result to this .jsonl file.")] = None,
-             seed: int = 0, json_wanted: Json = False):
+             seed: Seed = 0, json_wanted: Json = False):
     """Measure an accuracy, with its 95 % interval; on the plane next to the best that any classifier can reach."""
     from tqdm import tqdm
 
     from diffclass import recipes
 
-    answer, trial = ctx.obj, recipes.evaluation(world, model, limit, levels, weighting, seed)
+    answer = ctx.obj
     answer.content |= dict(command="evaluate", records=[])
+    trial = recipes.evaluation(world, model, limit, levels, weighting, seed)
     with tqdm(desc=world, total=len(trial.labels), unit="picture", file=sys.stderr) as bar:
         for correct, seen in recipes.hits(trial.classifier, trial.images, trial.labels, batch=50):
             bar.set_postfix_str(f"{correct / seen:.1%} correct")

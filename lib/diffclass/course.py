@@ -237,6 +237,7 @@ class Prediction:
 
     @value.setter
     def value(self, answer) -> None:
+        """Answer in code. Errors: ValueError for what is not among the options."""
         if self.options is None:
             self._commit(answer)
             if answer is not None:

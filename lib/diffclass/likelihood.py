@@ -77,7 +77,7 @@ def end_term(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float)
     """What stopping at a finite level drops, class by class: exact for isotropic Gaussian classes.
 
     Formula     C_k(sigma) = -(||z - m_k||^2 - tr Sigma_k) / (2 (sigma^2 + v_k)) - D/2 ln(1 + v_k/sigma^2),
-                v_k = tr Sigma_k / D;  for any class this is -||z - m_k||^2 / (2 sigma^2) + O(sigma^-4): the trace cancels
+                v_k = tr Sigma_k / D; for any class this is -||z - m_k||^2 / (2 sigma^2) + O(sigma^-4): no trace is left
     Source      E log p_sigma(z + sigma eps | k) of a Gaussian with these moments; add it to `elbo` for levels that end
                 at sigma
     Shapes      z [B,C,H,W], class_means [K,C,H,W], class_traces [K] -> [B,K]
@@ -167,7 +167,8 @@ def _errors(denoiser: Denoiser, z: Tensor, bank: NoiseBank, spread: Tensor, shif
     """
     levels, samples, own = bank.noise.shape[:3]
     if own not in (1, len(z)):
-        raise ValueError(f"expected noise for 1 or {len(z)} images, got a bank drawn for {own}; redraw it for this batch.")
+        raise ValueError(f"expected noise for 1 or {len(z)} images, got a bank drawn for {own}; "
+                         "redraw it for this batch.")
     if bank.image_shape != tuple(z.shape[1:]):
         raise ValueError(f"expected noise of image shape {list(z.shape[1:])}, got {list(bank.image_shape)}.")
     classes = denoiser.check_classes(classes).to(z.device)

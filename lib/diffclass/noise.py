@@ -120,7 +120,10 @@ def log_levels(low: float, high: float, count: int) -> Levels:
 
 
 def linear_levels(low: float, high: float, count: int) -> Levels:
-    """`count` equal intervals of [low, high], measured at their left ends, as RDC's released code does. Units: model space."""
+    """`count` equal intervals of [low, high], measured at their left ends, as RDC's released code does.
+
+    Units       model space
+    """
     _check_grid(low, high, count)
     edges = torch.linspace(low, high, count + 1, dtype=torch.float64)
     return Levels(edges[:-1], edges[:-1], edges[1:])

@@ -43,7 +43,8 @@ def chosen(value: str, allowed, what: str):
     """
     names = {name.lower(): name for name in allowed}
     if value.lower() not in names:
-        raise ValueError(f"expected {what} to be one of {', '.join(repr(name) for name in allowed)}, got {value!r}.")
+        choice = ", ".join(map(repr, allowed))
+        raise ValueError(f"expected {what} to be {'one of ' * (len(allowed) > 1)}{choice}, got {value!r}.")
     name = names[value.lower()]
     return allowed[name] if isinstance(allowed, dict) else name
 

@@ -18,20 +18,26 @@ def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, ge
     Shapes      x [1,C,H,W] in [0,1] -> yields [K] of dtype long; the last one sums to n
     Randomness  `generator` draws eps; a random classifier draws its own noise for every vote, which keeps votes
                 independent. The noise is not clipped: the certificate is about Gaussian noise.
+    Errors      TypeError, ValueError for an image, noise level or number of votes that cannot be meant;
+                FloatingPointError for logits that are NaN, whose argmax would be a vote for some class
     """
     units.check_images(x, classifier.image_shape)
     if len(x) != 1:
         raise ValueError(f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time.")
-    if n < 1:
-        raise ValueError(f"expected at least one vote, got n={n}.")
+    if min(n, batch) < 1:
+        raise ValueError(f"expected at least one vote, in batches of at least one, got n={n}, batch={batch}.")
     sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
     counts = torch.zeros(classifier.num_classes, dtype=torch.long)
     for start in range(0, n, batch):
         size = min(batch, n - start)
         eps = torch.randn((size, *x.shape[1:]), generator=generator, dtype=x.dtype).to(x.device)
         with torch.no_grad():
-            chosen = classifier(x + sigma_pixel * eps).argmax(1)
-        counts = counts + torch.bincount(chosen.cpu(), minlength=len(counts))
+            logits = classifier(x + sigma_pixel * eps)
+        if bool(torch.isnan(logits).any()):
+            raise FloatingPointError("the classifier's logits became NaN on noised images (sigma_pixel "
+                                     f"{sigma_pixel:g}) and cannot vote; infinity minus infinity or 0/0 in it is the "
+                                     "likely cause.")
+        counts = counts + torch.bincount(logits.argmax(1).cpu(), minlength=len(counts))
         yield counts.clone()
 
 
@@ -40,7 +46,8 @@ def draw_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, *, selectio
     """The two independent counts of Cohen's Algorithm 1: one to guess the class, another to bound its probability.
 
     Shapes      x [1,C,H,W] -> yields (votes counted so far, None), and at the end (all, `Votes`)
-    Randomness  all from `seed`, including a random classifier's own noise if it was built from the same generator
+    Randomness  the noised copies all from `seed`; a random classifier's own noise from its own generator
+    Errors      those of `count_votes`
     """
     generator = torch.Generator().manual_seed(seed)
     done, counts = 0, []
@@ -60,10 +67,13 @@ class NoiseAveraged(nn.Module):
     Why         votes have no gradient; an attack climbs this and then lets the votes decide (Salman et al. 2019)
     Shapes      x [B,C,H,W] in [0,1] -> [B,K]
     Randomness  `generator` draws eps anew at every call
+    Errors      ValueError for a noise level <= 0 or fewer than one draw
     """
 
     def __init__(self, classifier: nn.Module, sigma_pixel: float, draws: int, generator: torch.Generator):
         super().__init__()
+        if draws < 1:
+            raise ValueError(f"expected at least one draw to average over, got {draws}.")
         self.classifier, self.sigma_pixel = classifier, float(units.check_sigma(sigma_pixel, "sigma_pixel"))
         self.draws, self.generator = draws, generator
         self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape

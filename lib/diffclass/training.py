@@ -1,6 +1,7 @@
 """One training loop, an iterator: progress, plotting and early stopping stay outside, and it resumes to the step.
 
-A denoiser is trained by denoising (`denoising_loss`) or by copying another denoiser (`distillation_loss`).
+A denoiser is trained by denoising (`denoising_loss`) or by copying another (`distillation_loss`). The same loop runs on
+a CPU, on one accelerator and, under Accelerate, on several: each process takes its share of every batch.
 """
 
 import copy
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,12 +26,13 @@ Loss = Callable[[Denoiser, Tensor, Tensor, torch.Generator], Tensor]
 def draw_sigma(count: int, generator: torch.Generator, log_mean: float = -0.8, log_std: float = 1.2,
                sigma_range: tuple[float, float] = (0.01, 80.0)) -> Tensor:
     """Training noise levels: ln sigma ~ N(log_mean, log_std^2), kept in the denoiser's range. Shapes: -> [B]."""
-    return (log_mean + log_std * torch.randn(count, generator=generator)).exp().clamp(*sigma_range)
+    normal = torch.randn(count, generator=generator, device=generator.device)
+    return (log_mean + log_std * normal).exp().clamp(*sigma_range)
 
 
 def _noised(denoiser: Denoiser, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     sigma = draw_sigma(len(images), generator, sigma_range=denoiser.sigma_range).to(images)
-    eps = torch.randn(images.shape, generator=generator).to(images)
+    eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
     weight = (sigma**2 + 0.25) / (0.25 * sigma**2)  # EDM's 1 / c_out^2: every level starts with a loss of about one
     return images + sigma[:, None, None, None] * eps, sigma, weight
 
@@ -43,7 +46,7 @@ def denoising_loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
     x_sigma, sigma, weight = _noised(denoiser, images, generator)
-    dropped = torch.rand(len(labels), generator=generator).to(images.device) < null_rate
+    dropped = torch.rand(len(labels), generator=generator, device=generator.device).to(images.device) < null_rate
     labels = torch.where(dropped, denoiser.num_classes, labels)
     square = (denoiser.paired(x_sigma, sigma, labels) - images) ** 2
     return (weight[:, None, None, None] * square).mean()
@@ -67,75 +70,121 @@ def distillation_loss(teacher: Denoiser) -> Loss:
     return loss
 
 
+def own_share(batch: int, processes: int) -> int:
+    """How many images of a batch are this process's. Errors: ValueError if the batch cannot be divided evenly."""
+    if batch % processes:
+        raise ValueError(f"expected a batch that {processes} processes can share evenly, got {batch} images; take a "
+                         f"multiple of {processes}.")
+    return batch // processes
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run stands: step of steps, its loss, images seen, seconds spent training in all."""
+    """Where a training run stands: step of steps, images seen, seconds spent training in all, and the step's loss."""
 
     step: int
     steps: int
-    loss: float
     images: int
     seconds: float
+    measured: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The loss of this step. Reading it waits for the accelerator, so read it now and then, not at every step."""
+        return float(self.measured)
 
 
 class Training:
     """A run: iterate over it to train, stop whenever you like, iterate again (or make it again) to go on.
 
-    Randomness  step i draws its batch, noise and levels from (seed, i) alone, so a resumed run equals an unbroken one
+    Randomness  step i of process r draws its batch, noise and levels from (seed, i, r) alone, so a resumed run equals
+                an unbroken one
     Writes      `checkpoint`, a safetensors file with weights, average and optimiser state, every `save_every` steps
+    Precision   "fp32", or "bf16": the network in bfloat16 under autocast, weights and arithmetic of levels in float32
     """
 
     def __init__(self, denoiser: Denoiser, images: Tensor, labels: Tensor, *, loss: Loss = denoising_loss, steps: int,
-                 batch: int = 256, rate: float = 2e-3, ema: float = 0.995, seed: int = 0,
-                 checkpoint: str | Path | None = None, save_every: int = 100):
-        self.denoiser, self.images, self.labels, self.loss = denoiser, images, labels, loss
-        self.settings = dict(steps=steps, batch=batch, rate=rate, ema=ema, seed=seed, count=len(images))
+                 batch: int = 256, rate: float = 2e-3, ema: float = 0.995, mirror: bool = False, seed: int = 0,
+                 precision: str = "fp32", compiled: bool = False, checkpoint: str | Path | None = None,
+                 save_every: int = 100):
+        self.accelerator = Accelerator()
+        self.own = own_share(batch, self.accelerator.num_processes)
+        device = self.accelerator.device
+        self.denoiser = denoiser.to(device, memory_format=torch.channels_last)
+        self.images, self.labels, self.loss = images.to(device), labels.to(device), loss
+        self.settings = dict(steps=steps, batch=batch, rate=rate, ema=ema, mirror=mirror, seed=seed, count=len(images))
         self.average = copy.deepcopy(denoiser).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(denoiser.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.precision = 0, 0.0, precision
         self.checkpoint, self.save_every = Path(checkpoint) if checkpoint else None, save_every
         if self.checkpoint and self.checkpoint.exists():
             self._resume()
+        if compiled:  # in place, so that the names of the weights stay
+            self.denoiser.network.compile()
 
     def __iter__(self) -> Iterator[Progress]:
         steps = self.settings["steps"]
         try:
             while self.step < steps:
                 started = time.perf_counter()
-                value = self._one_step(steps)
+                measured = self._one_step(steps)
+                due = self.step + 1 == steps or self.checkpoint and (self.step + 1) % self.save_every == 0
+                if (due or self.step % 10 == 0) and not torch.isfinite(measured):  # asking waits for the accelerator
+                    raise FloatingPointError(f"the loss became {float(measured)} at step {self.step}; lower the rate "
+                                             f"({self.settings['rate']:g}) and start again from the last checkpoint.")
                 self.step += 1
                 self.seconds += time.perf_counter() - started
-                if self.checkpoint and (self.step % self.save_every == 0 or self.step == steps):
+                if self.checkpoint and due:
                     self.save()
-                yield Progress(self.step, steps, value, self.step * self.settings["batch"], self.seconds)
-        finally:  # an interrupted or abandoned run keeps what it has done
-            if self.checkpoint and 0 < self.step < steps:
-                self.save()
+                yield Progress(self.step, steps, self.step * self.settings["batch"], self.seconds, measured)
+        except FloatingPointError:  # what is in memory is spoilt: the checkpoint before it stays
+            raise
+        except BaseException:
+            self._keep()
+            raise
 
-    def _one_step(self, steps: int) -> float:
-        settings = self.settings
-        generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step)
-        chosen = torch.randint(len(self.images), (settings["batch"],), generator=generator).to(self.images.device)
+    def _keep(self) -> None:
+        """An interrupted or abandoned run keeps what it has done."""
+        if self.checkpoint and 0 < self.step < self.settings["steps"]:
+            self.save()
+
+    def _one_step(self, steps: int) -> Tensor:
+        settings, device, rank = self.settings, self.accelerator.device, self.accelerator.process_index
+        seed = (settings["seed"] * 1_000_003 + self.step) * self.accelerator.num_processes + rank
+        generator = torch.Generator(device).manual_seed(seed)
+        chosen = torch.randint(len(self.images), (self.own,), generator=generator, device=device)
+        images = self.images[chosen]
+        if settings["mirror"]:
+            turned = torch.rand(self.own, generator=generator, device=device) < 0.5
+            images = torch.where(turned[:, None, None, None], images.flip(3), images)
         warm = min(1.0, (self.step + 1) / 20)
         for group in self.optimiser.param_groups:  # warm up, then fall linearly to a hundredth
             group["lr"] = settings["rate"] * warm * max(0.01, 1 - self.step / steps)
         self.denoiser.train()
-        loss = self.loss(self.denoiser, self.images[chosen], self.labels[chosen], generator)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {float(loss.detach())} at step {self.step}; lower the rate "
-                                     f"({settings['rate']:g}) and start again from the last checkpoint.")
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.loss(self.denoiser, images, self.labels[chosen], generator)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self._share_gradients()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         self.optimiser.step()
         keep = min(settings["ema"], (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
-                mean.lerp_(value, 1 - keep)
-        return float(loss.detach())
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep)
+        return self.accelerator.reduce(loss.detach(), "mean")
+
+    def _share_gradients(self) -> None:
+        """Average the gradients over the processes, as one message."""
+        if self.accelerator.num_processes > 1:
+            weights = [p for p in self.denoiser.parameters() if p.grad is not None]
+            whole = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in weights]), "mean")
+            for p, part in zip(weights, whole.split([p.numel() for p in weights]), strict=True):
+                p.grad.copy_(part.view_as(p))
 
     def save(self) -> None:
-        """Write the checkpoint; the previous one survives an interruption."""
+        """Write the checkpoint (one process does); the previous one survives an interruption."""
+        if not self.accelerator.is_main_process:
+            return
         tensors = {f"now.{n}": v for n, v in self.denoiser.state_dict().items()}
         tensors |= {f"average.{n}": v for n, v in self.average.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
@@ -161,7 +210,8 @@ class Training:
         own = self.denoiser.state_dict()
         if {n[4:] for n in tensors if n.startswith("now.")} != set(own) or any(
                 tensors[f"now.{n}"].shape != v.shape for n, v in own.items()):
-            raise ValueError(f"the checkpoint {self.checkpoint.name} holds another architecture; delete it to start afresh.")
+            raise ValueError(f"the checkpoint {self.checkpoint.name} holds another architecture; "
+                             "delete it to start afresh.")
         self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
         self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
         state: dict[int, dict] = {}

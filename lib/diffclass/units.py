@@ -70,7 +70,8 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
         raise TypeError(f"expected floating-point images in [0,1], got {_describe(x)}; {hint}.")
     expected = "[B,C,H,W]" if image_shape is None else f"[B,{','.join(map(str, image_shape))}]"
     if x.ndim != 4 or (image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape)):
-        hint = "add the batch axis with x[None]" if x.ndim == 3 else "is this the world that the classifier was made for?"
+        hint = ("add the batch axis with x[None]" if x.ndim == 3 else
+                "is this the world that the classifier was made for?")
         raise ValueError(f"expected images of shape {expected}, got {_describe(x)}; {hint}")
     x, given = x.detach(), x
     if x.numel() and not bool(torch.isfinite(x).all()):
@@ -92,11 +93,11 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
 def check_labels(y: Tensor, images: int, num_classes: int) -> Tensor:
     """Return class labels [B] if there is one existing class for each image, else raise a ValueError."""
     if y.is_floating_point() or tuple(y.shape) != (images,):
-        raise ValueError(f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and dtype "
-                         f"{str(y.dtype).removeprefix('torch.')}.")
+        raise ValueError(f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and "
+                         f"dtype {str(y.dtype).removeprefix('torch.')}.")
     if y.numel() and (int(y.min()) < 0 or int(y.max()) >= num_classes):
-        raise ValueError(f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is this "
-                         "the world that the classifier was made for?")
+        raise ValueError(f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is "
+                         "this the world that the classifier was made for?")
     return y
 
 

@@ -76,7 +76,7 @@ def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
 
 
 def digit_hero(denoiser: Denoiser, index: int = 1) -> Hero:
-    """A real digit, its ten denoised versions, its ten losses over sigma and its posterior (notebooks 00, 02)."""
+    """A real digit, its ten denoised versions, its ten losses over sigma and its posterior (notebook 00)."""
     scene = DigitScene(denoiser)
     controls = dict(index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
                     sigma=slider("noise σ", 0.6, -1.3, 0.7, 0.02, log=True))
@@ -111,7 +111,7 @@ def bayes_hero(law: MixtureLaw | None = None) -> Hero:
                     weighting=choice("weighting", noise.WEIGHTINGS, "ELBO"))
     return Hero(lambda prior_of_a, temperature, weighting, point, picked:
                 scene.bayes(point, prior_of_a, temperature, noise.WEIGHTINGS[weighting]),
-                controls, point=(0.05, 0.05), backdrops={"posterior": scene.backdrop()})
+                controls, point=(-0.26, 0.2), backdrops={"posterior": scene.backdrop()})
 
 
 def denoiser_hero(law: MixtureLaw | None = None) -> Hero:

@@ -84,7 +84,7 @@ class MixtureDenoiser(Denoiser):
         Units       nats, with respect to the volume of model space
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device).expand(len(x_sigma))
-        if float(sigma.min()) < 0 or float((self.variances.min() + sigma.min() ** 2)) <= 0:
+        if float(sigma.min()) < 0 or float(self.variances.min() + sigma.min() ** 2) <= 0:
             raise ValueError("expected a positive total variance: a finite data set has no density at sigma = 0.")
         classes = self.check_classes(classes)
         x = x_sigma.flatten(1).double()

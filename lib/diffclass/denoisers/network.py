@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
 
+SHARD_BYTES = 15_000_000  # larger weights are written as several files
 SIGMA_DATA = 0.5  # standard deviation of images in model space that the preconditioning assumes
 
 
@@ -26,18 +27,16 @@ def edm_scalings(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> tuple[Tensor,
 
 
 class ConditionalDenoiser(Denoiser):
-    """A class-conditional network: one call for each class, batched. The last class index is "no class".
+    """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
 
     Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma, k)
     Source      Karras et al. 2022, equation 7
     """
 
-    has_null = True
-
     def __init__(self, network: nn.Module, num_classes: int, image_shape: tuple[int, int, int],
-                 sigma_range: tuple[float, float] = (0.01, 80.0)):
+                 sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True):
         super().__init__()
-        self.network = network
+        self.network, self.has_null = network, has_null
         self.num_classes, self.image_shape, self.sigma_range = num_classes, tuple(image_shape), tuple(sigma_range)
 
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
@@ -59,19 +58,17 @@ class MultiHeadDenoiser(Denoiser):
                 classes never see an image otherwise
     """
 
-    has_null = True
-
     def __init__(self, network: nn.Module, num_classes: int, image_shape: tuple[int, int, int],
-                 sigma_range: tuple[float, float] = (0.01, 80.0)):
+                 sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True):
         super().__init__()
-        self.network = network
+        self.network, self.has_null = network, has_null
         self.num_classes, self.image_shape, self.sigma_range = num_classes, tuple(image_shape), tuple(sigma_range)
 
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
         c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
-        heads = self.network(c_in * x_sigma, sigma.log(), None).unflatten(1, (self.num_classes + 1, -1))
-        if len(classes) != self.num_classes + 1:
+        heads = self.network(c_in * x_sigma, sigma.log(), None).unflatten(1, (self.num_classes + self.has_null, -1))
+        if len(classes) != heads.shape[1]:
             heads = heads[:, :-1] if len(classes) == self.num_classes and _is_range(classes) else heads[:, classes]
         return (c_skip * x_sigma)[:, None] + c_out[:, None] * heads
 
@@ -100,7 +97,7 @@ class DigitNet(nn.Module):
         self.config = dict(channels=channels, classes=classes, heads=heads, width=width, blocks=blocks, size=size)
         self.register_buffer("frequencies", torch.linspace(0.25, 4.0, 16))
         self.embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
-        self.classes = nn.Embedding(classes + 1, width) if classes else None
+        self.classes = nn.Embedding(classes, width) if classes else None
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(1, width, size, size))  # where a stroke is matters on an 8x8 grid
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
@@ -144,21 +141,23 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels: int = 3, classes: int = 0, heads: int = 1, size: int = 32,
-                 widths: tuple[int, ...] = (64, 128, 128), layers: int = 2, attention: bool = True):
+                 widths: tuple[int, ...] = (64, 128, 128), layers: int = 2, attention: bool = True,
+                 dropout: float = 0.0):
         super().__init__()
         from diffusers import UNet2DModel  # here, not above: it takes seconds and digits do not need it
 
         self.config = dict(channels=channels, classes=classes, heads=heads, size=size, widths=list(widths),
-                           layers=layers, attention=attention)
+                           layers=layers, attention=attention, dropout=dropout)
         plain, attentive = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
         if attention and len(widths) > 1:
             plain[1], attentive[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
         self.unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=heads * channels,
                                 block_out_channels=tuple(widths), layers_per_block=layers,
-                                down_block_types=tuple(plain), up_block_types=tuple(attentive),
+                                down_block_types=tuple(plain), up_block_types=tuple(attentive), dropout=dropout,
+                                attention_head_dim=min(64, *widths),
                                 # one channel a group would erase the embedding of level and class, a shift by channel
                                 norm_num_groups=min(32, math.gcd(*widths) // 2),
-                                num_class_embeds=classes + 1 if classes else None)
+                                num_class_embeds=classes or None)
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""
@@ -173,7 +172,7 @@ _KINDS = {"ConditionalDenoiser": ConditionalDenoiser, "MultiHeadDenoiser": Multi
 
 
 def build(kind: str, network: str, num_classes: int, image_shape: tuple[int, int, int],
-          sigma_range: tuple[float, float] = (0.01, 80.0), seed: int = 0, **config) -> Denoiser:
+          sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True, seed: int = 0, **config) -> Denoiser:
     """A fresh denoiser by name.
 
     Shapes      kind 'ConditionalDenoiser' (classes go in) or 'MultiHeadDenoiser' (classes come out)
@@ -183,10 +182,12 @@ def build(kind: str, network: str, num_classes: int, image_shape: tuple[int, int
         raise ValueError(f"expected one of {list(_KINDS)} around one of {list(_NETWORKS)}, got {kind!r} around "
                          f"{network!r}; was the file made by another version?")
     channels, size, _ = image_shape
-    heads = dict(classes=num_classes, heads=1) if kind == "ConditionalDenoiser" else dict(classes=0, heads=num_classes + 1)
-    net = _NETWORKS[network](**{**dict(channels=channels, size=size), **heads, **config})
+    answers = num_classes + has_null
+    heads = dict(classes=answers, heads=1) if kind == "ConditionalDenoiser" else dict(classes=0, heads=answers)
+    with torch.random.fork_rng(devices=[]):  # modules first fill themselves from the global generator
+        net = _NETWORKS[network](**{**dict(channels=channels, size=size), **heads, **config})
     _initialise(net, torch.Generator().manual_seed(seed))
-    return _KINDS[kind](net, num_classes, tuple(image_shape), tuple(sigma_range))
+    return _KINDS[kind](net, num_classes, tuple(image_shape), tuple(sigma_range), has_null)
 
 
 def _initialise(network: nn.Module, generator: torch.Generator) -> None:
@@ -207,36 +208,61 @@ def describe(denoiser: Denoiser) -> dict:
     own = {k: v for k, v in denoiser.network.config.items() if k not in ("channels", "classes", "heads", "size")}
     return dict(kind=type(denoiser).__name__, network=type(denoiser.network).__name__,
                 num_classes=denoiser.num_classes, image_shape=list(denoiser.image_shape),
-                sigma_range=list(denoiser.sigma_range), **own)
+                sigma_range=list(denoiser.sigma_range), has_null=denoiser.has_null, **own)
 
 
-def save_denoiser(denoiser: Denoiser, path: str | Path, card: dict | None = None) -> None:
-    """Write weights, architecture and model card into one safetensors file; the old file survives an interruption."""
+def save_denoiser(denoiser: Denoiser, path: str | Path, card: dict | None = None,
+                  dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, architecture and model card as safetensors; old files survive an interruption.
+
+    Writes      `path`, or NAME-1-of-3.safetensors and so on where one file would exceed SHARD_BYTES
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    state = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    save_file(state, partial, {"architecture": json.dumps(describe(denoiser)), "card": json.dumps(card or {})})
-    partial.replace(path)
+    state = {name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+             for name, value in denoiser.state_dict().items()}
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, value in state.items():
+        if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = value
+    header = {"architecture": json.dumps(describe(denoiser)), "card": json.dumps(card or {})}
+    names = [path.name] if len(shards) == 1 else [
+        f"{path.stem}-{i}-of-{len(shards)}{path.suffix}" for i in range(1, len(shards) + 1)]
+    files = [path.with_name(name) for name in names]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, file.with_suffix(".part"), header)
+    for file in files:
+        file.with_suffix(".part").replace(file)
+    for old in {path, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")} - set(files):
+        old.unlink(missing_ok=True)  # of an earlier save in another number of files
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that `save_denoiser(..., path)` wrote. Errors: FileNotFoundError, also if one of several is missing."""
+    found = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
+    wanted = int(found[0].stem.rpartition("-")[2]) if found and found[0] != path else 1
+    if len(found) != wanted:
+        raise FileNotFoundError(f"expected weights at {path.name} in {wanted} file{'s' * (wanted > 1)}, found "
+                                f"{len(found)}; run `diffclass doctor` to see what is missing and how to get it.")
+    return found
 
 
 def load_denoiser(path: str | Path) -> tuple[Denoiser, dict]:
-    """A denoiser and its model card from a file that `save_denoiser` wrote.
+    """A denoiser and its model card from what `save_denoiser` wrote.
 
     Errors      FileNotFoundError; ValueError for a file that is not safetensors, is truncated, carries no
                 architecture, or whose weights do not fit the architecture that it names
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"expected weights at {path.name}, found none; run `diffclass doctor` to see what is "
-                                "missing and how to get it.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        state = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"expected {path.name} to be a safetensors file, got {path.stat().st_size} bytes that are not "
-                         f"({error}); the download or copy was probably cut short.") from None
+    path, state, header = Path(path), {}, {}
+    for file in weight_files(path):
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                header = opened.metadata() or {}
+            state |= load_file(file)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"expected {file.name} to be a safetensors file, got {file.stat().st_size} bytes that are "
+                             f"not ({error}); the download or copy was probably cut short.") from None
     if "architecture" not in header:
         raise ValueError(f"expected {path.name} to name its architecture, got the header {sorted(header)}; it was not "
                          "written by this course, so convert it with a loader for its format.")
@@ -246,7 +272,8 @@ def load_denoiser(path: str | Path) -> tuple[Denoiser, dict]:
     got = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != got:
         name = next(n for n in sorted(wanted | got) if wanted.get(n) != got.get(n))
-        raise ValueError(f"expected weights of {architecture['network']} in {path.name}, but {name!r} should have shape "
-                         f"{wanted.get(name)} and has {got.get(name)}; these weights belong to another architecture.")
+        raise ValueError(f"expected weights of {architecture['network']} in {path.name}, but {name!r} should have "
+                         f"shape {wanted.get(name)} and has {got.get(name)}; these weights belong to another "
+                         "architecture.")
     denoiser.load_state_dict(state)
     return denoiser.eval().requires_grad_(False), json.loads(header.get("card", "{}"))

@@ -12,8 +12,8 @@ def _radius(won: float, n: float, sigma: float, alpha: float) -> float:
 
 CERTIFIED_RADIUS = Exercise(
     key="15-certified-radius",
-    prompt="Return the certified L2 radius (pixels) of a class that won `won` of `n` votes under noise `sigma` (pixels), "
-           "at confidence 1 - `alpha`; 0.0 when the classifier must abstain.",
+    prompt="Return the certified L2 radius (pixels) of a class that won `won` of `n` votes under noise `sigma` "
+           "(pixels), at confidence 1 - `alpha`; 0.0 when the classifier must abstain.",
     reference=_radius,
     cases=lambda: [(990, 1000, 0.25, 0.001), (1000, 1000, 0.5, 0.001), (70, 100, 0.2, 0.01), (53, 100, 0.2, 0.001)],
     mistakes=(
@@ -29,5 +29,6 @@ CERTIFIED_RADIUS = Exercise(
             alpha ** (1 / n) if won == n else stats.beta.ppf(alpha, won, n - won + 1))),
                 "a radius below zero: when the lower bound is under one half there is no certificate, so return 0.0"),
     ),
-    meaning="Counts, n, alpha and sigma are all that a certificate is made of; none of them may be improved afterwards.",
+    meaning="Counts, n, alpha and sigma are all that a certificate is made of; none of them may be improved "
+            "afterwards.",
 )

@@ -118,12 +118,12 @@ class PlaneScene:
         gap_panel = figures.curves(counts, [gap_line], title="Gap against the number of steps", xlabel="steps T (drag)",
                                    ylabel="nats", xlog=True, ylog=True, yrange=(1e-2, 100), cursor=steps, w=260, h=300,
                                    alt="The gap between exact log-likelihood and bound falls like one over T.")
-        bars = figures.bars(self.names, bound, title="ELBO (black: exact log p)", colours=self.colours, marks=exact,
+        bars = figures.bars(self.names, bound, title="ELBO (black: truth)", colours=self.colours, marks=exact,
                             range=(low, max(0.0, float(exact.max()) + 1)), texts=[f"{float(v):.2f}" for v in bound],
                             xlabel="nats", w=190, h=300,
                             alt=f"ELBO {_spoken(self.names, bound)}; exact {_spoken(self.names, exact)}.")
         note = (f"With {steps} steps the bound on log p(x | {self.names[best]}) is {float(bound[best]):.3f} nats, the "
-                f"truth {float(exact[best]):.3f}: a gap of {here:.3f}.")
+                f"exact E log p at σ = {FIRST:g} is {float(exact[best]):.3f}: a gap of {here:.3f}.")
         return figures.frame([self.plane(xy, "Drag the point"), kl_panel, bars, gap_panel], note)
 
     def _bound(self, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,109 @@
+"""Networks that others trained, behind the one interface: timesteps and noise, v or x0 prediction vanish in here."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import noise
+from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.network import ConditionalDenoiser, build
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # diffusers' names for noise, v and x0
+
+
+class ScheduledDenoiser(Denoiser):
+    """A network of a variance-preserving chain, asked at noise levels instead of timesteps.
+
+    Formula     z = x_sigma / sqrt(1 + sigma^2) is the chain's image at the t with sigma_t = sigma; with a = 1/sqrt(1 +
+                sigma^2), b = sigma a:  D = (z - b eps)/a,  D = a z - b v,  or the output itself for x0 prediction
+    Source      Ho et al. 2020; Salimans & Ho 2022 for v
+    Shapes      network(z [B,C,H,W], t [B], class_labels=[B] or None).sample -> [B,C,H,W]; t between two steps is
+                interpolated in ln sigma
+    """
+
+    def __init__(self, network: nn.Module, betas: Tensor, predicts: str, num_classes: int,
+                 image_shape: tuple[int, int, int]):
+        super().__init__()
+        if predicts not in PREDICTIONS:
+            raise ValueError(f"expected a network that predicts one of {', '.join(PREDICTIONS)}, got {predicts!r}.")
+        levels = noise.sigma_of_alpha_bar(noise.alpha_bar(torch.as_tensor(betas)))
+        self.network, self.predicts = network, predicts
+        self.num_classes, self.image_shape = num_classes, tuple(image_shape)
+        self.has_null = num_classes == 0  # a network without classes answers the question without a class only
+        self.sigma_range = (float(levels[0]), float(levels[-1]))
+        self.register_buffer("log_levels", levels.log().float())
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The time, between steps too, at which the chain has this noise level. Shapes: [B] -> [B]."""
+        at = sigma.log().float().clamp(self.log_levels[0], self.log_levels[-1]).contiguous()
+        right = torch.searchsorted(self.log_levels, at).clamp(1, len(self.log_levels) - 1)
+        low, high = self.log_levels[right - 1], self.log_levels[right]
+        return right - 1 + (at - low) / (high - low)
+
+    def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+        """See `Denoiser.forward`."""
+        times, (images, own) = len(classes), (len(x_sigma), self.image_shape)
+        labels = classes.repeat(images) if self.num_classes else None
+        signal = (1 + sigma**2).rsqrt().repeat_interleave(times)[:, None, None, None]
+        spread = sigma.repeat_interleave(times)[:, None, None, None] * signal
+        z = x_sigma.repeat_interleave(times, 0) * signal
+        out = self.network(z, self.timestep(sigma).repeat_interleave(times).to(z), class_labels=labels).sample
+        x0 = {"epsilon": lambda: (z - spread * out) / signal, "v_prediction": lambda: signal * z - spread * out,
+              "sample": lambda: out}[self.predicts]()
+        return x0.reshape(images, times, *own)
+
+
+def from_diffusers(folder: str | Path) -> ScheduledDenoiser:
+    """The denoiser in a pipeline folder of diffusers (DDPM, DDIM): its `unet` and what its `scheduler` says of it.
+
+    Errors      FileNotFoundError or ValueError that says which part is missing or cannot be meant
+    """
+    from diffusers import DDPMScheduler, UNet2DModel  # here, not above: it takes seconds
+
+    folder = Path(folder)
+    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / part).exists():
+            raise FileNotFoundError(f"expected a pipeline folder with {part}, found none in {folder.name}; a lone "
+                                    "UNet2DModel does not say what it predicts, nor at which noise.")
+    unet = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True).eval().requires_grad_(False)
+    settings = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    scheduler = DDPMScheduler.from_config({k: v for k, v in settings.items() if k != "_class_name"})
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    if unet.config.out_channels != channels:
+        raise ValueError(f"expected a U-Net that returns its {channels} input channels, got "
+                         f"{unet.config.out_channels}; a learned variance is not read: keep its first half.")
+    return ScheduledDenoiser(unet, scheduler.betas, scheduler.config.prediction_type,
+                             unet.config.num_class_embeds or 0, (channels, height, width))
+
+
+def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:
+    """A `UNet2DModel` folder trained inside EDM's preconditioning at the timestep 250 ln sigma, as this course trains.
+
+    Shapes      num_classes K; a network with K + 1 class embeddings also has the null class, its last
+    Errors      ValueError for another number of embeddings, or blocks that `UNet` does not have
+    """
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_pretrained(Path(folder), local_files_only=True)
+    config = unet.config
+    if config.num_class_embeds not in (num_classes, num_classes + 1):
+        raise ValueError(f"expected {num_classes} or {num_classes + 1} class embeddings, got "
+                         f"{config.num_class_embeds}.")
+    denoiser = build("ConditionalDenoiser", "UNet", num_classes, (config.in_channels,) + 2 * (config.sample_size,),
+                     has_null=config.num_class_embeds > num_classes, widths=tuple(config.block_out_channels),
+                     layers=config.layers_per_block, dropout=config.dropout,
+                     attention="AttnDownBlock2D" in config.down_block_types)
+    ours = denoiser.network.unet.config
+    told = {key: value for key, value in ours.items() if not key.startswith("_") and key != "num_train_timesteps"}
+    differing = sorted(key for key, value in told.items() if _plain(config.get(key)) != _plain(value))
+    if differing:
+        raise ValueError(f"expected a U-Net built as `UNet` builds it, got other values of {', '.join(differing)}.")
+    denoiser.network.unet.load_state_dict(unet.float().state_dict())
+    return denoiser.eval().requires_grad_(False)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
