@@ -263,3 +263,20 @@ def test_noise_is_standard_normal():
 def test_noise_of_another_shape_gets_a_sentence():
     with pytest.raises(ValueError, match=r"\[T,S,N,C,H,W\] with T = 3, got \[2, 1, 1, 1, 2, 2\]"):
         NoiseBank(noise.log_levels(0.1, 1, 3), torch.zeros(2, 1, 1, 1, 2, 2))
+
+
+def test_sobol_noise_has_normal_moments_where_random_noise_does_not_yet():
+    def worst(make):
+        banks = [make(noise.log_levels(0.1, 1.0, 2), (2, 1, 1), 64, seed, torch.float64) for seed in range(10)]
+        eps = torch.stack([bank.noise[0, :, 0, :, 0, 0] for bank in banks])  # [10,64,2]
+        return float(torch.maximum(eps.mean(1).abs().max(), (eps.var(1) - 1).abs().max()))
+
+    assert worst(NoiseBank.sobol) < 0.15 < worst(NoiseBank.fixed)
+
+
+def test_sobol_noise_is_shared_by_levels_and_made_of_its_seed_alone():
+    before = torch.get_rng_state()
+    one, same, other = (NoiseBank.sobol(noise.log_levels(0.1, 1.0, 3), (1, 2, 2), 8, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.noise, same.noise) and not torch.equal(one.noise, other.noise)
+    assert torch.equal(one.noise[0], one.noise[2]) and one.noise.shape == (3, 8, 1, 1, 2, 2)

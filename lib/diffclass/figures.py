@@ -122,7 +122,7 @@ def radius_axis(rows: Sequence[dict], *, title: str, alt: str, xlabel: str, rang
         marks = [dict(at=v, text=f"{v:.2f}") for v in (certified, attacked) if v]
         drawn.append(dict(label=row["label"], segments=segments, marks=marks))
     return dict(kind="radius", title=title, alt=alt, rows=drawn, xlabel=xlabel, range=list(range), w=w,
-                h=58 + 44 * len(drawn))
+                h=70 + 44 * len(drawn))
 
 
 def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:

@@ -296,6 +296,19 @@ class NoiseBank(nn.Module):
         shape = (len(levels), samples, images, *image_shape)
         return cls(levels, torch.randn(shape, generator=generator, dtype=dtype, device=generator.device))
 
+    @classmethod
+    def sobol(cls, levels: Levels, image_shape: tuple[int, int, int], samples: int, seed: int = 0,
+              dtype: torch.dtype = torch.float32) -> "NoiseBank":
+        """Evenly spread noise, the same at every level: smooth curves where images have few pixels, as on the plane.
+
+        Formula     eps = sqrt(2) erfinv(2u - 1) for the points u of a scrambled Sobol sequence
+        Source      randomised quasi-Monte Carlo; Owen 1997
+        """
+        engine = torch.quasirandom.SobolEngine(math.prod(image_shape), scramble=True, seed=seed)
+        uniform = engine.draw(samples, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+        noise = torch.special.ndtri(uniform).to(dtype).reshape(1, samples, 1, *image_shape)
+        return cls(levels, noise.expand(len(levels), -1, -1, -1, -1, -1).clone())
+
     def redrawn(self, images: int, generator: torch.Generator) -> "NoiseBank":
         """A bank with the same levels and sample count, and new noise for each of `images` images."""
         new = NoiseBank.fresh(self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype)

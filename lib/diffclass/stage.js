@@ -223,7 +223,7 @@ class Plane extends Panel {
 class Radius extends Panel {
   make() { this.axis = node("g", {}, this.svg); this.spans = node("g", {}, this.svg); this.texts = node("g", { class: "dc-small" }, this.svg); this.marks = node("g", { stroke: INK, "stroke-width": 3 }, this.svg); }
   draw(s) {
-    const left = 150, right = s.w - 20, top = 30, height = 26, gap = 44, x = scale(s.range, [left, right], false), bottom = top + gap * s.rows.length;
+    const left = 150, right = s.w - 20, top = 42, height = 26, gap = 44, x = scale(s.range, [left, right], false), bottom = top + gap * s.rows.length;
     this.axis.replaceChildren();
     for (const v of ticks(s.range, false, 8)) { node("line", { x1: x(v), x2: x(v), y1: top - 4, y2: bottom - 8, stroke: FAINT }, this.axis);
       node("text", { class: "dc-small", x: x(v), y: bottom + 6, "text-anchor": "middle", text: pretty(v) }, this.axis); }

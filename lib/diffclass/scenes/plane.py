@@ -41,7 +41,7 @@ class PlaneScene:
         self.law, self.denoiser = law, MixtureDenoiser.of_law(law)
         self.names = letters(law.num_classes)
         self.colours = list(COLOURS[: law.num_classes])
-        self.bank = NoiseBank.fixed(noise.log_levels(0.02, 20, levels), (2, 1, 1), samples, seed, torch.float64)
+        self.bank = NoiseBank.sobol(noise.log_levels(0.02, 20, levels), (2, 1, 1), samples, seed, torch.float64)
         generator = torch.Generator().manual_seed(seed)
         x, y = law.sample(150, generator, torch.float64)
         self.dots, self.dot_colours = units.to_model(x).flatten(1).numpy(), [COLOURS[int(k)] for k in y]
@@ -131,7 +131,7 @@ class PlaneScene:
         if steps not in self._chains:
             levels = noise.chain_levels(torch.logspace(np.log10(FIRST), np.log10(LAST), steps + 1, dtype=torch.float64))
             samples = max(8, min(64, 1024 // steps))
-            self._chains[steps] = NoiseBank.fixed(levels, (2, 1, 1), samples, 0, torch.float64)
+            self._chains[steps] = NoiseBank.sobol(levels, (2, 1, 1), samples, 0, torch.float64)
         bank = self._chains[steps]
         kl = likelihood.diffusion_loss(self.denoiser, z, bank)[0] * noise.discrete_elbo_weight(bank.levels)
         return kl, likelihood.noise_constant(bank.levels, 2) - kl.sum(1), bank.sigma
