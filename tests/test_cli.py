@@ -87,7 +87,8 @@ def test_help_and_version_import_nothing_heavy():
             "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("lab", "doctor", "download", "train", "classify", "evaluate", "Exit codes", "130"))
+    words = ("lab", "doctor", "download", "train", "classify", "evaluate", "Exit codes", "130")
+    assert all(word in done.stdout for word in words)
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
