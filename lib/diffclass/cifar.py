@@ -62,7 +62,8 @@ def _layout(folder: Path) -> tuple[str, Path] | None:
 def _missing() -> str:
     places = " and ".join(str(folder) for folder in _folders())
     return (f"expected CIFAR-10 in {places}, found none; run `diffclass download cifar10` once (163 MiB), or put "
-            f"{ARCHIVE} from {OFFICIAL_URL} into {cifar10_cache()}, or set DIFFCLASS_CIFAR10 to the folder that holds it.")
+            f"{ARCHIVE} from {OFFICIAL_URL} into {cifar10_cache()}, or set DIFFCLASS_CIFAR10 to the folder that "
+            "holds it.")
 
 
 def cifar10_available() -> tuple[bool, str]:

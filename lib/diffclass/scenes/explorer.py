@@ -40,10 +40,9 @@ class ExplorerScene:
         """Take another test digit; what was found for the last one is put away."""
         self.index, self.x = index, self.world.test_images[index:index + 1]
         self.label = int(self.world.test_labels[index])
-        with torch.no_grad():
-            self.predicted = int(self.classifier(self.x).argmax())
         self.film: list[AttackStep] = []
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.predicted = int(self._measured(0, self.x)[1].argmax())
         self.smallest: float | None = None
         self.forget_votes()
 
@@ -129,7 +128,7 @@ class ExplorerScene:
         return figures.frame(panels, self._note(best, float(share[best]), size))
 
     def _measured(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        if step not in self.known or not self.film:
+        if step not in self.known:
             with torch.no_grad():
                 curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
                 self.known[step] = curve, self.classifier(x)[0]
