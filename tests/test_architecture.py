@@ -19,14 +19,15 @@ FLOORS = {
     1: ("denoisers", "data", "cifar", "pictures", "assets"),
     2: ("likelihood", "sampling", "training"),
     3: ("classifiers", "racing", "translation", "attacks", "smoothing"),
-    4: ("audit", "exercises", "measuring", "recipes"),
-    5: ("figures", "course"),
-    6: ("scenes",),
+    4: ("audit", "exercises", "measuring"),
+    5: ("figures", "course", "recipes"),
+    6: ("scenes", "trainers"),
     7: ("widgets", "cli"),
     8: ("__main__",),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-SHARED = {"denoisers.base", "denoisers.network", "exercises.base", "exercises.compare", "scenes.digits"}  # in a package
+# A package's own common ground.
+SHARED = {"denoisers.base", "denoisers.network", "exercises.base", "exercises.compare", "scenes.digits", "cli.base"}
 MAX_ARROWS, MAX_MODULE, MAX_FUNCTION = 3.0, 350, 40
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

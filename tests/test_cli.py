@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffclass import __version__, assets, cifar, cli, data, noise, recipes, results, training
+from diffclass import __version__, assets, cifar, cli, data, noise, recipes, results, trainers, training
 from diffclass.denoisers import network
 from typer.testing import CliRunner
 
@@ -28,10 +28,10 @@ def small_digits():
 def networks(tmp_path_factory, small_digits):
     """Both networks with their first weights, in one folder with its checksums."""
     folder = tmp_path_factory.mktemp("networks")
-    for name, settings in recipes.SETTINGS.items():
-        denoiser = network.build(settings["kind"], "DigitNet", 10, (1, 8, 8), seed=1)
+    for name in recipes.MODELS["digits"].values():
+        denoiser = network.build(trainers.RECIPES[name].kind, "DigitNet", 10, (1, 8, 8), seed=1)
         network.save_denoiser(denoiser, folder / name, dict(accuracy=ACCURACY) if name == recipes.STUDENT else {})
-    assets.record(list(recipes.SETTINGS), folder)
+    assets.record(list(recipes.MODELS["digits"].values()), folder)
     return folder
 
 
@@ -151,7 +151,10 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
     (("evaluate", "--world", "digits:moons"), ("'digits:moons'",)),
     (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
     (("classify", "--model", "professor", "x.png"), ("'professor'",)),
-    (("train", "cifar10"), ("'digits'", "'cifar10'")),
+    (("train", "mars"), ("'digits'", "'cifar10'", "'mars'")),
+    (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
+    (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),
+    (("evaluate", "--precision", "fp8"), ("'bf16'", "'fp8'")),
     (("download", "digits"), ("'cifar10'", "'digits'")),
 ])
 @pytest.mark.parametrize("as_json", [False, True])
@@ -171,7 +174,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
     shutil.copy(cli.ROOT / "lib" / "__main__.py", tmp_path / "lib")
     started = []
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli.files, "ROOT", tmp_path)
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.chdir(tmp_path)
     assert run("lab").exit_code == 0
@@ -182,7 +185,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
 
 
 def test_lab_without_the_course_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(cli.files, "ROOT", tmp_path)
     done = run("lab")
     assert done.exit_code == 2 and one_sentence(done, "00_start_here.ipynb")
 
@@ -204,7 +207,8 @@ def test_doctor_is_content_and_missing_cifar_is_a_note(folder):
         checks = statuses(document(done))
         assert done.exit_code == 0 and document(done)["ok"] is True and checks["CIFAR-10"]["status"] == "note"
         assert checks["device"]["threads"] >= 1 and checks["device"]["type"] in checks["device"]["detail"]
-        assert {checks[name]["status"] for name in (*cli.PACKAGES, "plane", "digits", *recipes.SETTINGS)} == {"ok"}
+        needed = (*cli.files.PACKAGES, "plane", "digits", *recipes.MODELS["digits"].values())
+        assert {checks[name]["status"] for name in needed} == {"ok"}
         assert checks[recipes.STUDENT]["bytes"] == (folder / recipes.STUDENT).stat().st_size
 
 
@@ -249,7 +253,7 @@ def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
 
 
 def test_doctor_names_a_missing_package(folder, monkeypatch):
-    monkeypatch.setattr(cli, "PACKAGES", ("plotly", "no-such-package"))
+    monkeypatch.setattr(cli.files, "PACKAGES", ("plotly", "no-such-package"))
     done = run("doctor")
     assert done.exit_code == 1 and "no-such-package. Run" in done.stdout and "python3 -m lib lab" in done.stdout
 

@@ -42,7 +42,7 @@ def circle(classes: int, radius: float = 0.3, scale: float = 0.14) -> racing.Que
 
 def digits(name: str, count: int = 8) -> racing.Question:
     """Which digit, over a short grid."""
-    denoiser = recipes.load_digits_denoiser(recipes.MODELS[name])
+    denoiser = recipes.load_digits_denoiser(recipes.MODELS["digits"][name])
     return racing.Question(denoiser, noise.log_levels(*recipes.DIGIT_RANGE, count))
 
 

@@ -1,5 +1,6 @@
 """The files that travel with the course: where they are, and whether they are still what they were."""
 
+import hashlib
 import os
 import re
 from collections.abc import Collection
@@ -36,21 +37,39 @@ def _listed(listing: Path) -> dict[str, str]:
     return listed
 
 
+def parts(name: str, present: Collection[str]) -> list[str]:
+    """The names among `present` that hold an asset: itself, or its parts NAME-1-of-2.safetensors and so on."""
+    part = re.compile(rf"{re.escape(Path(name).stem)}-\d+-of-\d+{re.escape(Path(name).suffix)}")
+    return [name] if name in present else sorted(filter(part.fullmatch, present))
+
+
+def whole(file: str) -> str:
+    """The asset that a file is, or is a part of."""
+    return re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", file)
+
+
+def fingerprint(name: str) -> str:
+    """The SHA-256 that identifies an asset in a record; of several files, that of their checksums in order."""
+    listed = checksums()
+    digests = [listed[file] for file in parts(name, listed)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def verified(name: str) -> Path:
     """The path of an asset whose checksum holds; large weights are several files, NAME-1-of-2.safetensors and so on.
 
     Errors      FileNotFoundError if a file is missing or unlisted; ValueError if its bytes have changed
     """
     path, listed = folder() / name, checksums()
-    parts = _files_of(name, listed)
-    missing = [part for part in parts if not (folder() / part).exists()]
-    if missing or not parts:
+    files = parts(name, listed)
+    missing = [part for part in files if not (folder() / part).exists()]
+    if missing or not files:
         found = f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
         world, dash, _ = name.partition("-")  # weights are named after the world that they were trained on
         raise FileNotFoundError(f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
                                 "check out the repository again"
                                 f"{f', or make it with `diffclass train {world}`' if dash else ''}.")
-    for part in parts:
+    for part in files:
         got = sha256_of(folder() / part)
         if got != listed[part]:
             raise ValueError(f"expected {part} with SHA-256 {listed[part][:12]}..., got {got[:12]}... "
@@ -67,16 +86,10 @@ def record(names: list[str], target: Path | None = None) -> None:
     target = target or folder()
     lines = _listed(target / SUMS)
     for name in names:
-        for old in _files_of(name, lines):
+        for old in parts(name, lines):
             del lines[old]
-        files = _files_of(name, os.listdir(target))
+        files = parts(name, os.listdir(target))
         if not files:
             raise FileNotFoundError(f"expected {name} in {target} to record its checksum, found no such file.")
         lines |= {file: sha256_of(target / file) for file in files}
     (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))
-
-
-def _files_of(name: str, present: Collection[str]) -> list[str]:
-    """The names among `present` that hold an asset: itself, or its parts."""
-    part = re.compile(rf"{re.escape(Path(name).stem)}-\d+-of-\d+{re.escape(Path(name).suffix)}")
-    return [name] if name in present else sorted(filter(part.fullmatch, present))

@@ -58,10 +58,11 @@ class Losses:
 
 
 def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder: str | Path, settings: dict, *,
-            batch: int = 8) -> Iterator[tuple[int, int]]:
+            batch: int = 8, precision: str = "fp32") -> Iterator[tuple[int, int]]:
     """Measure the losses of the images that `folder` does not have yet, yielding (images done here, images to do here).
 
     Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
+    Precision   "fp32", or "bf16" for the network under autocast
     Randomness  none for a deterministic classifier: results do not depend on batches, processes or interruptions
     Writes      folder/settings.json, and folder/losses-RANK.jsonl, flushed after each batch
     Errors      ValueError if the folder holds losses of other settings; RuntimeError if another run writes to it
@@ -84,7 +85,8 @@ def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder:
         with open(path, "a") as file:
             for start in range(0, len(todo), batch):
                 part = todo[start:start + batch]
-                losses = losses_within_memory(classifier, images[part].to(accelerator.device)).cpu()
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    losses = losses_within_memory(classifier, images[part].to(accelerator.device)).cpu()
                 for index, loss in zip(part, losses, strict=True):
                     file.write(_line(index, int(labels[index]), loss))
                 file.flush()

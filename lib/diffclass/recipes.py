@@ -1,39 +1,53 @@
-"""How the networks in `assets/` were trained: data, settings and evaluation of each, as one call."""
+"""The networks in `assets/` and the classifiers made of them, measured and asked as the course does it."""
 
-import contextlib
-import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from diffclass import assets, certificates, data, noise, pictures, results, units
+from diffclass import assets, certificates, cifar, data, measuring, noise, pictures, results
 from diffclass.classifiers import BayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank, Weighting
-from diffclass.training import Progress, Training, denoising_loss, distillation_loss
 
 TEACHER, STUDENT = "digits-teacher.safetensors", "digits-student.safetensors"
-MODELS = {"teacher": TEACHER, "student": STUDENT}
+MODELS = {
+    "digits": {"student": STUDENT, "teacher": TEACHER},
+    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype")},
+}
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
+CIFAR_RANGE = (0.05, 10.0)  # the same for photographs of 32x32 pixels
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
-
-SETTINGS = {
-    TEACHER: dict(kind="ConditionalDenoiser", steps=500, batch=256, rate=2e-3),
-    STUDENT: dict(kind="MultiHeadDenoiser", steps=3000, batch=128, rate=3e-3),
-}
 
 
 def digit_classifier(denoiser: Denoiser, levels: noise.Levels = DIGIT_LEVELS, samples: int = 1, seed: int = 0,
                      weighting: Weighting = noise.elbo_weight) -> BayesClassifier:
     """The deterministic classifier of digits that the course uses: 16 levels, one noise each."""
     return BayesClassifier(denoiser, NoiseBank.fixed(levels, denoiser.image_shape, samples, seed), weighting)
+
+
+def cifar_classifier(denoiser: Denoiser, levels: int = 36, seed: int = 0,
+                     weighting: Weighting = noise.elbo_weight) -> BayesClassifier:
+    """The deterministic classifier of CIFAR-10 that the course uses: levels in [0.05, 10], one noise each."""
+    grid = noise.log_levels(*CIFAR_RANGE, levels)
+    return BayesClassifier(denoiser, NoiseBank.fixed(grid, denoiser.image_shape, 1, seed), weighting)
+
+
+def available_model(world: str, model: str | None) -> str:
+    """The file of a world's network by name; without a name the first of `MODELS` that is in `assets/`.
+
+    Errors      ValueError for a name that does not exist
+    """
+    models = MODELS[world]
+    if model is not None:
+        return chosen(model, models, "the model")
+    listed = assets.checksums()
+    return next((file for file in models.values() if assets.parts(file, listed)), next(iter(models.values())))
 
 
 def chosen(value: str, allowed, what: str):
@@ -90,15 +104,16 @@ class Evaluation:
 
 def evaluation(world: str = "digits", model: str | None = None, limit: int | None = None, levels: int = 16,
                weighting: str = "ELBO", seed: int = 0) -> Evaluation:
-    """Prepare the measurement of an accuracy on the test digits, or on points of a plane law ("plane:moons").
+    """Prepare the measurement of an accuracy on test digits, test images of CIFAR-10, or a plane law ("plane:moons").
 
-    Randomness  noise and points from `seed`; `limit` takes the first test digits (their order is a random permutation)
-    Errors      ValueError for a name that does not exist; those of `load_digits_denoiser`
+    Randomness  noise and points from `seed`; `limit` takes the first test images (their order is a random permutation)
+    Errors      ValueError for a name that does not exist; those of `load_denoiser` and `cifar.cifar10`
     """
     weighting = chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
     rule = noise.WEIGHTINGS[weighting]
     kind, _, law_name = world.partition(":")
-    if chosen(kind, ("digits", "plane"), "the world") == "plane":
+    kind = chosen(kind, ("digits", "plane", "cifar10"), "the world")
+    if kind == "plane":
         law = chosen(law_name, data.PLANE_LAWS, "the law of the plane (as in plane:moons)")()
         if model is not None:
             raise ValueError(f"expected no model for the plane, got {model!r}; its denoiser is exact.")
@@ -106,16 +121,25 @@ def evaluation(world: str = "digits", model: str | None = None, limit: int | Non
         bank = NoiseBank.fixed(noise.log_levels(*PLANE_RANGE, levels), law.image_shape, PLANE_SAMPLES, seed)
         classifier = BayesClassifier(MixtureDenoiser.of_law(law), bank, rule, prior=law.priors)
         optimal = int((law.posterior(images).argmax(1) == labels).sum())
-        return Evaluation(classifier, images, labels, dict(world=f"plane:{law.name}", model="exact", levels=levels,
-                          sigma=list(PLANE_RANGE), samples=PLANE_SAMPLES, weighting=weighting), optimal=optimal)
+        settings = dict(world=f"plane:{law.name}", model="exact", levels=levels, sigma=list(PLANE_RANGE),
+                        samples=PLANE_SAMPLES, weighting=weighting)
+        return Evaluation(classifier, images, labels, settings, optimal=optimal)
     if law_name:
-        raise ValueError(f"expected the world 'digits' without a law, got {world!r}.")
-    model, digits = chosen(model or "student", list(MODELS), "the model"), data.digits()
-    denoiser = load_digits_denoiser(MODELS[model])
-    classifier = digit_classifier(denoiser, noise.log_levels(*DIGIT_RANGE, levels), 1, seed, rule)
-    settings = dict(world="digits", model=model, levels=levels, sigma=list(DIGIT_RANGE), samples=1, weighting=weighting)
-    return Evaluation(classifier, digits.test_images[:limit], digits.test_labels[:limit], settings,
-                      assets.checksums()[MODELS[model]])
+        raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
+    file = available_model(kind, model)
+    denoiser = network.load_denoiser(assets.verified(file))[0]
+    name = file.partition(".")[0].partition("-")[2]
+    settings = dict(world=kind, model=name, levels=levels, samples=1, weighting=weighting)
+    if kind == "digits":
+        digits = data.digits()
+        images, labels = digits.test_images[:limit], digits.test_labels[:limit]
+        classifier = digit_classifier(denoiser, noise.log_levels(*DIGIT_RANGE, levels), 1, seed, rule)
+        settings["sigma"] = list(DIGIT_RANGE)
+    else:
+        images, labels = cifar.cifar10("test", limit)
+        classifier = cifar_classifier(denoiser, levels, seed, rule)
+        settings["sigma"] = list(CIFAR_RANGE)
+    return Evaluation(classifier, images, labels, settings, assets.fingerprint(file))
 
 
 def card_line(content: dict) -> str:
@@ -130,7 +154,8 @@ def card_line(content: dict) -> str:
 def records(trial: Evaluation, correct: int, seed: int) -> list[results.Record]:
     """The measured accuracy as a record, followed by the optimal one of the same points where it is known."""
     n, settings = len(trial.labels), trial.settings
-    where = f"{n} test digits" if trial.optimal is None else f"{n} points of {settings['world']}"
+    where = {"digits": f"{n} test digits", "cifar10": f"the first {n} test images of CIFAR-10"}.get(
+        settings["world"], f"{n} points of {settings['world']}")
     how = f"{settings['model']} denoiser, {settings['weighting']} weights"
     counts = [(f"accuracy of the diffusion classifier ({how}) on {where}", correct, settings)]
     if trial.optimal is not None:
@@ -138,6 +163,20 @@ def records(trial: Evaluation, correct: int, seed: int) -> list[results.Record]:
     return [results.accuracy_record(count, n, what, certificates.interval(count, n), settings=own, seed=seed,
                                     source="diffclass evaluate", checkpoint=trial.checkpoint)
             for what, count, own in counts]
+
+
+def store_settings(trial: Evaluation, seed: int, precision: str) -> dict:
+    """What stored losses depend on: everything but the weighting, which is applied to them afterwards."""
+    own = {key: value for key, value in trial.settings.items() if key != "weighting"}
+    return {**own, "seed": seed, "checkpoint": trial.checkpoint, "precision": precision}
+
+
+def stored_records(trial: Evaluation, losses: measuring.Losses, seed: int) -> list[results.Record]:
+    """The accuracy under every weighting, from the same stored losses."""
+    n = len(losses.labels)
+    return [record for name, rule in noise.WEIGHTINGS.items() for record in records(
+        replace(trial, labels=losses.labels, optimal=None, settings={**trial.settings, "weighting": name, "n": n}),
+        int(losses.hits(rule).sum()), seed)]
 
 
 def judge(name: str) -> Callable[[str], dict]:
@@ -175,75 +214,6 @@ def described(verdict: dict) -> str:
     return "\n".join(lines)
 
 
-def remaining(folder: Path, teacher_only: bool = False) -> list[str]:
-    """The networks that training has still to make: both, or only the student if its own training was interrupted."""
-    checkpoints = folder / "checkpoints"
-    if teacher_only:
-        return [TEACHER]
-    begun = (checkpoints / STUDENT).exists() and (folder / TEACHER).exists() and not (checkpoints / TEACHER).exists()
-    return [STUDENT] if begun else [TEACHER, STUDENT]
-
-
 def card(path: Path) -> dict:
     """The model card inside a weights file. Errors: as `load_denoiser`."""
     return network.load_denoiser(path)[1]
-
-
-def stoppable(run: Iterator[Progress]) -> Iterator[Progress]:
-    """The same progress, but Ctrl-C waits for the end of a step, so that the checkpoint is whole and the resumed run
-    equals an unbroken one. A second Ctrl-C does not wait. For the main thread, where signals arrive."""
-    pressed, before = [], signal.getsignal(signal.SIGINT)
-
-    def press(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        with contextlib.closing(run):
-            for progress in run:
-                yield progress
-                if pressed:
-                    raise KeyboardInterrupt
-                if progress.step == progress.steps:  # what follows only measures, and the checkpoint is complete
-                    signal.signal(signal.SIGINT, before)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def train_digits(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Iterator[Progress]:
-    """Train one of the two digits networks, yielding progress; the last act writes weights, card and checksum.
-
-    Shapes      name is `TEACHER` or `STUDENT`; the student copies the teacher found in `folder`
-    Randomness  all from `seed`
-    Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present)
-    """
-    settings = {**SETTINGS[name], **({"steps": steps} if steps else {})}
-    world = data.digits()
-    kind = settings.pop("kind")
-    denoiser = network.build(kind, "DigitNet", world.num_classes, world.image_shape, seed=seed)
-    loss = denoising_loss if name == TEACHER else distillation_loss(network.load_denoiser(folder / TEACHER)[0])
-    run = Training(denoiser, units.to_model(world.train_images), world.train_labels, loss=loss, seed=seed,
-                   checkpoint=folder / "checkpoints" / name, **settings)
-    progress = None
-    for progress in run:
-        yield progress
-    if progress is None:  # the checkpoint was complete already
-        progress = Progress(run.step, run.step, float("nan"), run.step * settings["batch"], run.seconds)
-    denoiser = run.average.eval()
-    correct = accuracy(digit_classifier(denoiser), world.test_images, world.test_labels)
-    content = _card(name, kind, {**settings, "seed": seed}, progress, correct, len(world.test_labels),
-                    next(denoiser.parameters()).device.type)
-    network.save_denoiser(denoiser, folder / name, content)
-    assets.record([name], folder)
-    (folder / "checkpoints" / name).unlink(missing_ok=True)
-
-
-def _card(name: str, kind: str, settings: dict, progress: Progress, correct: int, n: int, device: str) -> dict:
-    low, high = certificates.interval(correct, n)
-    return dict(name=name, kind=kind, data="scikit-learn digits, 1397 training images", settings=settings,
-                images_seen=progress.images, seconds=round(progress.seconds, 1), device=device,
-                threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
-                command="diffclass train digits", date=datetime.now(UTC).strftime("%Y-%m-%d"),
-                accuracy=dict(correct=correct, n=n, low=low, high=high, levels="16 log-spaced in [0.1, 3]",
-                              weighting="ELBO"))

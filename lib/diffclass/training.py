@@ -4,6 +4,7 @@ A denoiser is trained by denoising (`denoising_loss`) or by copying another (`di
 a CPU, on one accelerator and, under Accelerate, on several: each process takes its share of every batch.
 """
 
+import contextlib
 import copy
 import json
 import time
@@ -46,8 +47,9 @@ def denoising_loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
     x_sigma, sigma, weight = _noised(denoiser, images, generator)
-    dropped = torch.rand(len(labels), generator=generator, device=generator.device).to(images.device) < null_rate
-    labels = torch.where(dropped, denoiser.num_classes, labels)
+    if denoiser.has_null:
+        dropped = torch.rand(len(labels), generator=generator, device=generator.device).to(images.device) < null_rate
+        labels = torch.where(dropped, denoiser.num_classes, labels)
     square = (denoiser.paired(x_sigma, sigma, labels) - images) ** 2
     return (weight[:, None, None, None] * square).mean()
 
@@ -58,7 +60,7 @@ def distillation_loss(teacher: Denoiser) -> Loss:
     Formula     mean over images, classes (and "no class") and pixels of lambda(sigma) (D_k - teacher_k)^2
     Source      Chen et al. 2024 (RDC), multi-head diffusion
     """
-    every = list(range(teacher.num_classes + 1))
+    every = list(range(teacher.num_classes + teacher.has_null))
 
     def loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         x_sigma, sigma, weight = _noised(denoiser, images, generator)
@@ -68,6 +70,20 @@ def distillation_loss(teacher: Denoiser) -> Loss:
         return (weight[:, None, None, None, None] * square).mean()
 
     return loss
+
+
+@contextlib.contextmanager
+def global_draws_from(generator: torch.Generator):
+    """Inside, what draws from the global random state, such as dropout, follows `generator`; then all is as before."""
+    device = generator.device
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            yield
+    else:
+        with torch.random.fork_rng([device.index or 0], device_type=device.type):
+            torch.get_device_module(device).set_rng_state(generator.get_state(), device)
+            yield
 
 
 def own_share(batch: int, processes: int) -> int:
@@ -161,7 +177,8 @@ class Training:
         for group in self.optimiser.param_groups:  # warm up, then fall linearly to a hundredth
             group["lr"] = settings["rate"] * warm * max(0.01, 1 - self.step / steps)
         self.denoiser.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with autocast, global_draws_from(torch.Generator(device).manual_seed(2**40 + seed)):
             loss = self.loss(self.denoiser, images, self.labels[chosen], generator)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,11 @@
+"""The command `diffclass`: open the course, look after its files, train, classify and evaluate."""
+
+from diffclass.cli import files, models
+from diffclass.cli.base import EXIT_CODES, ROOT, app
+
+__all__ = ["EXIT_CODES", "ROOT", "app", "files", "main", "models"]
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app(prog_name="diffclass")
