@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lib" / "diffclass"
 FLOORS = {
     0: ("", "units", "noise", "certificates", "results"),
-    1: ("denoisers", "data", "cifar", "pictures", "assets"),
+    1: ("denoisers", "data", "cifar", "pictures", "assets", "bridges"),
     2: ("likelihood", "sampling", "training"),
-    3: ("classifiers", "racing", "translation", "attacks", "smoothing"),
-    4: ("audit", "exercises", "measuring"),
+    3: ("classifiers", "defences", "adaptive", "gallery", "racing", "translation", "attacks", "smoothing"),
+    4: ("audit", "exercises", "measuring", "translation_training"),
     5: ("figures", "course", "recipes"),
     6: ("scenes", "trainers"),
     7: ("widgets", "cli"),
@@ -28,7 +28,7 @@ FLOORS = {
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # A package's own common ground.
 SHARED = {"denoisers.base", "denoisers.network", "exercises.base", "exercises.compare", "scenes.digits", "cli.base"}
-MAX_ARROWS, MAX_MODULE, MAX_FUNCTION = 3.0, 350, 40
+MAX_ARROWS, MAX_MODULE, MAX_FUNCTION = 3.2, 350, 40
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Draw from a global generator unless they are given one.

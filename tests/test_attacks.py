@@ -198,9 +198,9 @@ def test_another_judge_can_decide():
 def test_pgd_through_a_diffusion_classifier_moves_towards_the_boundary():
     law = data.gaussians()
     bank = NoiseBank.fixed(noise.log_levels(0.02, 10, 24), (2, 1, 1), 4, dtype=torch.float64)
-    model = BayesClassifier(MixtureDenoiser.of_law(law), bank, chunk=40)
+    model = BayesClassifier(MixtureDenoiser.of_law(law), bank, chunk=800)
     x, y = law.sample(8, torch.Generator().manual_seed(0), torch.float64)
-    frames = list(attacks.pgd(model, x, y, 0.25, norm="l2", steps=10))
+    frames = list(attacks.pgd(model, x, y, 0.25, norm="l2", steps=5))
     assert bool(frames[-1].fooled.all())
     gains = [attacks.margin_loss(f.logits, y).mean() for f in frames]
     assert float(gains[-1]) > float(gains[0]) + 1
@@ -339,3 +339,284 @@ def test_a_view_needs_a_positive_temperature():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="expected a temperature > 0, got .*; use AttackView.calibrated"):
             AttackView(Linear(), temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other losses
+
+
+def check_dlr(loss=attacks.dlr_loss):
+    """The ratio of the margin to the gap between the first and the third; blind to scale and shift of the logits."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, -9.0], [0.0, -5.0, 4.0, 3.0], [1.0, 2.0, -7.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([0, 2, 2])
+    wanted = torch.tensor([-1 / 2, -1 / 4, 9 / 2], dtype=torch.float64)
+    for scale, shift in ((1, 0), (1e6, 0), (1e-3, -1e3)):
+        assert torch.allclose(loss(scale * logits + shift, y), wanted, rtol=1e-6), (scale, shift)
+
+
+def test_dlr_loss():
+    check_dlr()
+    logits, y, target = torch.tensor([[5.0, 1.0, 2.0, -2.0, 0.0]]), torch.tensor([0]), torch.tensor([1])
+    assert attacks.targeted_loss(target)(logits, y).tolist() == [-4.0]
+    assert torch.allclose(attacks.targeted_dlr_loss(target)(logits, y), torch.tensor([-4 / (5 - 0.5)]))
+
+
+def test_a_targeted_attack_gains_epsilon_times_the_dual_norm_towards_its_target():
+    model, (x, _) = Linear(6), images(20)
+    y = model(x).argmax(1)
+    target = (y + 2) % 6
+    loss, direction = attacks.targeted_loss(target), (model.weight[target] - model.weight[y]).detach()
+    *_, last = attacks.pgd(model, x, y, 0.02, steps=10, loss=loss)
+    assert torch.allclose(loss(last.logits, y) - loss(model(x).detach(), y), 0.02 * direction.norm(p=1, dim=1))
+    *_, last = attacks.apgd(model, x, y, 0.45, steps=20, loss=attacks.targeted_dlr_loss(target))
+    assert bool((loss(last.logits, y) > 0).all()), "every image's target has overtaken its label"
+
+
+@pytest.mark.parametrize("classes, loss, sentence", [
+    (2, attacks.dlr_loss, "expected at least 3 classes, .* got 2; use margin_loss"),
+    (3, attacks.targeted_dlr_loss(torch.tensor([1])), "expected at least 4 classes, .* got 3; use targeted_loss"),
+    (3, attacks.targeted_loss(torch.tensor([0])), "expected targets that differ from the labels"),
+    (3, attacks.targeted_loss(torch.tensor([3])), "expected labels between 0 and 2, got 3"),
+])
+def test_losses_that_need_more_classes_say_so(classes, loss, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        loss(torch.arange(classes, dtype=torch.float64)[None], torch.tensor([0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# APGD
+
+
+def check_apgd(apgd=attacks.apgd):
+    """On a linear model, at any scale, exactly the images fall whose margin is below eps ||w||_q; from any start."""
+    x, y = images()
+    for scale, start in ((1.0, None), (1e6, 3)):
+        model = Linear(scale=scale)
+        for norm, q, epsilon in (("linf", 1, 0.01), ("l2", 2, 0.03)):
+            generator = None if start is None else torch.Generator().manual_seed(start)
+            *_, last = apgd(model, x, y, epsilon, norm=norm, steps=10, generator=generator)
+            falls = model.margin(x) < epsilon * model.normal.norm(p=q)
+            assert torch.equal(last.fooled, falls), (scale, norm, start)
+            assert float(last.size.max()) <= epsilon + 1e-12 and 0.01 < float(falls.double().mean()) < 0.99
+
+
+def test_apgd_reaches_the_exact_robust_accuracy():
+    check_apgd()
+
+
+class Bowl(nn.Module):
+    """Two classes whose margin has one maximum inside the budget, at `top`: a step that is too long jumps over it."""
+
+    num_classes, image_shape = 2, SHAPE
+
+    def __init__(self, top):
+        super().__init__()
+        self.top = top
+
+    def forward(self, x):
+        """Logits 0 and 1 - ||x - top||^2."""
+        height = 1 - ((x - self.top) ** 2).flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def check_halving(apgd=attacks.apgd):
+    """A maximum inside the budget is found to 1e-3, which a step of fixed size circles around; steps only halve."""
+    x, y = torch.full((3, *SHAPE), 0.5, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    model = Bowl(x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype))
+    frames = list(apgd(model, x, y, 0.5, norm="l2", steps=100))
+    values = torch.stack([f.logits[:, 1] for f in frames])
+    assert bool((values.diff(dim=0) >= 0).all()), "the best so far never gets worse"
+    assert float((frames[-1].x - model.top).abs().max()) < 1e-3
+    sizes = torch.stack([f.step_size for f in frames])
+    ratio = sizes[1:] / sizes[:-1]
+    assert bool(((ratio == 1) | (ratio == 0.5)).all()) and float(sizes[0, 0]) == 1.0 and float(sizes[-1].max()) < 0.02
+    assert [f.step for f in frames] == list(range(101))
+    assert all(torch.equal(f.value, attacks.margin_loss(model(f.at), y)) for f in frames), "the way is recorded"
+
+
+def test_apgd_halves_its_steps():
+    check_halving()
+
+
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.02), ("l2", 0.08)])
+def test_apgd_walks_as_torchattacks_does(norm, epsilon, monkeypatch):
+    """From the same start the same points: its Croce & Hein loop against ours, on a classifier that is not linear."""
+    import torchattacks
+
+    x, y = images(12)
+    model = Curved()
+    theirs = torchattacks.APGD(model, norm=norm.capitalize(), eps=epsilon, steps=30, n_restarts=1,
+                               seed=0, loss="ce")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        t = 2 * torch.rand(x.shape) - 1 if norm == "linf" else torch.randn(x.shape)
+        flat = t.reshape(len(x), -1)
+        length = flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+        torch.manual_seed(5)
+        _, _, loss, best = theirs.attack_single_run(x, y)
+    push = epsilon * (t / length[:, None, None, None])
+    monkeypatch.setattr(attacks, "_start", lambda *_: (x + push).clamp(0, 1))
+    *_, last = attacks.apgd(model, x, y, epsilon, norm=norm, steps=30, loss=attacks.cross_entropy_loss)
+    assert torch.allclose(attacks.cross_entropy_loss(last.logits, y), loss.to(x.dtype), atol=1e-6)
+
+
+class Curved(Linear):
+    """Three classes with curved boundaries."""
+
+    def __init__(self):
+        super().__init__(3)
+        generator = torch.Generator().manual_seed(3)
+        self.bent = nn.Parameter(2 * torch.randn(3, 16, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        """Linear logits and a wave."""
+        return super().forward(x) + (40 * x.flatten(1)).sin() @ self.bent.T
+
+
+@pytest.mark.parametrize("name, norm, epsilon, step", [("PGD", "linf", 0.02, 0.005), ("PGDL2", "l2", 0.05, 0.02)])
+def test_pgd_walks_as_torchattacks_does(name, norm, epsilon, step):
+    """From the same start the same image, to rounding."""
+    x, y = images(40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        moved = library(name, Curved())(x, y)
+    *_, last = attacks.pgd(Curved(), x, y, epsilon, norm=norm, steps=8, step_size=step,
+                           loss=attacks.cross_entropy_loss)
+    assert torch.allclose(last.x, moved.to(x.dtype), atol=1e-6) and float((last.x - x).abs().max()) > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness: averaged gradients, restarts
+
+
+class Jittered(Linear):
+    """A linear classifier whose slope is drawn anew at every call, around its own."""
+
+    deterministic = False
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        """Logits with a random slope of mean zero."""
+        slope = torch.randn(len(x), 2, x[0].numel(), generator=self.generator, dtype=x.dtype)
+        return super().forward(x) + ((x.flatten(1) - 0.5)[:, None] * slope).sum(-1)
+
+
+def check_averaging(gradient_of=attacks.expected_gradient):
+    """The mean of n draws has variance 2/n in each pixel of the margin's gradient: slope -1 in a log-log plot."""
+    model, (x, _) = Jittered(), images(1)
+    x, y = x.expand(800, -1, -1, -1), torch.zeros(800, dtype=torch.long)
+    counts = [1, 2, 4, 8, 16]
+    spread = [float(gradient_of(model, x, y, draws=n)[0].flatten(1).var(0).mean()) for n in counts]
+    for n, found in zip(counts, spread, strict=True):
+        assert abs(found * n / 2 - 1) < 0.06, (n, found)
+    logs = torch.tensor([counts, spread]).double().log()
+    slope = float(((logs[0] - logs[0].mean()) * (logs[1] - logs[1].mean())).sum() / logs[0].var(correction=0) / 5)
+    assert abs(slope + 1) < 0.03, slope
+    gradient, logits, value = gradient_of(Linear(), x, y, draws=3)
+    assert torch.allclose(gradient.flatten(1), Linear().normal.expand(800, -1)), "a mean, not a sum"
+    assert torch.allclose(value, attacks.margin_loss(logits, y)) and torch.allclose(logits, Linear()(x).detach())
+
+
+def test_the_variance_of_averaged_gradients_falls_as_one_over_the_draws():
+    check_averaging()
+
+
+def check_worst_case(worst_case=attacks.worst_case):
+    """Robust to all is what no run fooled; a fooled image is kept, and kept as it was first found."""
+    model, (x, y) = Curved(), images(60)
+    y = model(x).argmax(1)
+
+    def runs():
+        return [attacks.pgd(model, x, y, 0.02, steps=2, generator=torch.Generator().manual_seed(seed))
+                for seed in range(4)]
+
+    lasts = [list(run)[-1] for run in runs()]
+    alone = torch.stack([last.fooled for last in lasts])
+    frames = list(worst_case(runs()))
+    assert len(frames) == 4 and int(alone.any(0).sum()) > int(alone.sum(1).max()), "restarts have to matter here"
+    for i, frame in enumerate(frames):
+        assert torch.equal(frame.fooled, alone[:i + 1].any(0))
+        assert torch.equal(frame.fooled, model(frame.x).argmax(1) != y) and torch.equal(frame.logits, model(frame.x))
+    assert torch.equal(frames[-1].x[alone[0]], lasts[0].x[alone[0]])
+
+
+def test_restarts_keep_the_worst_of_each_image():
+    check_worst_case()
+
+
+def test_an_interrupted_search_keeps_what_it_found():
+    """An attack is a generator: whatever stops it, the last frame is a whole result."""
+    model, (x, y) = Linear(), images(10)
+    kept = None
+    with pytest.raises(KeyboardInterrupt):
+        for frame in attacks.worst_case(attacks.apgd(model, x, y, 0.05, steps=5) for _ in range(3)):
+            kept = frame
+            raise KeyboardInterrupt
+    assert bool(kept.fooled.any()) and torch.equal(kept.fooled, model(kept.x).argmax(1) != y)
+
+
+def test_a_penalty_is_subtracted_from_the_loss():
+    """A penalty on leaving the image keeps the attack at the point where the two slopes balance."""
+    model, (x, y) = Linear(), images(3)
+    strength = 20.0
+    frames = attacks.apgd(model, x, y, 0.5, norm="l2", steps=60,
+                          penalty=lambda image: strength * ((image - x) ** 2).flatten(1).sum(1))
+    *_, last = frames
+    signs = torch.where(y == 0, 1.0, -1.0)[:, None]
+    balance = signs * model.normal / (2 * strength)
+    assert torch.allclose((last.x - x).flatten(1), balance, atol=3e-3) and float(balance.abs().max()) > 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifiers that cannot be attacked as they are
+
+
+class Answers(Linear):
+    """A linear classifier seen through something that hides its logits."""
+
+    def __init__(self, hide):
+        super().__init__(3)
+        self.hide = hide
+
+    def forward(self, x):
+        """hide(logits)."""
+        return self.hide(super().forward(x))
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+@pytest.mark.parametrize("hide, error, sentence", [
+    (lambda f: f.softmax(1), ValueError, "expected logits, got rows of probabilities"),
+    (lambda f: f.detach(), TypeError, "expected logits that depend on the image differentiably"),
+    (lambda f: f.detach().requires_grad_(), TypeError, "expected logits that depend on the image differentiably"),
+    (lambda f: nn.functional.one_hot(f.argmax(1), 3).double() * 7, TypeError, "counts votes, or runs under"),
+    (lambda f: f[:, :2], ValueError, r"expected logits of shape \[4,3\], got \[4, 2\]"),
+])
+def test_classifiers_that_hide_their_logits_get_a_sentence(attack, hide, error, sentence):
+    x, _ = images(4)
+    with pytest.raises(error, match=sentence):
+        list(attack(Answers(hide), x, torch.zeros(4, dtype=torch.long), 0.1, steps=2))
+
+
+@pytest.mark.parametrize("images_of, sentence", [
+    (lambda x: 2 * x - 1, r"these look like model space \[-1,1\]; pass units.to_pixel"),
+    (lambda x: 255 * x, r"these look like \[0,255\]; divide by 255"),
+])
+def test_images_in_other_ranges_get_a_sentence(images_of, sentence):
+    x, y = images(4)
+    with pytest.raises(ValueError, match=sentence):
+        next(attacks.apgd(Linear(), images_of(torch.cat([x[:3], 0 * x[3:]])), y, 8 / 255))
+
+
+def test_counts_that_cannot_be_meant_get_a_sentence():
+    x, y = images(2)
+    with pytest.raises(ValueError, match="expected at least one draw to average over, got 0"):
+        next(attacks.pgd(Linear(), x, y, 0.1, draws=0))
+    with pytest.raises(ValueError, match="expected steps >= 0, got -1"):
+        next(attacks.apgd(Linear(), x, y, 0.1, steps=-1))
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        next(attacks.apgd(Linear(), x, y, 8))
+    with pytest.raises(FloatingPointError, match="logits became NaN at step 0"):
+        next(attacks.apgd(Answers(lambda f: f + math.nan), x, y, 0.1))

@@ -87,12 +87,12 @@ def test_help_and_version_import_nothing_heavy():
             "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    words = ("lab", "doctor", "download", "train", "classify", "evaluate", "Exit codes", "130")
+    words = ("lab", "doctor", "download", "train", "classify", "sample", "evaluate", "Exit codes", "130")
     assert all(word in done.stdout for word in words)
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["lab", "doctor", "download", "train", "classify", "evaluate"])
+@pytest.mark.parametrize("name", ["lab", "doctor", "download", "train", "classify", "sample", "evaluate"])
 def test_every_help_names_the_exit_codes(name):
     done = run(name, "--help")
     assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())
@@ -155,6 +155,9 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
     (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
     (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),
     (("evaluate", "--precision", "fp8"), ("'bf16'", "'fp8'")),
+    (("sample", "digits"), ("'cifar10'", "'digits'")),
+    (("sample", "cifar10", "--model", "painter"), ("'teacher'", "'painter'")),
+    (("sample", "cifar10"), ("cifar10-student.safetensors", "diffclass train cifar10")),
     (("download", "digits"), ("'cifar10'", "'digits'")),
 ])
 @pytest.mark.parametrize("as_json", [False, True])

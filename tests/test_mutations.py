@@ -4,11 +4,14 @@
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import test_adaptive
 import test_attacks
 import test_classifiers
+import test_defences
 import test_denoisers
 import test_likelihood
 import test_noise
@@ -16,7 +19,7 @@ import test_smoothing
 import test_training
 import test_units
 import torch
-from diffclass import attacks, classifiers, likelihood, noise, smoothing, training, units
+from diffclass import adaptive, attacks, classifiers, defences, likelihood, noise, smoothing, training, units
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
 
@@ -142,6 +145,110 @@ def pgd_twin(ascent=None, project=None):
             return list(attacks.pgd(*a, **k))
 
     return twin
+
+
+def apgd_twin(**changes):
+    """APGD with a part of the library replaced, through the library's own loop."""
+    def twin(*a, **k):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, change in changes.items():
+                patch.setattr(attacks, name, change)
+            return list(attacks.apgd(*a, **k))
+
+    return twin
+
+
+def apgd_without_memory(*a, **k):
+    """APGD that returns where it is instead of the best it has seen."""
+    for frame in attacks.apgd(*a, **k):
+        yield replace(frame, x=frame.at, logits=torch.stack([torch.zeros_like(frame.value), -frame.value], 1))
+
+
+class NeverHalved(attacks._Halving):
+    """Steps of a fixed size."""
+
+    def after(self, value, best):
+        return torch.zeros_like(self.halved)
+
+
+def summed_gradient(*a, draws=1, **k):
+    """Averaged gradients that are not divided by the draws."""
+    gradient, logits, value = attacks.expected_gradient(*a, draws=draws, **k)
+    return draws * gradient, logits, value
+
+
+def last_run_wins(runs):
+    """Restarts that forget what fell before."""
+    return [list(run)[-1] for run in runs]
+
+
+def purify_twin(**changes):
+    """Likelihood maximisation with a method replaced."""
+    def twin(model, *a):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, change in changes.items():
+                patch.setattr(defences.LikelihoodMaximisation, name, change)
+            return model.purify(*a)
+
+    return twin
+
+
+def slope_through(input_too, target_too):
+    """The gradient of likelihood maximisation with one occurrence of u held fixed."""
+    def slope(self, u, sigma, eps):
+        u = u.detach().requires_grad_()
+        inside, outside = u if input_too else u.detach(), u if target_too else u.detach()
+        sigma = sigma.expand(len(u))
+        denoised = self.denoiser.unconditional(inside + sigma[:, None, None, None] * eps, sigma)
+        return torch.autograd.grad(((denoised - outside) ** 2).flatten(1).mean(1).sum(), u)[0]
+
+    return slope
+
+
+def straight_through(model, leaf, out):
+    """The gradient of the identity in place of the purifier's."""
+    return test_defences.plain_gradient(model.with_gradient(False), leaf, out)
+
+
+def steps_detached(model, leaf, out):
+    """A gradient through u alone: the steps themselves are not differentiated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defences, "_recomputed", lambda function, *arguments: function(*arguments).detach())
+        return test_defences.plain_gradient(model, leaf, out)
+
+
+def adam_uncorrected(gradients):
+    """Adam without the correction of its first steps."""
+    count = len(gradients)
+    return defences.adam_direction(gradients) * (1 - 0.9**count) / (1 - 0.999**count) ** 0.5
+
+
+def telescoped_without_end(denoiser, z, low, high, eps):
+    """The score at the lower end alone."""
+    return adaptive._mean_score(denoiser, z, low, eps)
+
+
+def telescoped_as_noise(denoiser, z, low, high, eps):
+    """The score divided by sigma instead of sigma^2."""
+    return low * adaptive._mean_score(denoiser, z, low, eps) - high * adaptive._mean_score(denoiser, z, high, eps)
+
+
+def jacobian_held_fixed(denoiser, z, bank, weights):
+    """2 (z - D) alone: the gradient as if D did not move."""
+    calm = noise.NoiseBank(bank.levels, bank.noise)
+    calm.sigma = bank.sigma * 1e9  # turns eps / sigma, and with it the first term, to nothing
+
+    class Still(torch.nn.Module):
+        def forward(self, x_sigma, sigma):
+            return denoiser(z.repeat(len(x_sigma) // len(z), 1, 1, 1) + (x_sigma - z.repeat(
+                len(x_sigma) // len(z), 1, 1, 1)) / 1e9, sigma / 1e9)
+
+    return adaptive.jacobian_free_gradient(Still(), z, calm, weights)
+
+
+def negative_penalty(denoiser, bank, strength):
+    """A penalty that rewards what it should punish."""
+    return lambda x: -adaptive.unlikeliness(denoiser, bank, strength)(x)
 
 
 def margin_of_all(logits, y):
@@ -340,6 +447,73 @@ TABLE = {
     "margin loss": (test_attacks.check_margin_loss, {
         "right class included": dict(loss=margin_of_all),
         "sign": dict(loss=scaled(attacks.margin_loss, -1)),
+    }),
+    "DLR loss": (test_attacks.check_dlr, {
+        "over the first gap": dict(loss=lambda f, y: attacks.margin_loss(f, y) / -f.topk(2).values.diff(dim=1)[:, 0]),
+        "not divided": dict(loss=attacks.margin_loss),
+        "sign": dict(loss=scaled(attacks.dlr_loss, -1)),
+    }),
+    "APGD": (test_attacks.check_apgd, {
+        "descent": dict(apgd=apgd_twin(_ascent=lambda g, norm: -g.sign())),
+        "no projection": dict(apgd=apgd_twin(project=lambda x, x0, epsilon, norm: x)),
+        "one L2 norm for the batch": dict(apgd=apgd_twin(_ascent=lambda g, norm: (
+            g.sign() if norm == "linf" else 1e-2 * g / g.norm()))),
+    }),
+    "APGD's steps": (test_attacks.check_halving, {
+        "never halved": dict(apgd=apgd_twin(_Halving=NeverHalved)),
+        "the best forgotten": dict(apgd=apgd_without_memory),
+    }),
+    "averaged gradient": (test_attacks.check_averaging, {
+        "a sum": dict(gradient_of=summed_gradient),
+        "one draw for all": dict(gradient_of=lambda *a, draws=1, **k: attacks.expected_gradient(*a, **k)),
+    }),
+    "worst case": (test_attacks.check_worst_case, {
+        "the last run wins": dict(worst_case=last_run_wins),
+    }),
+    "likelihood maximisation": (test_defences.check_contraction, {
+        "target held fixed": dict(purify=purify_twin(slope=slope_through(True, False))),
+        "input held fixed": dict(purify=purify_twin(slope=slope_through(False, True))),
+        "sum over pixels": dict(purify=purify_twin(slope=scaled(defences.LikelihoodMaximisation.slope, 4))),
+        "sign": dict(purify=purify_twin(slope=scaled(defences.LikelihoodMaximisation.slope, -1))),
+    }),
+    "Adam": (test_defences.check_adam, {
+        "not corrected": dict(direction=adam_uncorrected),
+        "sign of the gradient": dict(direction=lambda gradients: gradients[-1].sign()),
+        "another beta": dict(direction=partial(defences.adam_direction, beta2=0.99)),
+    }),
+    "gradient through the purifier": (test_defences.check_exact_gradient, {
+        "identity": dict(gradient_of=straight_through),
+        "steps detached": dict(gradient_of=steps_detached),
+    }),
+    "walk back": (test_defences.check_walk, {
+        "no noise on the way": dict(purify=lambda model, z, eps: model.purify(
+            z, torch.cat([eps[:1], torch.zeros_like(eps[1:])]))),
+        "twice the noise": dict(purify=lambda model, z, eps: model.purify(z, torch.cat([eps[:1], 2 * eps[1:]]))),
+        "not noised at first": dict(purify=lambda model, z, eps: model.purify(
+            z, torch.cat([torch.zeros_like(eps[:1]), eps[1:]]))),
+    }),
+    "majority vote": (test_defences.check_votes, {
+        "one vote": dict(vote=lambda classifier, votes: defences.MajorityVote(classifier, 1)),
+        "half the votes": dict(vote=lambda classifier, votes: defences.MajorityVote(classifier, votes // 2)),
+    }),
+    "telescoped gradient": (test_adaptive.check_telescoped, {
+        "lower end alone": dict(gradient_of=telescoped_without_end),
+        "sigma for sigma^2": dict(gradient_of=telescoped_as_noise),
+        "sign": dict(gradient_of=scaled(adaptive.telescoped_gradient, -1)),
+        "per pixel": dict(gradient_of=scaled(adaptive.telescoped_gradient, 2)),
+    }),
+    "Jacobian-free gradient": (test_adaptive.check_jacobian_free, {
+        "denoiser held fixed": dict(gradient_of=jacobian_held_fixed),
+        "half": dict(gradient_of=scaled(adaptive.jacobian_free_gradient, 0.5)),
+    }),
+    "warp": (test_adaptive.check_warp, {
+        "the other way": dict(warp=lambda x, flow: adaptive.warp(x, -flow)),
+        "rows for columns": dict(warp=lambda x, flow: adaptive.warp(x, flow.flip(1))),
+        "three times as far": dict(warp=lambda x, flow: adaptive.warp(x, flow * 3)),
+    }),
+    "Lagrange penalty": (test_adaptive.check_unlikeliness, {
+        "sum over pixels": dict(penalty_of=lambda d, bank, c: adaptive.unlikeliness(d, bank, 2 * c)),
+        "sign": dict(penalty_of=negative_penalty),
     }),
     "votes": (test_smoothing.check_votes, {
         "sigma in model units": dict(count_votes=votes_twin(noise_factor=2.0)),

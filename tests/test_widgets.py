@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffclass import attacks, certificates, data, figures, recipes, widgets
+from diffclass import assets, attacks, certificates, data, figures, gallery, measuring, recipes, translation, widgets
 from diffclass.scenes.explorer import ExplorerScene
 from diffclass.scenes.plane import PlaneScene
 
@@ -17,10 +17,16 @@ def student():
     return recipes.load_digits_denoiser()
 
 
+def photos(_):
+    """The drawn pictures, which are in the repository, with their stored losses."""
+    return widgets.photo_hero(gallery.pictures()[0], measuring.read(assets.folder() / "records/gallery-prototype"))
+
+
 HEROES = {
     "digit": widgets.digit_hero, "forward": lambda _: widgets.forward_hero(), "elbo": lambda _: widgets.elbo_hero(),
     "bayes": lambda _: widgets.bayes_hero(), "denoiser": lambda _: widgets.denoiser_hero(),
-    "optimal digits": widgets.optimal_digits_hero, "explorer": widgets.explorer,
+    "optimal digits": widgets.optimal_digits_hero, "explorer": widgets.explorer, "racing": widgets.racing_hero,
+    "photos": photos, "translation": lambda _: widgets.translation_hero(translation.load_digits_translator()),
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 
@@ -29,6 +35,8 @@ def another(control):
     """A value that a reader can choose and has not chosen."""
     if hasattr(control, "options"):
         return next(o for o in control.options if o != control.value)
+    if isinstance(control.value, tuple):  # a band: give up its upper end
+        return control.value[0], control.value[1] - 1
     low, high = (control.base**v if hasattr(control, "base") else v for v in (control.min, control.max))
     return high if control.value < (low + high) / 2 else low
 

@@ -1,6 +1,6 @@
 """Attacks on whatever maps pixels to logits, written to be read; and the view of a classifier that libraries need."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffclass import units
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]  # logits [B,K], labels [B] -> [B], to be maximised
+Penalty = Callable[[Tensor], Tensor]  # images [B,C,H,W] -> [B], subtracted from the loss
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -20,6 +21,43 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 def cross_entropy_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Formula: -log softmax(f)_y. Its gradient vanishes when logits are many nats apart. Shapes: -> [B]."""
     return torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """The difference-of-logits ratio: a margin that neither the scale nor the shift of the logits changes.
+
+    Formula     (max_{k != y} f_k - f_y) / (f_(1) - f_(3)), f_(i) the i-th largest; positive when fooled
+    Source      Croce & Hein 2020; ValueError for fewer than 3 classes
+    """
+    first, _, third = _largest(logits, 3, "margin_loss")
+    return margin_loss(logits, y) / (first - third).clamp_min(1e-12)
+
+
+def targeted_loss(target: Tensor) -> AttackLoss:
+    """Towards one class for each image. Formula: f_target - f_y. Shapes: target [B] -> a loss of [B,K] and y [B]."""
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        units.check_labels(target, len(logits), logits.shape[1])
+        if bool((target == y).any()):
+            raise ValueError("expected targets that differ from the labels, got an image that is to become what it is.")
+        return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+
+    return loss
+
+
+def targeted_dlr_loss(target: Tensor) -> AttackLoss:
+    """`targeted_loss` over f_(1) - (f_(3) + f_(4)) / 2 (Croce & Hein 2020); ValueError for fewer than 4 classes."""
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        first, _, third, fourth = _largest(logits, 4, "targeted_loss")
+        return targeted_loss(target)(logits, y) / (first - (third + fourth) / 2).clamp_min(1e-12)
+
+    return loss
+
+
+def _largest(logits: Tensor, count: int, instead: str) -> tuple[Tensor, ...]:
+    if logits.shape[1] < count:
+        raise ValueError(f"expected at least {count} classes, as this loss divides by a gap between the {count} "
+                         f"largest logits, got {logits.shape[1]}; use {instead}, which needs two.")
+    return logits.topk(count, dim=1).values.unbind(1)
 
 
 class AttackView(nn.Module):
@@ -89,9 +127,76 @@ def _ascent(gradient: Tensor, norm: str) -> Tensor:
     return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
 
 
+def _start(x0: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return x0
+    push = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+    return project(x0 + epsilon * _ascent(push, norm), x0, epsilon, norm)
+
+
+def _checked(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int) -> float:
+    units.check_images(x, classifier.image_shape)
+    units.check_labels(y, len(x), classifier.num_classes)
+    if steps < 0:
+        raise ValueError(f"expected steps >= 0, got {steps}.")
+    return units.check_budget(epsilon, norm, x[0].numel())
+
+
+def expected_gradient(classifier: nn.Module, x: Tensor, y: Tensor, *, loss: AttackLoss = margin_loss, draws: int = 1,
+                      penalty: Penalty | None = None, differentiate: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of an attack's loss, the logits and the loss, averaged over draws of a random classifier (EOT).
+
+    Formula     1/n sum_i grad_x [loss(f_i(x), y) - penalty(x)];  its variance falls as 1/n
+    Source      Athalye et al. 2018
+    Shapes      x [B,C,H,W], y [B] -> gradient [B,C,H,W] (zeros unless `differentiate`), logits [B,K], loss [B]
+    Errors      TypeError for logits without a gradient in x; ValueError for logits that are not [B,K] or draws < 1
+    """
+    if draws < 1:
+        raise ValueError(f"expected at least one draw to average over, got {draws}.")
+    x = x.detach().requires_grad_(differentiate)
+    gradient, logits, value = torch.zeros_like(x), 0.0, 0.0
+    for _ in range(draws):
+        with torch.set_grad_enabled(differentiate):
+            drawn = _logits_of(classifier, x)
+            height = loss(drawn, y) if penalty is None else loss(drawn, y) - penalty(x)
+        if differentiate:
+            slope = torch.autograd.grad(height.sum(), x, allow_unused=True)[0] if height.requires_grad else None
+            if slope is None:
+                raise TypeError("expected logits that depend on the image differentiably, got logits without a "
+                                "gradient; the classifier detaches, counts votes, or runs under torch.no_grad.")
+            gradient = gradient + slope / draws
+        logits, value = logits + drawn.detach() / draws, value + height.detach() / draws
+    return gradient, logits, value
+
+
+def _logits_of(classifier: nn.Module, x: Tensor) -> Tensor:
+    logits = classifier(x)
+    if tuple(logits.shape) != (len(x), classifier.num_classes):
+        raise ValueError(f"expected logits of shape [{len(x)},{classifier.num_classes}], got {list(logits.shape)}.")
+    return logits
+
+
+def _look(classifier, x, y, step: int, steps: int, **how) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, logits, value = expected_gradient(classifier, x, y, differentiate=step < steps, **how)
+    if bool(torch.isnan(logits).any()):
+        raise FloatingPointError(f"the classifier's logits became NaN at step {step}; the frames before it stand, "
+                                 "and infinity minus infinity or 0/0 in the classifier is the likely cause.")
+    if step == 0 and len(x) and float(logits.min()) >= 0 and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
+        raise ValueError("expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
+                         "flat; return what goes into the softmax.")
+    return gradient, logits, value
+
+
+def _finite(gradient: Tensor, step: int) -> Tensor:
+    if not bool(torch.isfinite(gradient).all()):
+        raise FloatingPointError(f"the attack's gradient became non-finite at step {step}; the frames so far "
+                                 "stand, and the slope of a root or a logarithm at 0 is the likely cause.")
+    return gradient
+
+
 def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: str = "linf", steps: int = 20,
         step_size: float | None = None, loss: AttackLoss = margin_loss, draws: int = 1,
-        generator: torch.Generator | None = None) -> Iterator[AttackStep]:
+        penalty: Penalty | None = None, generator: torch.Generator | None = None) -> Iterator[AttackStep]:
     """Projected gradient ascent, frame by frame; frame 0 is the clean image (or the random start).
 
     Formula     x <- project(x + step * sign(g)) for L-inf, or step * g/||g|| for L2; g averages `draws` gradients (EOT)
@@ -102,32 +207,101 @@ def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: st
     Errors      ValueError for a budget or labels that cannot be meant; FloatingPointError for a gradient that is not
                 finite or logits that are NaN, whose argmax would count as a class; the frames before it stand
     """
-    units.check_images(x, classifier.image_shape)
-    units.check_labels(y, len(x), classifier.num_classes)
-    epsilon = units.check_budget(epsilon, norm, x[0].numel())
+    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
     step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
-    x0 = x
-    if generator is not None:
-        push = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        x = project(x0 + epsilon * _ascent(push, norm), x0, epsilon, norm)
+    x0, x = x, _start(x, epsilon, norm, generator)
     for step in range(steps + 1):
-        x = x.detach().requires_grad_(step < steps)
-        gradient, logits = torch.zeros_like(x), None
-        for _ in range(draws):
-            with torch.set_grad_enabled(step < steps):
-                drawn = classifier(x)
-                logits = drawn.detach() if logits is None else logits + drawn.detach()
-                if step < steps:
-                    gradient = gradient + torch.autograd.grad(loss(drawn, y).sum(), x)[0]
-        if bool(torch.isnan(logits).any()):
-            raise FloatingPointError(f"the classifier's logits became NaN at step {step}; the frames before it stand, "
-                                     "and infinity minus infinity or 0/0 in the classifier is the likely cause.")
-        yield AttackStep(step, x.detach(), logits / draws, (logits.argmax(1) != y), size_of(x.detach() - x0, norm))
+        gradient, logits, _ = _look(classifier, x, y, step, steps, loss=loss, draws=draws, penalty=penalty)
+        yield AttackStep(step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm))
         if step < steps:
-            if not bool(torch.isfinite(gradient).all()):
-                raise FloatingPointError(f"the attack's gradient became non-finite at step {step}; the frames so far "
-                                         "stand, and the slope of a root or a logarithm at 0 is the likely cause.")
-            x = project(x.detach() + step_size * _ascent(gradient, norm), x0, epsilon, norm)
+            x = project(x.detach() + step_size * _ascent(_finite(gradient, step), norm), x0, epsilon, norm)
+
+
+@dataclass(frozen=True)
+class SearchStep(AttackStep):
+    """One frame of `apgd`: an `AttackStep` at the best image so far, and where the search is.
+
+    Shapes      at [B,C,H,W], where the search is; value [B], the loss there; step_size [B], in pixels
+    """
+
+    at: Tensor
+    value: Tensor
+    step_size: Tensor
+
+
+class _Halving:
+    """APGD's step sizes: each image's is halved when it climbs too rarely, or has stopped improving.
+
+    Looks after 22 % of the steps, then after ever shorter stretches, of at least 6 %.
+    """
+
+    def __init__(self, epsilon: float, steps: int, first: Tensor, rate: float = 0.75):
+        self.size, self.rate, self.rises, self.since = torch.full_like(first, 2 * epsilon), rate, 0, 0
+        self.stretch, self.shorter, self.least = (max(1, int(share * steps)) for share in (0.22, 0.03, 0.06))
+        self.halved, self.best, self.last = torch.ones_like(first, dtype=torch.bool), first, first
+
+    def after(self, value: Tensor, best: Tensor) -> Tensor:
+        """Take note of a step; the images that go on from their best point, with half the step. Shapes: [B] -> [B]."""
+        self.rises, self.since, self.last = self.rises + (value > self.last), self.since + 1, value
+        if self.since < self.stretch:
+            return torch.zeros_like(self.halved)
+        self.halved = (self.rises <= self.rate * self.stretch) | (~self.halved & (best <= self.best))
+        self.size = torch.where(self.halved, self.size / 2, self.size)
+        self.rises, self.since, self.best = 0, 0, best
+        self.stretch = max(self.stretch - self.shorter, self.least)
+        return self.halved
+
+
+def apgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: str = "linf", steps: int = 100,
+         loss: AttackLoss = margin_loss, draws: int = 1, penalty: Penalty | None = None,
+         generator: torch.Generator | None = None, momentum: float = 0.25) -> Iterator[SearchStep]:
+    """PGD that chooses its step sizes itself: from 2 epsilon, halved for each image whose loss no longer rises.
+
+    Formula     z = project(x + step g);  x <- project(x + (1 - momentum)(z - x) + momentum (x - x_before))
+    Source      Croce & Hein 2020, algorithm 1, with the checkpoints of its code
+    Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `SearchStep`; its x is the image of the highest loss so far, which
+                fools if any did for the margin and DLR losses, not always for cross-entropy or with a penalty
+    Randomness  a random start if `generator` is given. Of a random classifier the highest loss is partly luck: judge x
+                anew, with other noise
+    Errors      those of `pgd`
+    """
+    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    x0, at, before, again = x, _start(x, epsilon, norm, generator), None, torch.zeros_like(y, dtype=torch.bool)
+    for step in range(steps + 1):
+        seen = (at.detach(), *_look(classifier, at, y, step, steps, loss=loss, draws=draws, penalty=penalty))
+        if step == 0:
+            best, halving = seen, _Halving(epsilon, steps, seen[-1])
+        else:
+            best = _where(seen[-1] > best[-1], seen, best)
+            again = halving.after(seen[-1], best[-1])
+        yield SearchStep(step, best[0], best[2], best[2].argmax(1) != y, size_of(best[0] - x0, norm), seen[0],
+                         seen[-1], halving.size)
+        if step < steps:
+            at, gradient = _where(again, best[:2], seen[:2])
+            push = halving.size[:, None, None, None] * _ascent(_finite(gradient, step), norm)
+            aim = project(at + push, x0, epsilon, norm)
+            drift = 0 if before is None else momentum * (aim - at - (at - before))
+            at, before = project(aim - drift, x0, epsilon, norm), at
+
+
+def worst_case(runs: Iterable[Iterator[AttackStep]]) -> Iterator[AttackStep]:
+    """The worst of several attacks for each image, after each attack: restarts, other losses, other targets.
+
+    Formula     an image is robust if no attack fools it; what is fooled keeps the first image that did it
+    Shapes      attacks on the same batch, e.g. `worst_case(pgd(..., generator=g) for _ in range(5))` -> `AttackStep`
+    Why         the share of images that survive all is below the smallest share that survives one
+    Randomness  for a random classifier every further attack is also another draw of luck: judge the result anew
+    """
+    worst = None
+    for number, (*_, last) in enumerate(runs):
+        new = (last.x, last.logits, last.fooled, last.size)
+        worst = _where(worst[2], worst, new) if worst else new
+        yield AttackStep(number, *worst)
+
+
+def _where(chosen: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Row by row, for several tensors at once. Shapes: chosen [B], tensors [B,...] -> the same."""
+    return tuple(torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(yes, no, strict=True))
 
 
 def shrink(fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int = 8) -> Tensor | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffclass import assets, certificates, cifar, data, measuring, noise, pictures, results
+from diffclass import assets, certificates, cifar, data, gallery, measuring, noise, pictures, results
 from diffclass.classifiers import BayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
@@ -104,7 +104,7 @@ class Evaluation:
 
 def evaluation(world: str = "digits", model: str | None = None, limit: int | None = None, levels: int = 16,
                weighting: str = "ELBO", seed: int = 0) -> Evaluation:
-    """Prepare the measurement of an accuracy on test digits, test images of CIFAR-10, or a plane law ("plane:moons").
+    """Prepare the measurement of an accuracy on test digits, test images of CIFAR-10, the gallery, or "plane:moons".
 
     Randomness  noise and points from `seed`; `limit` takes the first test images (their order is a random permutation)
     Errors      ValueError for a name that does not exist; those of `load_denoiser` and `cifar.cifar10`
@@ -112,7 +112,7 @@ def evaluation(world: str = "digits", model: str | None = None, limit: int | Non
     weighting = chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
     rule = noise.WEIGHTINGS[weighting]
     kind, _, law_name = world.partition(":")
-    kind = chosen(kind, ("digits", "plane", "cifar10"), "the world")
+    kind = chosen(kind, ("digits", "plane", "cifar10", "gallery"), "the world")
     if kind == "plane":
         law = chosen(law_name, data.PLANE_LAWS, "the law of the plane (as in plane:moons)")()
         if model is not None:
@@ -126,7 +126,7 @@ def evaluation(world: str = "digits", model: str | None = None, limit: int | Non
         return Evaluation(classifier, images, labels, settings, optimal=optimal)
     if law_name:
         raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
-    file = available_model(kind, model)
+    file = available_model("digits" if kind == "digits" else "cifar10", model)
     denoiser = network.load_denoiser(assets.verified(file))[0]
     name = file.partition(".")[0].partition("-")[2]
     settings = dict(world=kind, model=name, levels=levels, samples=1, weighting=weighting)
@@ -136,7 +136,7 @@ def evaluation(world: str = "digits", model: str | None = None, limit: int | Non
         classifier = digit_classifier(denoiser, noise.log_levels(*DIGIT_RANGE, levels), 1, seed, rule)
         settings["sigma"] = list(DIGIT_RANGE)
     else:
-        images, labels = cifar.cifar10("test", limit)
+        images, labels = cifar.cifar10("test", limit) if kind == "cifar10" else (p[:limit] for p in gallery.pictures())
         classifier = cifar_classifier(denoiser, levels, seed, rule)
         settings["sigma"] = list(CIFAR_RANGE)
     return Evaluation(classifier, images, labels, settings, assets.fingerprint(file))
@@ -154,7 +154,8 @@ def card_line(content: dict) -> str:
 def records(trial: Evaluation, correct: int, seed: int) -> list[results.Record]:
     """The measured accuracy as a record, followed by the optimal one of the same points where it is known."""
     n, settings = len(trial.labels), trial.settings
-    where = {"digits": f"{n} test digits", "cifar10": f"the first {n} test images of CIFAR-10"}.get(
+    where = {"digits": f"{n} test digits", "cifar10": f"the first {n} test images of CIFAR-10",
+             "gallery": f"{n} pictures that such a network drew itself"}.get(
         settings["world"], f"{n} points of {settings['world']}")
     how = f"{settings['model']} denoiser, {settings['weighting']} weights"
     counts = [(f"accuracy of the diffusion classifier ({how}) on {where}", correct, settings)]

@@ -8,13 +8,19 @@ from pathlib import Path
 import anywidget
 import ipywidgets as W
 import traitlets
+from torch import Tensor
 
 from diffclass import data, noise
 from diffclass.data import MixtureLaw
 from diffclass.denoisers.base import Denoiser
+from diffclass.measuring import Losses
 from diffclass.scenes.digits import DigitScene, OptimalDigitsScene
 from diffclass.scenes.explorer import NORMS, ExplorerScene
+from diffclass.scenes.photos import PhotoScene
 from diffclass.scenes.plane import ForwardScene, PlaneScene
+from diffclass.scenes.racing import RaceScene
+from diffclass.scenes.translation import TranslationScene
+from diffclass.translation import Translator
 
 VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 
@@ -128,6 +134,39 @@ def optimal_digits_hero(denoiser: Denoiser) -> Hero:
     controls = dict(sigma=slider("noise σ", 0.3, -1.3, 0.7, 0.02, log=True), index=slider("digit", 1, 0, 399, 1),
                     split=choice("from the", ["test set", "training set"]))
     return Hero(lambda sigma, index, split, point, picked: scene.at(index, sigma, split == "training set"), controls)
+
+
+def racing_hero(denoiser: Denoiser, index: int = 4) -> Hero:
+    """One digit whose classes are raced, eliminated or all measured, against the bill (notebook 06)."""
+    scene = RaceScene(denoiser)
+    controls = dict(index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+                    spent=slider("evaluations spent", 60, 10, scene.whole, 2),
+                    scale=slider("assumed scale (nats)", 8.0, 2.0, 20.0, 0.5),
+                    strategy=choice("strategy", scene.STRATEGIES))
+    hero = Hero(lambda index, spent, scale, strategy, point, picked: scene.at(index, strategy, scale, spent), controls)
+    hero.stage.observe(lambda change: setattr(controls["spent"], "value", 2 * round(change["new"] / 2)), "cursor")
+    return hero
+
+
+def photo_hero(images: Tensor, losses: Losses) -> Hero:
+    """Stored losses of photographs under a weighting and a band of noise levels (notebook 05)."""
+    scene, last = PhotoScene(images, losses), losses.losses.shape[2] - 1
+    band = W.IntRangeSlider(value=(0, last), min=0, max=last, description="levels used", layout=W.Layout(width="300px"),
+                            style={"description_width": "initial"})
+    controls = dict(index=slider("picture", 0, 0, len(losses.index) - 1, 1),
+                    weighting=choice("weighting", noise.WEIGHTINGS, "ELBO"), band=band)
+    return Hero(lambda index, weighting, band, point, picked: scene.at(index, noise.WEIGHTINGS[weighting], band),
+                controls)
+
+
+def translation_hero(translator: Translator, index: int = 350) -> Hero:
+    """A digit on the bridge to its label, four families of labels with their cosines, ten distances (notebook 10)."""
+    scene = TranslationScene(translator)
+    controls = dict(index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+                    m=slider("share m of the picture", 0.6, 0.0, 1.0, 0.01),
+                    low=slider("black is stored as", -1.0, -1.0, 0.0, 0.05),
+                    family=choice("labels", scene.FAMILIES, "Hadamard"))
+    return Hero(lambda index, m, low, family, point, picked: scene.at(index, m, low, family), controls, cursor="m")
 
 
 class Explorer(W.VBox):

@@ -1,4 +1,4 @@
-"""Commands that train, ask and measure the networks: train, classify, evaluate."""
+"""Commands that train, ask, draw from and measure the networks: train, classify, sample, evaluate."""
 
 import contextlib
 import sys
@@ -111,8 +111,27 @@ def classify(ctx: typer.Context, pictures: Annotated[list[str], typer.Argument(h
 
 
 @app.command(epilog=EXIT_CODES)
+def sample(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to draw: cifar10.")],
+           model: Annotated[str | None, typer.Option(help="student, teacher or prototype.")] = None,
+           per_class: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
+           out: Annotated[Path | None, typer.Option(help="Folder for the picture, not assets/.")] = None,
+           seed: Seed = 0, json_wanted: Json = False):
+    """Draw the gallery: generated pictures of every class, for readers who do not have CIFAR-10 at hand."""
+    from diffclass import gallery, recipes
+    from diffclass.denoisers import network
+
+    ctx.obj.content |= dict(command="sample")
+    name = recipes.available_model(recipes.chosen(world, ("cifar10",), "the world to draw"), model)
+    denoiser = network.load_denoiser(assets.verified(name))[0]
+    list(_shown(gallery.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
+    path = (out or assets.folder()) / gallery.FILE
+    ctx.obj.content |= dict(file=str(path), model=name, pictures=per_class * denoiser.num_classes)
+    ctx.obj.say(f"{path}: {per_class * denoiser.num_classes} pictures by {name}")
+
+
+@app.command(epilog=EXIT_CODES)
 def evaluate(ctx: typer.Context,
-             world: Annotated[str, typer.Option(help="digits, cifar10, or plane:NAME for an exact law.")] = "digits",
+             world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
              model: Annotated[str | None, typer.Option(help="student, teacher or (cifar10) prototype.")] = None,
              limit: Annotated[int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")] = None,
              levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
@@ -149,11 +168,11 @@ def evaluate(ctx: typer.Context,
             result.append(record)
 
 
-def _shown(run, what: str, total: int | None = None):
+def _shown(run, what: str, total: int | None = None, unit: str = "picture"):
     """The same items behind a progress bar: (correct, seen) of `total` pictures, or (done, total)."""
     from tqdm import tqdm
 
-    with contextlib.closing(run), tqdm(desc=what, unit="picture", total=total, file=sys.stderr,
+    with contextlib.closing(run), tqdm(desc=what, unit=unit, total=total, file=sys.stderr,
                                               disable=not is_first()) as bar:
         for first, second in run:
             done, bar.total = (second, total) if total else (first, second)

@@ -10,6 +10,7 @@ from diffclass.exercises.bayes import (
     TWEEDIE,
 )
 from diffclass.exercises.certify import CERTIFIED_RADIUS
+from diffclass.exercises.cost import LEVEL_WEIGHTS, NEYMAN, PAIRED_VARIANCE
 from diffclass.exercises.forward import (
     FORWARD_NOISE,
     KL_GAUSSIANS,
@@ -20,6 +21,8 @@ from diffclass.exercises.forward import (
     UNITS,
     VE_WEIGHT,
 )
+from diffclass.exercises.losses import DC_LOGITS, LEAVE_ONE_OUT, MCNEMAR
+from diffclass.exercises.translation import DISTANCE_LOGITS, WRONG_POSTERIOR, ZERO_COSINE_LABELS
 
 EXERCISES: dict[str, Exercise] = {
     exercise.key: exercise
@@ -29,6 +32,9 @@ EXERCISES: dict[str, Exercise] = {
         VE_WEIGHT, KL_GAUSSIANS, POSTERIOR_MEAN,
         BAYES_POSTERIOR, TEMPERATURE, PRIOR_SHIFT,
         MIXTURE_DENOISER, TWEEDIE, EMPIRICAL_DENOISER,
+        DC_LOGITS, LEAVE_ONE_OUT, MCNEMAR,
+        PAIRED_VARIANCE, LEVEL_WEIGHTS, NEYMAN,
+        ZERO_COSINE_LABELS, WRONG_POSTERIOR, DISTANCE_LOGITS,
         CERTIFIED_RADIUS,
     )
 }
@@ -40,5 +46,8 @@ __all__ = [
     "VE_WEIGHT", "KL_GAUSSIANS", "POSTERIOR_MEAN",
     "BAYES_POSTERIOR", "TEMPERATURE", "PRIOR_SHIFT",
     "MIXTURE_DENOISER", "TWEEDIE", "EMPIRICAL_DENOISER",
+    "DC_LOGITS", "LEAVE_ONE_OUT", "MCNEMAR",
+    "PAIRED_VARIANCE", "LEVEL_WEIGHTS", "NEYMAN",
+    "ZERO_COSINE_LABELS", "WRONG_POSTERIOR", "DISTANCE_LOGITS",
     "CERTIFIED_RADIUS",
 ]

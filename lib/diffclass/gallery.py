@@ -1,0 +1,49 @@
+"""Pictures that the course may show where CIFAR-10 is not at hand: drawn by its own network, and labelled so."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from diffclass import assets, sampling, units
+from diffclass.denoisers.base import Denoiser
+
+FILE = "cifar10-gallery.png"
+LEVELS = sampling.karras_levels(18, 0.02, 20.0)  # from where pixels are noise alone to below what eight bits show
+
+
+def draw(denoiser: Denoiser, by: str, per_class: int = 4, seed: int = 0, target: Path | None = None,
+         ) -> Iterator[tuple[int, int]]:
+    """Draw `per_class` pictures of each class and write them as one PNG, a row a class; yields (steps done, steps).
+
+    Randomness  from `seed`
+    Writes      target/cifar10-gallery.png (`assets/` unless named), which says by whom it was generated, its checksum
+    """
+    folder, classes = target or assets.folder(), denoiser.num_classes
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    steps, run = len(LEVELS) - 1, sampling.heun(denoiser, labels, LEVELS, torch.Generator().manual_seed(seed))
+    for done in range(1, steps + 1):
+        x = next(run)
+        yield done, steps
+    pixels = (units.to_pixel(x).clamp(0, 1) * 255).round().byte()  # [K*n,3,H,W]
+    rows = pixels.unflatten(0, (classes, per_class)).permute(0, 3, 1, 4, 2)  # [K,H,n,W,3]
+    sheet = rows.reshape(classes * pixels.shape[2], per_class * pixels.shape[3], 3).numpy()
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Description", f"Generated, not photographed: drawn by {by} with seed {seed}, a row for each class.")
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(folder / FILE, pnginfo=note)
+    assets.record([FILE], folder)
+
+
+def pictures(side: int = 32) -> tuple[Tensor, Tensor]:
+    """The generated pictures and the classes they were drawn for. Errors: those of `assets.verified`.
+
+    Shapes      -> images [N,3,side,side] in [0,1], labels [N]
+    """
+    sheet = torch.from_numpy(np.array(Image.open(assets.verified(FILE)).convert("RGB"))).float() / 255
+    classes, per_class = sheet.shape[0] // side, sheet.shape[1] // side
+    tiles = sheet.unflatten(1, (per_class, side)).unflatten(0, (classes, side))  # [K,H,n,W,3]
+    return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous(), torch.arange(classes).repeat_interleave(per_class)

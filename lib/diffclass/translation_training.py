@@ -1,0 +1,150 @@
+"""How the IDC network in `assets/` was trained, and what each part of the recipe is worth: ablations as records."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffclass import assets, attacks, bridges, certificates, data, results, translation, units
+from diffclass.bridges import Bridge
+from diffclass.training import Progress, Training
+from diffclass.translation import TranslationClassifier, Translator
+
+BUDGET, ATTACK_STEPS, DRAWS, ATTACKED = 0.15, 20, 2, 100  # of the ablations: L-inf in pixels, PGD, EOT, test digits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an IDC network of digits is made of.
+
+    labels    a family of `bridges.LABELS`; positions: of the bridge; inter: weight of the inter-class loss
+    scrambled pixels of all labels permuted alike: every distance and cosine stays, all structure of the pictures goes
+    """
+
+    network: str
+    steps: int
+    batch: int
+    rate: float
+    labels: str = "Hadamard"
+    positions: int = 4
+    inter: float = 0.2
+    scrambled: bool = False
+    ema: float = 0.995
+
+
+RECIPES = {translation.DIGITS: Recipe("DigitNet", 1200, 128, 2e-3)}
+ABLATIONS = {
+    "as in the recipe": {},
+    "without the inter-class loss": dict(inter=0.0),
+    "released labels": dict(labels="released"),
+    "released labels, without the inter-class loss": dict(labels="released", inter=0.0),
+    "orthogonal labels": dict(labels="orthogonal"),
+    "simplex labels": dict(labels="simplex"),
+    "Hadamard labels, scrambled": dict(scrambled=True),
+    **{f"{count} position{'s' * (count > 1)}": dict(positions=count) for count in (1, 2, 3, 5, 6, 7, 8)},
+}
+
+
+def untrained(recipe: Recipe, world: data.ImageSet, seed: int) -> Translator:
+    """The translator of a recipe before its first step. Randomness: labels and weights from `seed`."""
+    labels = bridges.LABELS[recipe.labels](world.num_classes, world.image_shape, seed)
+    if recipe.scrambled:
+        order = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(seed))
+        labels = labels.flatten(1)[:, order].reshape(labels.shape)
+    return translation.build(recipe.network, labels, Bridge(recipe.positions), seed)
+
+
+def training_of(recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Training:
+    """The run of a recipe: iterate to train. Randomness: all from `seed`."""
+    world = data.digits()
+    return Training(untrained(recipe, world, seed), units.to_model(world.train_images), world.train_labels,
+                    loss=translation.translation_loss(recipe.inter), steps=recipe.steps, batch=recipe.batch,
+                    rate=recipe.rate, ema=recipe.ema, seed=seed, checkpoint=checkpoint)
+
+
+def correct_of(classifier: TranslationClassifier, images: Tensor, labels: Tensor, batch: int = 200) -> int:
+    """How many pictures are classified correctly. Shapes: images [N,C,H,W] in [0,1], labels [N]."""
+    device = next(classifier.parameters()).device
+    with torch.no_grad():
+        return sum(int((classifier(images[i:i + batch].to(device)).argmax(1).cpu() == labels[i:i + batch]).sum())
+                   for i in range(0, len(images), batch))
+
+
+def train_translation(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Iterator[Progress]:
+    """Train a network of `RECIPES`, yielding progress; the last act writes weights, card and checksum.
+
+    Randomness  all from `seed`
+    Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present)
+    Errors      ValueError for a name that has no recipe; those of `Training`
+    """
+    if name not in RECIPES:
+        raise ValueError(f"expected one of {sorted(RECIPES)} to train, got {name!r}.")
+    recipe = replace(RECIPES[name], steps=steps or RECIPES[name].steps)
+    run = training_of(recipe, seed, Path(folder) / "checkpoints" / name)
+    yield from run
+    if not run.accelerator.is_main_process:
+        return
+    translator = run.average.eval()
+    translation.save_translator(translator, Path(folder) / name, _card(name, recipe, run, translator, seed))
+    assets.record([name], Path(folder))
+    (Path(folder) / "checkpoints" / name).unlink(missing_ok=True)
+
+
+def _card(name: str, recipe: Recipe, run: Training, translator: Translator, seed: int) -> dict:
+    world, classifier = data.digits(), TranslationClassifier(translator)
+    test, answers = world.test_images, world.test_labels
+    device = run.accelerator.device
+    counts = {"fixed noise": correct_of(classifier.to(device), test, answers)}
+    fresh = classifier.with_fresh_noise(torch.Generator(device).manual_seed(seed))
+    counts["fresh noise"] = correct_of(fresh, test, answers)
+    stated = {noise: dict(zip(("correct", "n", "low", "high"), (
+        correct, len(test), *certificates.interval(correct, len(test))), strict=True))
+        for noise, correct in counts.items()}
+    return dict(name=name, data="scikit-learn digits, 1397 training images", recipe=asdict(recipe),
+                settings=run.settings, images_seen=run.step * run.settings["batch"], seconds=round(run.seconds, 1),
+                device=device.type, threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
+                date=datetime.now(UTC).strftime("%Y-%m-%d"), accuracy=stated["fixed noise"],
+                accuracy_fresh_noise=stated["fresh noise"], flops=translation.classification_flops(classifier))
+
+
+def attacked(classifier: TranslationClassifier, images: Tensor, labels: Tensor, budget: float, seed: int) -> Tensor:
+    """Pictures after PGD on the classifier's own loss, as random as it is. Shapes: [N,C,H,W], [N] -> [N,C,H,W]."""
+    draws = 1 if classifier.deterministic else DRAWS
+    *_, last = attacks.pgd(classifier, images, labels, budget, steps=ATTACK_STEPS, draws=draws,
+                           generator=torch.Generator().manual_seed(seed))
+    return last.x
+
+
+def ablate(path: Path, steps: int = 400, seed: int = 0, only: list[str] | None = None) -> Iterator[results.Record]:
+    """Train a digits network for each of `ABLATIONS` and measure it; each number is appended to `path` and yielded.
+
+    Randomness  training, labels and attacks from `seed`; fresh noise where the record says so
+    Writes      three records a variant: accuracy with fixed and with fresh noise, and an upper bound of the accuracy
+                under PGD in L-inf on the classifier with fresh noise (right before and after)
+    """
+    test, answers = data.digits().test_images, data.digits().test_labels
+    x, y = test[:ATTACKED], answers[:ATTACKED]
+    for name in only or ABLATIONS:
+        recipe = replace(RECIPES[translation.DIGITS], steps=steps, **ABLATIONS[name])
+        run = training_of(recipe, seed)
+        *_, last = run
+        classifier = TranslationClassifier(run.average.eval().requires_grad_(False))
+        fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(seed + 1))
+        adversarial = attacked(fresh, x, y, BUDGET, seed)
+        with torch.no_grad():
+            before, after = (fresh(pictures).argmax(1) == y for pictures in (x, adversarial))
+        counts = {"accuracy, fixed noise": (correct_of(classifier, test, answers), len(test), {}),
+                  "accuracy, fresh noise": (correct_of(fresh, test, answers), len(test), {}),
+                  "upper bound of the accuracy under attack, fresh noise": (
+                      int((before & after).sum()), len(x), dict(attack="PGD, margin loss", norm="linf", epsilon=BUDGET,
+                                                                attack_steps=ATTACK_STEPS, draws=DRAWS))}
+        for what, (correct, n, more) in counts.items():
+            record = results.accuracy_record(
+                correct, n, f"IDC on digits, {name}: {what}", certificates.interval(correct, n), seed=seed,
+                settings={**asdict(recipe), "final_loss": round(last.loss, 4), **more},
+                source="translation_training.ablate")
+            record.append(path)
+            yield record
