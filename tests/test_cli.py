@@ -127,6 +127,15 @@ def test_a_picture_called_json_is_a_picture(folder, picture):
     assert done.exit_code == 2 and "posterior" in done.stdout and one_sentence(done, "--json: ", "no such file")
 
 
+def test_train_idc_writes_its_network(folder, tmp_path, monkeypatch):
+    from diffclass import translation
+
+    done = run("train", "digits", "--method", "idc", "--steps", 2, "--out", tmp_path / "idc", "--json")
+    assert done.exit_code == 0, done.stderr
+    card = document(done)["models"][0]["card"]
+    assert translation.load_translator(tmp_path / "idc" / "digits-idc.safetensors")[1] == card
+
+
 def test_download_without_a_network_says_what_to_do(folder, monkeypatch):
     monkeypatch.setattr(cifar.download_cifar10, "__defaults__", (None, "http://127.0.0.1:9/none.tar.gz", False))
     done = run("download", "cifar10", "--json")
@@ -151,6 +160,9 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
     (("evaluate", "--world", "digits:moons"), ("'digits:moons'",)),
     (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
     (("classify", "--model", "professor", "x.png"), ("'professor'",)),
+    (("train", "cifar10", "--method", "idc"), ("'digits'", "'cifar10'")),
+    (("train", "digits", "--method", "gan"), ("'idc'", "'gan'")),
+    (("train", "digits", "--method", "idc", "--batch", "4"), ("--steps, --out and --seed",)),
     (("train", "mars"), ("'digits'", "'cifar10'", "'mars'")),
     (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
     (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),

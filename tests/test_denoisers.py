@@ -326,6 +326,14 @@ def test_missing_weights_get_a_sentence(tmp_path):
         network.load_denoiser(tmp_path / "none.safetensors")
 
 
+def test_a_network_of_another_kind_gets_a_sentence(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors", {"architecture": '{"bridge": 4}'})
+    with pytest.raises(ValueError, match=r"expected other.safetensors to hold a denoiser, got .*\['bridge'\]"):
+        network.load_denoiser(tmp_path / "other.safetensors")
+
+
 @pytest.mark.parametrize("keep", [0, 5, 400, -100])
 def test_truncated_weights_get_a_sentence(keep, tmp_path):
     path = tmp_path / "w.safetensors"

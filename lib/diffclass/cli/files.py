@@ -110,7 +110,7 @@ def doctor(ctx: typer.Context, json_wanted: Json = False):
             answer.content[group] = [dict(name=group, status="problem", detail=f"{error}. {SET_UP}")]
         for check in answer.content[group]:
             problems += check["status"] == "problem"
-            answer.say(f"  {check['status']:8}{check['name']:28}{check['detail']}")
+            answer.say(f"  {check['status']:8}{check['name']:31}{check['detail']}")
     answer.content["ok"] = problems == 0
     answer.say(f"{problems} to mend: see the lines that say 'problem'." if problems else "The digits course can run.")
     raise typer.Exit(PROBLEM if problems else OK)

@@ -11,6 +11,7 @@ import typer
 from diffclass import assets
 from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of
 
+IDC = "digits-idc.safetensors"
 Widths = Annotated[str | None, typer.Option(help="Channels of the U-Net's levels, such as 16,32: for a dry run.")]
 
 
@@ -18,10 +19,13 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
     """Train one network with a progress bar; whether it is complete."""
     from tqdm import tqdm
 
-    from diffclass import trainers
+    from diffclass import trainers, translation_training
 
-    run = trainers.stoppable(trainers.train(name, folder, minutes=minutes, **options))
-    recipe, speed, first = trainers.RECIPES[name], None, None
+    if name == IDC:
+        run = translation_training.train_translation(name, folder, options["steps"], options["seed"])
+    else:
+        run = trainers.train(name, folder, minutes=minutes, **options)
+    run, speed, first = trainers.stoppable(run), None, None
     with contextlib.closing(run), tqdm(desc=name.partition(".")[0], unit="step", file=sys.stderr,
                                        disable=not is_first()) as bar:
         for progress in run:
@@ -30,10 +34,11 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
             last, done = progress.step == progress.steps, progress.step - first.step
             if done > 3 and progress.step % 10 and not last:
                 continue  # reading the loss waits for the accelerator
-            if recipe.world == "cifar10" and done >= 10:
+            if name.startswith("cifar10") and done >= 10:
                 rate = (progress.images - first.images) / (progress.seconds - first.seconds)
                 speed = replace(speed, images=rate) if speed else trainers.Speed(
-                    rate, trainers.step_flops(name, options["widths"]), trainers.matrix_peak(recipe.precision))
+                    rate, trainers.step_flops(name, options["widths"]),
+                    trainers.matrix_peak(trainers.RECIPES[name].precision))
             bar.set_postfix_str(f"loss {progress.loss:.3f}, {progress.seconds:.0f} s in all"
                                 + (f", {speed}" if speed else "") + ", measuring" * last)
     return progress.step == progress.steps
@@ -47,6 +52,8 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
           measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
+          method: Annotated[str, typer.Option(help="diffusion, or idc: translation into label pictures (digits).")
+                            ] = "diffusion",
           student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
           seed: Seed = 0, json_wanted: Json = False):
@@ -59,9 +66,13 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
     world = recipes.chosen(world, ("digits", "cifar10"), "the world to train on")
     folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
+    if recipes.chosen(method, ("diffusion", "idc"), "the method") == "idc":
+        recipes.chosen(world, ("digits",), "the world of --method idc")
+        if teacher_only or student_only or minutes or widths or batch or measured:
+            raise ValueError("expected no other option than --steps, --out and --seed with --method idc.")
     only = "teacher" if teacher_only else "student" if student_only else None
     try:
-        for name in trainers.remaining(world, folder, only):
+        for name in [IDC] if method == "idc" else trainers.remaining(world, folder, only):
             if not _train_one(name, folder, minutes, options):
                 ctx.obj.content["paused"] = str(folder / "checkpoints" / name)
                 ctx.obj.say(f"{name}: paused after {minutes:g} minutes; the same command goes on.")

@@ -248,25 +248,38 @@ def weight_files(path: Path) -> list[Path]:
     return found
 
 
+def read_header(path: str | Path) -> dict[str, str]:
+    """What a weights file says of itself, "architecture" and "card" as JSON, without loading its weights.
+
+    Errors      FileNotFoundError; ValueError for a file that is not safetensors, or is truncated
+    """
+    header = {}
+    for file in weight_files(Path(path)):
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                header = opened.metadata() or {}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"expected {file.name} to be a safetensors file, got {file.stat().st_size} bytes that are "
+                             f"not ({error}); the download or copy was probably cut short.") from None
+    return header
+
+
 def load_denoiser(path: str | Path) -> tuple[Denoiser, dict]:
     """A denoiser and its model card from what `save_denoiser` wrote.
 
     Errors      FileNotFoundError; ValueError for a file that is not safetensors, is truncated, carries no
                 architecture, or whose weights do not fit the architecture that it names
     """
-    path, state, header = Path(path), {}, {}
+    path, state, header = Path(path), {}, read_header(path)
     for file in weight_files(path):
-        try:
-            with safetensors.safe_open(file, framework="pt") as opened:
-                header = opened.metadata() or {}
-            state |= load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"expected {file.name} to be a safetensors file, got {file.stat().st_size} bytes that are "
-                             f"not ({error}); the download or copy was probably cut short.") from None
+        state |= load_file(file)
     if "architecture" not in header:
         raise ValueError(f"expected {path.name} to name its architecture, got the header {sorted(header)}; it was not "
                          "written by this course, so convert it with a loader for its format.")
     architecture = json.loads(header["architecture"])
+    if not {"kind", "network", "num_classes", "image_shape"} <= set(architecture):
+        raise ValueError(f"expected {path.name} to hold a denoiser, got the architecture {sorted(architecture)}; a "
+                         "network of another kind has a loader of its own.")
     denoiser = build(**{**architecture, "image_shape": tuple(architecture["image_shape"])})
     wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in state.items()}
