@@ -98,6 +98,10 @@ class MixtureDenoiser(Denoiser):
             members = torch.arange(len(self.labels)) if null else torch.nonzero(self.labels == k).flatten()
             log_weights = self.log_weights[members] + (self.log_priors[self.labels] if null else 0)
             total = self.variances[members] + sigma.double()[:, None] ** 2  # [B,M_k]
-            square = torch.cdist(x, self.means[members], compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            means = self.means[members]
+            if x.requires_grad:  # cdist is faster but has no second derivative, which exact gradients of defences need
+                square = ((x[:, None] - means) ** 2).sum(-1)
+            else:
+                square = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
             log_normal = -square / (2 * total) - x.shape[1] / 2 * (2 * math.pi * total).log()
             yield members, log_weights + log_normal
