@@ -98,10 +98,20 @@ class MixtureDenoiser(Denoiser):
             members = torch.arange(len(self.labels)) if null else torch.nonzero(self.labels == k).flatten()
             log_weights = self.log_weights[members] + (self.log_priors[self.labels] if null else 0)
             total = self.variances[members] + sigma.double()[:, None] ** 2  # [B,M_k]
-            means = self.means[members]
-            if x.requires_grad:  # cdist is faster but has no second derivative, which exact gradients of defences need
-                square = ((x[:, None] - means) ** 2).sum(-1)
-            else:
-                square = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            square = _SquaredDistances.apply(x, self.means[members])
             log_normal = -square / (2 * total) - x.shape[1] / 2 * (2 * math.pi * total).log()
             yield members, log_weights + log_normal
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """||x_b - mu_m||^2 by cdist, whose own backward has no second derivative; exact gradients of defences need one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, means: Tensor) -> Tensor:
+        ctx.save_for_backward(x, means)
+        return torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        x, means = ctx.saved_tensors
+        return 2 * (x * slope.sum(1, keepdim=True) - slope @ means), None
