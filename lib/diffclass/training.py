@@ -126,7 +126,8 @@ class Training:
         self.accelerator = Accelerator()
         self.own = own_share(batch, self.accelerator.num_processes)
         device = self.accelerator.device
-        self.denoiser = denoiser.to(device, memory_format=torch.channels_last)
+        fastest = torch.channels_last if torch.accelerator.is_available() else torch.contiguous_format  # as measured
+        self.denoiser = denoiser.to(device, memory_format=fastest)
         self.images, self.labels, self.loss = images.to(device), labels.to(device), loss
         self.settings = dict(steps=steps, batch=batch, rate=rate, ema=ema, mirror=mirror, seed=seed, count=len(images))
         self.average = copy.deepcopy(denoiser).requires_grad_(False)
