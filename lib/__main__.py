@@ -115,8 +115,7 @@ def lab():
     (folder / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # cells out of sight stay alive
     flags = [f"--LabApp.user_settings_dir={home}", f"--LabApp.workspaces_dir={home / 'workspaces'}",
              "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    if getattr(os, "geteuid", lambda: 1)() == 0:
-        flags.append("--allow-root")
+    flags += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         flags.append("--no-browser")
         say("There is no display here: open the address http://localhost:... that JupyterLab prints below in a browser "
@@ -135,10 +134,9 @@ def main(argv):
     }
     if job not in jobs:
         return say(__doc__) or 2 * (job not in ("-h", "--help"))
-    env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", **os.environ}
-    env["DIFFCLASS_BENCH"] = "1" if job == "bench" else ""
-    if job == "test":
-        env.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two threads each would fight over two cores
+    bench = "1" if job == "bench" else ""
+    threads = {"OMP_NUM_THREADS": "1"} if job == "test" else {}  # two processes of two threads fight over two cores
+    env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", **threads, **os.environ, "DIFFCLASS_BENCH": bench}
     if env.get("DIFFCLASS_CIFAR10"):
         env["DIFFCLASS_CIFAR10"] = os.path.abspath(env["DIFFCLASS_CIFAR10"])  # kernels run in notebooks/
     try:

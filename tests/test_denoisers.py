@@ -322,7 +322,7 @@ def test_weights_travel_bit_for_bit(case, tmp_path):
 
 
 def test_missing_weights_get_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="weights at none.* in 1 file, found 0; run `diffclass doctor`"):
+    with pytest.raises(FileNotFoundError, match="expected weights at none.*, found none; run `diffclass doctor`"):
         network.load_denoiser(tmp_path / "none.safetensors")
 
 

@@ -243,8 +243,9 @@ def weight_files(path: Path) -> list[Path]:
     found = [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
     wanted = int(found[0].stem.rpartition("-")[2]) if found and found[0] != path else 1
     if len(found) != wanted:
-        raise FileNotFoundError(f"expected weights at {path.name} in {wanted} file{'s' * (wanted > 1)}, found "
-                                f"{len(found)}; run `diffclass doctor` to see what is missing and how to get it.")
+        files, there = (f" in {wanted} files", len(found)) if wanted > 1 else ("", "none")
+        raise FileNotFoundError(f"expected weights at {path.name}{files}, found {there}; run `diffclass doctor` to see "
+                                "what is missing and how to get it.")
     return found
 
 
