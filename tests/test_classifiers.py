@@ -233,10 +233,10 @@ def test_fresh_noise_scatters_around_the_truth():
 
 def test_the_noised_classifier_draws_its_own_noise_for_each_vote():
     x = pixels()[:1].expand(3, -1, -1, -1)
-    random = noised(generator=torch.Generator().manual_seed(1))
+    random = noised().with_fresh_noise(torch.Generator().manual_seed(1))
     logits = random(x)
     assert not torch.equal(logits[0], logits[1]) and not random.deterministic
-    assert torch.equal(noised(generator=torch.Generator().manual_seed(1))(x), logits)
+    assert torch.equal(noised().with_fresh_noise(torch.Generator().manual_seed(1))(x), logits)
     assert torch.equal(noised()(x)[0], noised()(x)[1]) and noised().deterministic
 
 

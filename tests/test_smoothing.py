@@ -106,7 +106,7 @@ def test_a_random_classifier_draws_fresh_noise_for_every_vote():
     """Two votes on the same noised picture can differ: the vote's own noise is inside the counted event."""
     law = data.overlapping()
     x = law.sample(1, generator(), torch.float32)[0]
-    model = NoisedBayesClassifier(MixtureDenoiser.of_law(law), 0.15, generator=generator(1))
+    model = NoisedBayesClassifier(MixtureDenoiser.of_law(law), 0.15).with_fresh_noise(generator(1))
     counts = [last(smoothing.count_votes(model, x, 0.15, 300, generator(2))) for _ in range(2)]
     assert int(counts[0].sum()) == 300 and not torch.equal(*counts), "same picture noise, other internal noise"
 

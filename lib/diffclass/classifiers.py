@@ -1,6 +1,5 @@
 """Classifiers: pixels in [0,1] -> logits in nats. What predicts is what is attacked is what is derived: one forward."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from diffclass import likelihood, noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import NoiseBank, Weighting
+from diffclass.randomised import Randomised
 
 
 def check_prior(prior, num_classes: int) -> Tensor:
@@ -24,7 +24,7 @@ def check_prior(prior, num_classes: int) -> Tensor:
     return prior.log()
 
 
-class BayesClassifier(nn.Module):
+class BayesClassifier(Randomised):
     """p(y | x) from the per-class diffusion losses, by Bayes' rule.
 
     Formula     logit_k(x) = ELBO_k(2x - 1) / temperature + C_k + ln prior_k,   p(y | x) = softmax(logits)
@@ -46,7 +46,6 @@ class BayesClassifier(nn.Module):
         self.temperature, self.chunk = temperature, chunk
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
         self.moments = moments  # (class means, covariance traces) for the end term, or None to drop it as papers do
-        self.generator: torch.Generator | None = None
 
     @property
     def num_classes(self) -> int:
@@ -57,18 +56,6 @@ class BayesClassifier(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.denoiser.image_shape
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether two calls on the same image give the same logits."""
-        return self.generator is None
-
-    def with_fresh_noise(self, generator: torch.Generator) -> "BayesClassifier":
-        """The random classifier: same levels, noise drawn anew for every image of every call."""
-        twin = copy.copy(self)
-        twin._buffers, twin._modules = dict(self._buffers), dict(self._modules)
-        twin.generator = generator
-        return twin
 
     def losses(self, x: Tensor) -> Tensor:
         """The diffusion losses behind the logits. Shapes: x [B,C,H,W] in [0,1] -> [B,K,T]."""
@@ -102,22 +89,22 @@ class BayesClassifier(nn.Module):
         return f"weighting={self.weighting.__name__}, temperature={self.temperature:g}, {kind}"
 
 
-class NoisedBayesClassifier(nn.Module):
+class NoisedBayesClassifier(Randomised):
     """p(y | x + sigma_pixel eps): the classifier of noised images that randomised smoothing asks for (EPNDC).
 
     Formula     logit_k(x_tau) = log p_tau(2 x_tau - 1 | k) + ln prior_k, by `likelihood.noised_elbo`
     Source      Chen et al. 2024 (NDC)
     Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> logits [B,K] in nats
-    Randomness  fresh noise for every image when a generator is given (each vote independent); else the fixed bank
+    Randomness  deterministic: one fixed noise bank. `with_fresh_noise` draws for every image: each vote independent
     """
 
     def __init__(self, denoiser: Denoiser, sigma_pixel: float, *, levels: int = 8, high: float = 5.0, samples: int = 1,
-                 prior: Sequence[float] | None = None, generator: torch.Generator | None = None, seed: int = 0,
-                 weighting: Weighting = noise.elbo_weight, chunk: int = likelihood.CHUNK):
+                 prior: Sequence[float] | None = None, seed: int = 0, weighting: Weighting = noise.elbo_weight,
+                 chunk: int = likelihood.CHUNK):
         super().__init__()
         self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
         grid = noise.noised_levels(units.sigma_to_model(self.sigma_pixel), high, levels, first=0.25)
-        self.denoiser, self.weighting, self.chunk, self.generator = denoiser, weighting, chunk, generator
+        self.denoiser, self.weighting, self.chunk = denoiser, weighting, chunk
         self.bank = NoiseBank.fixed(grid, denoiser.image_shape, samples, seed)
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
 
@@ -130,11 +117,6 @@ class NoisedBayesClassifier(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.denoiser.image_shape
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether two calls on the same noised image give the same logits."""
-        return self.generator is None
 
     def forward(self, x_tau: Tensor) -> Tensor:
         """Logits in nats of an image that carries noise sigma_pixel. Shapes: [B,C,H,W] -> [B,K]."""

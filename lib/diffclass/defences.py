@@ -1,6 +1,5 @@
 """Purify, then classify: likelihood maximisation, noising and denoising, votes. What predicts is what is attacked."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffclass import sampling, units
 from diffclass.denoisers.base import Denoiser
+from diffclass.randomised import Randomised
 
 Rule = Callable[[list[Tensor]], Tensor]  # the gradients of all steps so far, the last one newest -> a direction
 
@@ -36,15 +36,7 @@ def adam_direction(gradients: list[Tensor], beta1: float = 0.9, beta2: float = 0
     return mean / (square.clamp_min(tiny).sqrt() + epsilon)
 
 
-def random_like(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A twin of a deterministic module that draws its noise anew at every call; the weights are shared."""
-    twin = copy.copy(module)
-    twin._buffers, twin._modules = dict(module._buffers), dict(module._modules)
-    twin.generator = generator
-    return twin
-
-
-class Purifier(nn.Module, ABC):
+class Purifier(Randomised, ABC):
     """Pixels -> pixels that the unconditional diffusion model finds more likely.
 
     Formula     x -> clamp((purify(2x - 1) + 1) / 2, 0, 1)
@@ -62,20 +54,11 @@ class Purifier(nn.Module, ABC):
                              f"{type(denoiser).__name__} was trained without a null class.")
         self.denoiser, self.exact = denoiser, exact
         self.num_classes, self.image_shape = denoiser.num_classes, denoiser.image_shape
-        self.generator, self.seed = None, seed
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether two calls on the same image give the same image."""
-        return self.generator is None
-
-    def with_fresh_noise(self, generator: torch.Generator) -> "Purifier":
-        """The random purifier: noise drawn anew for every image of every call."""
-        return random_like(self, generator)
+        self.seed = seed
 
     def with_gradient(self, exact: bool) -> "Purifier":
         """The same purifier, its gradient exact or that of the identity."""
-        twin = random_like(self, self.generator)
+        twin = self.twin()
         twin.exact = exact
         return twin
 

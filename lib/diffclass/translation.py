@@ -3,7 +3,6 @@
 A network that has never heard of classes walks from the input towards one of the labels in a few noisy steps.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffclass import assets, units
 from diffclass.bridges import Bridge, check_apart, check_steps, distances, every_step
 from diffclass.denoisers import network as networks
+from diffclass.randomised import Randomised
 from diffclass.training import Loss
 
 DIGITS = "digits-idc.safetensors"
@@ -140,7 +140,7 @@ class TranslationStep:
     distances: Tensor
 
 
-class TranslationClassifier(nn.Module):
+class TranslationClassifier(Randomised):
     """Translate a picture and ask which label the translation is nearest to.
 
     Formula     x_T = 2x - 1;   x0_hat = clip(translator(x_t, t));   x_n ~ q(x_n | x_t, x0_hat) down to t = 0;
@@ -162,19 +162,6 @@ class TranslationClassifier(nn.Module):
         self.num_classes, self.image_shape = translator.num_classes, translator.image_shape
         shape = (len(self.steps) - 1, 1, *self.image_shape)
         self.register_buffer("noise", torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-        self.generator: torch.Generator | None = None
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether two calls on the same image give the same logits."""
-        return self.generator is None
-
-    def with_fresh_noise(self, generator: torch.Generator) -> "TranslationClassifier":
-        """The random classifier: same steps, noise drawn anew for every image of every call."""
-        twin = copy.copy(self)
-        twin._buffers, twin._modules = dict(self._buffers), dict(self._modules)
-        twin.generator = generator
-        return twin
 
     def _noise(self, x: Tensor) -> Tensor:
         if self.deterministic:

@@ -100,7 +100,7 @@ class ExplorerScene:
             yield 0.5 + 0.5 * (trial + 1) / (len(budgets) + 2)
 
     def _noised(self, sigma_pixel: float, seed: int) -> NoisedBayesClassifier:
-        return NoisedBayesClassifier(self.denoiser, sigma_pixel, generator=torch.Generator().manual_seed(seed))
+        return NoisedBayesClassifier(self.denoiser, sigma_pixel).with_fresh_noise(torch.Generator().manual_seed(seed))
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
