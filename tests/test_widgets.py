@@ -67,10 +67,10 @@ def test_the_callback_leaves_the_browser_its_share_of_the_100_ms(make, student):
     first, control = next(iter(controls_of(hero).items()))
     times, values = [], (control.value, another(control))
     for turn in range(12):
-        start = time.perf_counter()
+        start = time.thread_time()  # its own work: a busy machine's waiting is no property of the callback
         control.value = values[(turn + 1) % 2]
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.2, f"{first}: {1000 * np.median(times):.0f} ms"
+        times.append(time.thread_time() - start)
+    assert np.median(times) < 0.06, f"{first}: {1000 * np.median(times):.0f} ms"
 
 
 @each_hero
