@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffclass import noise
+from diffclass import conversion, noise
 from diffclass.denoisers import network, pretrained
 from diffclass.denoisers.exact import MixtureDenoiser
 
@@ -101,7 +101,7 @@ def test_a_unet_of_this_course_survives_the_trip_through_a_folder(tmp_path):
     for null in (True, False):
         mine = network.build("ConditionalDenoiser", "UNet", 3, (3, 16, 16), has_null=null, widths=(16, 32), layers=1)
         mine.network.unet.save_pretrained(tmp_path / str(null))
-        back = pretrained.from_edm_unet(tmp_path / str(null), 3)
+        back = conversion.from_edm_unet(tmp_path / str(null), 3)
         assert back.has_null == null
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -112,8 +112,8 @@ def test_other_blocks_and_other_classes_are_refused(tmp_path):
     mine = network.build("ConditionalDenoiser", "UNet", 3, (3, 16, 16), widths=(16, 32), layers=1)
     mine.network.unet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected 10 or 11 class embeddings, got 4"):
-        pretrained.from_edm_unet(tmp_path, 10)
+        conversion.from_edm_unet(tmp_path, 10)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "act_fn": "gelu"}))
     with pytest.raises(ValueError, match="got other values of act_fn"):
-        pretrained.from_edm_unet(tmp_path, 3)
+        conversion.from_edm_unet(tmp_path, 3)

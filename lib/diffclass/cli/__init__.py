@@ -1,9 +1,9 @@
 """The command `diffclass`: open the course, look after its files, train, classify and evaluate."""
 
-from diffclass.cli import files, models
+from diffclass.cli import auditing, evaluation, files, models
 from diffclass.cli.base import EXIT_CODES, ROOT, app
 
-__all__ = ["EXIT_CODES", "ROOT", "app", "files", "main", "models"]
+__all__ = ["EXIT_CODES", "ROOT", "app", "auditing", "evaluation", "files", "main", "models"]
 
 
 def main() -> None:

@@ -29,6 +29,20 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def shown(run, what: str, total: int | None = None, unit: str = "picture"):
+    """The same items behind a progress bar: (correct, seen) of `total` pictures, or (done, total)."""
+    from tqdm import tqdm
+
+    with contextlib.closing(run), tqdm(desc=what, unit=unit, total=total, file=sys.stderr,
+                                        disable=not is_first()) as bar:
+        for first, second in run:
+            done, bar.total = (second, total) if total else (first, second)
+            if total:
+                bar.set_postfix_str(f"{first / second:.1%} correct")
+            bar.update(done - bar.n)
+            yield first, second
+
+
 @dataclass
 class Answer:
     """What a command has found so far, and whether it is wanted as JSON."""

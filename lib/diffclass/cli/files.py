@@ -1,4 +1,4 @@
-"""Commands that open the course and look after its files: lab, doctor, download."""
+"""Commands that open the course and look after its files: lab, doctor, download, convert."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from diffclass import __version__, assets
+from diffclass import __version__, assets, results
 from diffclass.cli.base import EXIT_CODES, FAILURES, OK, PROBLEM, ROOT, Json, app, sentence_of
 
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
@@ -127,3 +127,26 @@ def download(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What
     path = cifar.download_cifar10()
     ctx.obj.content |= dict(file=str(path), bytes=path.stat().st_size)
     ctx.obj.say(f"{path}: {path.stat().st_size} bytes, checksum ok")
+
+
+@app.command(epilog=EXIT_CODES)
+def convert(ctx: typer.Context,
+            source: Annotated[Path, typer.Argument(help="EDM's released .pkl of a -vp- network, or its state dict.")],
+            out: Annotated[Path | None, typer.Argument(help="The file to write, not assets/cifar10-edm.safetensors.")
+                           ] = None, json_wanted: Json = False):
+    """Turn a network that others trained into weights of the course, without running the code inside its file."""
+    from diffclass import conversion, recipes
+    from diffclass.denoisers import network
+
+    ctx.obj.content |= dict(command="convert")
+    out = out or assets.folder() / recipes.MODELS["cifar10"]["edm"]
+    if out.suffix != ".safetensors":
+        raise ValueError(f"expected a name that ends in .safetensors to write to, got {out.name!r}.")
+    denoiser = conversion.from_edm(source)
+    weights = sum(value.numel() for value in denoiser.parameters())
+    card = dict(name=out.name, source=source.name, source_sha256=results.sha256_of(source), parameters=weights,
+                command=f"diffclass convert {source.name}", data="as trained by its authors, not by this course")
+    network.save_denoiser(denoiser, out, card)
+    assets.record([out.name], out.parent)
+    ctx.obj.content |= dict(file=str(out), card=card)
+    ctx.obj.say(f"{out}: {weights} weights, {denoiser.num_classes} classes, {denoiser.image_shape[1]} pixels a side")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.nets import DigitNet, SongUNet, UNet
 
 SHARD_BYTES = 15_000_000  # larger weights are written as several files
 SIGMA_DATA = 0.5  # standard deviation of images in model space that the preconditioning assumes
@@ -82,92 +83,9 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks: F(c_in x, ln sigma, classes or None) -> [B, heads * C, H, W]
-
-
-class DigitNet(nn.Module):
-    """A residual convolutional network for 8x8 digits, small enough to be trained in front of the reader.
-
-    Shapes      x [B,C,H,W], log_sigma [B], classes [B] or None -> [B, heads*C, H, W]
-    """
-
-    def __init__(self, channels: int = 1, classes: int = 0, heads: int = 1, width: int = 48, blocks: int = 4,
-                 size: int = 8):
-        super().__init__()
-        self.config = dict(channels=channels, classes=classes, heads=heads, width=width, blocks=blocks, size=size)
-        self.register_buffer("frequencies", torch.linspace(0.25, 4.0, 16))
-        self.embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
-        self.classes = nn.Embedding(classes, width) if classes else None
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.place = nn.Parameter(torch.zeros(1, width, size, size))  # where a stroke is matters on an 8x8 grid
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, heads * channels, 3, padding=1))
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
-
-    def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
-        """One call of the network."""
-        angles = log_sigma[:, None] * self.frequencies
-        condition = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
-        if self.classes is not None:
-            condition = condition + self.classes(classes)
-        h = self.enter(x) + self.place
-        for block in self.blocks:
-            h = block(h, condition)
-        return self.leave(h)
-
-
-class _Block(nn.Module):
-    """A residual block whose channels are scaled and shifted by the condition."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.modulate = nn.Linear(width, 2 * width)
-
-    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        """h [B,width,H,W], condition [B,width] -> [B,width,H,W]."""
-        scale, shift = self.modulate(nn.functional.silu(condition))[:, :, None, None].chunk(2, 1)
-        inner = self.conv1(nn.functional.silu(self.norm1(h)))
-        inner = self.conv2(nn.functional.silu(self.norm2(inner) * (1 + scale) + shift))
-        return h + inner
-
-
-class UNet(nn.Module):
-    """`diffusers.UNet2DModel` as F(x, ln sigma, classes): its timestep is 250 ln sigma, its null class the last.
-
-    Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding made for t in 0..1000
-    """
-
-    def __init__(self, channels: int = 3, classes: int = 0, heads: int = 1, size: int = 32,
-                 widths: tuple[int, ...] = (64, 128, 128), layers: int = 2, attention: bool = True,
-                 dropout: float = 0.0):
-        super().__init__()
-        from diffusers import UNet2DModel  # here, not above: it takes seconds and digits do not need it
-
-        self.config = dict(channels=channels, classes=classes, heads=heads, size=size, widths=list(widths),
-                           layers=layers, attention=attention, dropout=dropout)
-        plain, attentive = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
-        if attention and len(widths) > 1:
-            plain[1], attentive[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
-        self.unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=heads * channels,
-                                block_out_channels=tuple(widths), layers_per_block=layers,
-                                down_block_types=tuple(plain), up_block_types=tuple(attentive), dropout=dropout,
-                                attention_head_dim=min(64, *widths),
-                                # one channel a group would erase the embedding of level and class, a shift by channel
-                                norm_num_groups=min(32, math.gcd(*widths) // 2),
-                                num_class_embeds=classes or None)
-
-    def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
-        """One call of the network."""
-        return self.unet(x, 250 * log_sigma, class_labels=classes).sample
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Weights: safetensors with the architecture in the header, so that a file says what it is
 
-_NETWORKS = {"DigitNet": DigitNet, "UNet": UNet}
+_NETWORKS = {"DigitNet": DigitNet, "UNet": UNet, "SongUNet": SongUNet}
 _KINDS = {"ConditionalDenoiser": ConditionalDenoiser, "MultiHeadDenoiser": MultiHeadDenoiser}
 
 
@@ -186,11 +104,11 @@ def build(kind: str, network: str, num_classes: int, image_shape: tuple[int, int
     heads = dict(classes=answers, heads=1) if kind == "ConditionalDenoiser" else dict(classes=0, heads=answers)
     with torch.random.fork_rng(devices=[]):  # modules first fill themselves from the global generator
         net = _NETWORKS[network](**{**dict(channels=channels, size=size), **heads, **config})
-    _initialise(net, torch.Generator().manual_seed(seed))
+    initialise(net, torch.Generator().manual_seed(seed))
     return _KINDS[kind](net, num_classes, tuple(image_shape), tuple(sigma_range), has_null)
 
 
-def _initialise(network: nn.Module, generator: torch.Generator) -> None:
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """torch's default initialisation, drawn again from a generator: modules fill themselves from global state."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -213,6 +131,12 @@ def describe(denoiser: Denoiser) -> dict:
 
 def save_denoiser(denoiser: Denoiser, path: str | Path, card: dict | None = None,
                   dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, architecture and model card of a denoiser, as `save_weights` does."""
+    save_weights(denoiser, describe(denoiser), path, card, dtype)
+
+
+def save_weights(module: nn.Module, architecture: dict, path: str | Path, card: dict | None = None,
+                 dtype: torch.dtype = torch.float32) -> None:
     """Write weights, architecture and model card as safetensors; old files survive an interruption.
 
     Writes      `path`, or NAME-1-of-3.safetensors and so on where one file would exceed SHARD_BYTES
@@ -220,13 +144,13 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, card: dict | None = None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-             for name, value in denoiser.state_dict().items()}
+             for name, value in module.state_dict().items()}
     shards: list[dict[str, Tensor]] = [{}]
     for name, value in state.items():
         if shards[-1] and sum(v.nbytes for v in shards[-1].values()) + value.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = value
-    header = {"architecture": json.dumps(describe(denoiser)), "card": json.dumps(card or {})}
+    header = {"architecture": json.dumps(architecture), "card": json.dumps(card or {})}
     names = [path.name] if len(shards) == 1 else [
         f"{path.stem}-{i}-of-{len(shards)}{path.suffix}" for i in range(1, len(shards) + 1)]
     files = [path.with_name(name) for name in names]
@@ -268,8 +192,22 @@ def read_header(path: str | Path) -> dict[str, str]:
 def load_denoiser(path: str | Path) -> tuple[Denoiser, dict]:
     """A denoiser and its model card from what `save_denoiser` wrote.
 
-    Errors      FileNotFoundError; ValueError for a file that is not safetensors, is truncated, carries no
-                architecture, or whose weights do not fit the architecture that it names
+    Errors      those of `load_weights` and `filled`; ValueError for a network of another kind
+    """
+    path = Path(path)
+    state, architecture, card = load_weights(path)
+    if not {"kind", "network", "num_classes", "image_shape"} <= set(architecture):
+        raise ValueError(f"expected {path.name} to hold a denoiser, got the architecture {sorted(architecture)}; a "
+                         "network of another kind has a loader of its own.")
+    denoiser = build(**{**architecture, "image_shape": tuple(architecture["image_shape"])})
+    return filled(denoiser, state, f"{architecture['network']} in {path.name}"), card
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
+    """Weights by name, architecture and model card from what `save_weights` wrote.
+
+    Errors      FileNotFoundError; ValueError for a file that is not safetensors, is truncated, or carries no
+                architecture
     """
     path, state, header = Path(path), {}, read_header(path)
     for file in weight_files(path):
@@ -277,17 +215,19 @@ def load_denoiser(path: str | Path) -> tuple[Denoiser, dict]:
     if "architecture" not in header:
         raise ValueError(f"expected {path.name} to name its architecture, got the header {sorted(header)}; it was not "
                          "written by this course, so convert it with a loader for its format.")
-    architecture = json.loads(header["architecture"])
-    if not {"kind", "network", "num_classes", "image_shape"} <= set(architecture):
-        raise ValueError(f"expected {path.name} to hold a denoiser, got the architecture {sorted(architecture)}; a "
-                         "network of another kind has a loader of its own.")
-    denoiser = build(**{**architecture, "image_shape": tuple(architecture["image_shape"])})
-    wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    return state, json.loads(header["architecture"]), json.loads(header.get("card", "{}"))
+
+
+def filled(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
+    """The module with these weights, ready to be asked: in eval mode and without gradients of the weights.
+
+    Errors      ValueError for weights that do not fit; `what` names the network and its file
+    """
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != got:
         name = next(n for n in sorted(wanted | got) if wanted.get(n) != got.get(n))
-        raise ValueError(f"expected weights of {architecture['network']} in {path.name}, but {name!r} should have "
-                         f"shape {wanted.get(name)} and has {got.get(name)}; these weights belong to another "
-                         "architecture.")
-    denoiser.load_state_dict(state)
-    return denoiser.eval().requires_grad_(False), json.loads(header.get("card", "{}"))
+        raise ValueError(f"expected weights of {what}, but {name!r} should have shape {wanted.get(name)} and has "
+                         f"{got.get(name)}; these weights belong to another architecture.")
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)

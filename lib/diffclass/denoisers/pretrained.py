@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from diffclass import noise
 from diffclass.denoisers.base import Denoiser
-from diffclass.denoisers.network import ConditionalDenoiser, build
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # diffusers' names for noise, v and x0
 
@@ -77,33 +76,3 @@ def from_diffusers(folder: str | Path) -> ScheduledDenoiser:
                          f"{unet.config.out_channels}; a learned variance is not read: keep its first half.")
     return ScheduledDenoiser(unet, scheduler.betas, scheduler.config.prediction_type,
                              unet.config.num_class_embeds or 0, (channels, height, width))
-
-
-def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:
-    """A `UNet2DModel` folder trained inside EDM's preconditioning at the timestep 250 ln sigma, as this course trains.
-
-    Shapes      num_classes K; a network with K + 1 class embeddings also has the null class, its last
-    Errors      ValueError for another number of embeddings, or blocks that `UNet` does not have
-    """
-    from diffusers import UNet2DModel
-
-    unet = UNet2DModel.from_pretrained(Path(folder), local_files_only=True)
-    config = unet.config
-    if config.num_class_embeds not in (num_classes, num_classes + 1):
-        raise ValueError(f"expected {num_classes} or {num_classes + 1} class embeddings, got "
-                         f"{config.num_class_embeds}.")
-    denoiser = build("ConditionalDenoiser", "UNet", num_classes, (config.in_channels,) + 2 * (config.sample_size,),
-                     has_null=config.num_class_embeds > num_classes, widths=tuple(config.block_out_channels),
-                     layers=config.layers_per_block, dropout=config.dropout,
-                     attention="AttnDownBlock2D" in config.down_block_types)
-    ours = denoiser.network.unet.config
-    told = {key: value for key, value in ours.items() if not key.startswith("_") and key != "num_train_timesteps"}
-    differing = sorted(key for key, value in told.items() if _plain(config.get(key)) != _plain(value))
-    if differing:
-        raise ValueError(f"expected a U-Net built as `UNet` builds it, got other values of {', '.join(differing)}.")
-    denoiser.network.unet.load_state_dict(unet.float().state_dict())
-    return denoiser.eval().requires_grad_(False)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
