@@ -1,13 +1,13 @@
 """The networks in `assets/` and the classifiers made of them, measured and asked as the course does it."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from diffclass import assets, certificates, cifar, data, gallery, measuring, noise, pictures, results
+from diffclass import assets, certificates, cifar, corruptions, data, gallery, measuring, noise, results
 from diffclass.classifiers import BayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
@@ -17,11 +17,13 @@ from diffclass.noise import NoiseBank, Weighting
 TEACHER, STUDENT = "digits-teacher.safetensors", "digits-student.safetensors"
 MODELS = {
     "digits": {"student": STUDENT, "teacher": TEACHER},
-    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype")},
+    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype", "edm")},
 }
+HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}  # trained on attacked images
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
 CIFAR_RANGE = (0.05, 10.0)  # the same for photographs of 32x32 pixels
+CIFAR_LEVELS = noise.log_levels(*CIFAR_RANGE, 36)
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
 
@@ -32,11 +34,25 @@ def digit_classifier(denoiser: Denoiser, levels: noise.Levels = DIGIT_LEVELS, sa
     return BayesClassifier(denoiser, NoiseBank.fixed(levels, denoiser.image_shape, samples, seed), weighting)
 
 
-def cifar_classifier(denoiser: Denoiser, levels: int = 36, seed: int = 0,
+def cifar_classifier(denoiser: Denoiser, levels: noise.Levels = CIFAR_LEVELS, seed: int = 0,
                      weighting: Weighting = noise.elbo_weight) -> BayesClassifier:
-    """The deterministic classifier of CIFAR-10 that the course uses: levels in [0.05, 10], one noise each."""
-    grid = noise.log_levels(*CIFAR_RANGE, levels)
-    return BayesClassifier(denoiser, NoiseBank.fixed(grid, denoiser.image_shape, 1, seed), weighting)
+    """The deterministic classifier of CIFAR-10 that the course uses: 36 levels, one noise each."""
+    return BayesClassifier(denoiser, NoiseBank.fixed(levels, denoiser.image_shape, 1, seed), weighting)
+
+
+CLASSIFIERS = {"digits": (digit_classifier, DIGIT_RANGE), "cifar10": (cifar_classifier, CIFAR_RANGE)}
+
+
+def plane_law(name: str) -> data.MixtureLaw:
+    """A law of the plane by name. Errors: ValueError for a name that does not exist."""
+    return chosen(name, data.PLANE_LAWS, "the law of the plane (as in plane:moons)")()
+
+
+def plane_classifier(law: data.MixtureLaw, levels: int = 16, seed: int = 0,
+                     weighting: Weighting = noise.elbo_weight) -> BayesClassifier:
+    """The deterministic classifier of a law of the plane that the course uses: exact denoiser, 16 noises a level."""
+    bank = NoiseBank.fixed(noise.log_levels(*PLANE_RANGE, levels), law.image_shape, PLANE_SAMPLES, seed)
+    return BayesClassifier(MixtureDenoiser.of_law(law), bank, weighting, prior=law.priors)
 
 
 def available_model(world: str, model: str | None) -> str:
@@ -105,59 +121,73 @@ class Evaluation:
 
 def evaluation(world: str = "digits", model: str | None = None, limit: int | None = None, levels: int = 16,
                weighting: str = "ELBO", seed: int = 0) -> Evaluation:
-    """Prepare the measurement of an accuracy on test digits, test images of CIFAR-10, the gallery, or "plane:moons".
+    """Prepare the measurement of an accuracy on "digits", "cifar10", the "gallery", "digits:blur-3" or "plane:moons".
 
     Randomness  noise and points from `seed`; `limit` takes the first test images (their order is a random permutation)
     Errors      ValueError for a name that does not exist; those of `load_denoiser` and `cifar.cifar10`
     """
     weighting = chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
     rule = noise.WEIGHTINGS[weighting]
-    kind, _, law_name = world.partition(":")
+    kind, _, detail = world.partition(":")
     kind = chosen(kind, ("digits", "plane", "cifar10", "gallery"), "the world")
     if kind == "plane":
-        law = chosen(law_name, data.PLANE_LAWS, "the law of the plane (as in plane:moons)")()
+        law = plane_law(detail)
         if model is not None:
             raise ValueError(f"expected no model for the plane, got {model!r}; its denoiser is exact.")
         images, labels = law.sample(limit or 1000, torch.Generator().manual_seed(seed))
-        bank = NoiseBank.fixed(noise.log_levels(*PLANE_RANGE, levels), law.image_shape, PLANE_SAMPLES, seed)
-        classifier = BayesClassifier(MixtureDenoiser.of_law(law), bank, rule, prior=law.priors)
+        classifier = plane_classifier(law, levels, seed, rule)
         optimal = int((law.posterior(images).argmax(1) == labels).sum())
         settings = dict(world=f"plane:{law.name}", model="exact", levels=levels, sigma=list(PLANE_RANGE),
                         samples=PLANE_SAMPLES, weighting=weighting)
         return Evaluation(classifier, images, labels, settings, optimal=optimal)
-    if law_name:
-        raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
     file = available_model("digits" if kind == "digits" else "cifar10", model)
     denoiser = network.load_denoiser(assets.verified(file))[0]
     name = file.partition(".")[0].partition("-")[2]
-    settings = dict(world=kind, model=name, levels=levels, samples=1, weighting=weighting)
+    make, span = CLASSIFIERS["digits" if kind == "digits" else "cifar10"]
+    settings = dict(world=f"{kind}:{detail}" if detail else kind, model=name, levels=levels, samples=1,
+                    weighting=weighting, sigma=list(span))
+    classifier = make(denoiser, noise.log_levels(*span, levels), seed=seed, weighting=rule)
+    return Evaluation(classifier, *test_pictures(kind, detail, limit, seed), settings, assets.fingerprint(file))
+
+
+def test_pictures(kind: str, corruption: str, limit: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first test pictures of a world and their labels, corrupted if that is asked for, as in "noise-3"."""
     if kind == "digits":
         digits = data.digits()
         images, labels = digits.test_images[:limit], digits.test_labels[:limit]
-        classifier = digit_classifier(denoiser, noise.log_levels(*DIGIT_RANGE, levels), 1, seed, rule)
-        settings["sigma"] = list(DIGIT_RANGE)
     else:
         images, labels = cifar.cifar10("test", limit) if kind == "cifar10" else (p[:limit] for p in gallery.pictures())
-        classifier = cifar_classifier(denoiser, levels, seed, rule)
-        settings["sigma"] = list(CIFAR_RANGE)
-    return Evaluation(classifier, images, labels, settings, assets.fingerprint(file))
+    if corruption:
+        name, _, severity = corruption.rpartition("-")
+        if name not in corruptions.SEVERITIES or severity not in tuple("12345"):
+            raise ValueError(f"expected the world {kind!r}, alone or with one of {', '.join(corruptions.SEVERITIES)} "
+                             f"at a severity of 1 to 5, as in {kind}:noise-3, got {f'{kind}:{corruption}'!r}.")
+        images = corruptions.corrupted(images, name, int(severity), torch.Generator().manual_seed(seed))
+    return images, labels
 
 
 def card_line(content: dict) -> str:
-    """The accuracy on a model card, in words."""
+    """The accuracy on a model card, in words; where it has one, also that under attack."""
     if "accuracy" not in content:
         return "no accuracy on its model card"
-    a = content["accuracy"]
-    return (f"test accuracy {a['correct'] / a['n']:.1%} [{a['low']:.1%}, {a['high']:.1%}] ({a['correct']} of {a['n']}, "
-            "95 % Clopper-Pearson)")
+
+    def stated(a: dict) -> str:
+        return (f"{a['correct'] / a['n']:.1%} [{a['low']:.1%}, {a['high']:.1%}] ({a['correct']} of {a['n']}, "
+                "95 % Clopper-Pearson)")
+
+    line, hit = f"test accuracy {stated(content['accuracy'])}", content.get("accuracy_under_attack")
+    return line if hit is None else (
+        f"{line}, at most {stated(hit)} under {hit['attack']} in {hit['norm']} {hit['epsilon']:.3g}")
 
 
 def records(trial: Evaluation, correct: int, seed: int) -> list[results.Record]:
     """The measured accuracy as a record, followed by the optimal one of the same points where it is known."""
     n, settings = len(trial.labels), trial.settings
+    kind, _, detail = settings["world"].partition(":")
     where = {"digits": f"{n} test digits", "cifar10": f"the first {n} test images of CIFAR-10",
-             "gallery": f"{n} pictures that such a network drew itself"}.get(
-        settings["world"], f"{n} points of {settings['world']}")
+             "gallery": f"{n} pictures that such a network drew itself"}.get(kind)
+    worse = f", made worse by {detail}" if detail else ""
+    where = where + worse if where else f"{n} points of {settings['world']}"
     how = f"{settings['model']} denoiser, {settings['weighting']} weights"
     counts = [(f"accuracy of the diffusion classifier ({how}) on {where}", correct, settings)]
     if trial.optimal is not None:
@@ -179,41 +209,6 @@ def stored_records(trial: Evaluation, losses: measuring.Losses, seed: int) -> li
     return [record for name, rule in noise.WEIGHTINGS.items() for record in records(
         replace(trial, labels=losses.labels, optimal=None, settings={**trial.settings, "weighting": name, "n": n}),
         int(losses.hits(rule).sum()), seed)]
-
-
-def judge(name: str) -> Callable[[str], dict]:
-    """What classifies a picture file as a digit, with the network of that name loaded once.
-
-    Shapes      -> a function path -> prediction, posterior and losses (weighted, in nats) of the ten digits, and how
-                familiar the picture is
-    Errors      those of `load_digits_denoiser`; the function's are those of `load_picture`
-    """
-    classifier, world = digit_classifier(load_digits_denoiser(name)), data.digits()
-
-    def verdict(path: str) -> dict:
-        image = pictures.load_picture(path, world.image_shape)
-        with torch.no_grad():
-            logits = classifier(image)
-        posterior = logits.softmax(1)[0].tolist()
-        best = max(range(len(posterior)), key=posterior.__getitem__)
-        losses = (classifier.log_prior.to(logits) - logits)[0].tolist()
-        return dict(prediction=world.class_names[best], posterior=posterior, losses=losses,
-                    familiarity=asdict(pictures.distance_report(image, world.train_images)))
-
-    return verdict
-
-
-def described(verdict: dict) -> str:
-    """A verdict of `judge` in words: prediction, three best digits, ten losses, a warning for an unfamiliar picture."""
-    order = sorted(range(len(verdict["posterior"])), key=lambda k: -verdict["posterior"][k])
-    least = min(verdict["losses"])
-    lines = [verdict["prediction"],
-             "  posterior  " + "   ".join(f"{k}: {verdict['posterior'][k]:.1%}" for k in order[:3]),
-             f"  losses     smallest {least:.1f} nats; above it " +
-             " ".join(f"{k}:+{loss - least:.1f}" for k, loss in enumerate(verdict["losses"]))]
-    if verdict["familiarity"]["far"]:
-        lines.append(f"  WARNING    {verdict['familiarity']['sentence']}")
-    return "\n".join(lines)
 
 
 def card(path: Path) -> dict:

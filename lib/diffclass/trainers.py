@@ -1,26 +1,34 @@
 """How the networks in `assets/` were trained: data, settings, monitoring and model card of each, as one call."""
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffclass import assets, certificates, cifar, data, noise, recipes, units
+from diffclass import assets, certificates, noise, recipes, units
 from diffclass.classifiers import BayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
-from diffclass.training import Progress, Training, denoising_loss, distillation_loss
+from diffclass.hardening import Hardening, Inner, hardening_loss, under_attack
+from diffclass.training import (
+    DATA,
+    Curve,
+    Loss,
+    Progress,
+    Training,
+    denoising_loss,
+    distillation_loss,
+    images_of,
+    is_late,
+)
 
-DATA = {"digits": "scikit-learn digits, 1397 training images", "cifar10": "CIFAR-10, 50 000 training images"}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Recipe:
     """What one network of `assets/` is made of.
 
     config      of the network; teacher: the file that it copies, or None to learn from data
+    hardening   adversarial training that goes on from the weights `start`, with their architecture
     stored      the precision of the weights file; measured: test images behind the accuracy of its card
     monitored   test images behind each of the twenty points of its accuracy over time, where there is an accelerator
     """
@@ -45,6 +54,8 @@ class Recipe:
     compiled: bool = False
     stored: torch.dtype = torch.float32
     teacher: str | None = None
+    start: str | None = None
+    hardening: Hardening | None = None
     levels: int = 16
     measured: int = 400
     monitored: int = 0
@@ -60,22 +71,19 @@ RECIPES = {
                           config=dict(widths=(96, 192, 192), layers=2, dropout=0.1), **CIFAR),
     CIFAR_STUDENT: Recipe(kind="MultiHeadDenoiser", steps=12_000, batch=512, rate=1e-3, ema=0.999,
                           config=dict(widths=(32, 64, 96), layers=2, attention=False), teacher=CIFAR_TEACHER, **CIFAR),
+    recipes.HARDENED["digits"]: Recipe(
+        "digits", "MultiHeadDenoiser", "DigitNet", 400, 64, 1e-3, ema=0.98, start=recipes.STUDENT,
+        hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE)),
+    recipes.HARDENED["cifar10"]: Recipe(
+        kind="MultiHeadDenoiser", steps=6000, batch=256, rate=5e-4, ema=0.998, start=CIFAR_STUDENT,
+        hardening=Hardening(Inner(8 / 255, 2, 0.8), *recipes.CIFAR_RANGE), **CIFAR),
 }
-
-
-def images_of(world: str, split: str) -> tuple[Tensor, Tensor]:
-    """All images of a split in [0,1], and their labels. Errors: those of `cifar.cifar10` where it is missing."""
-    if world == "cifar10":
-        return cifar.cifar10(split)
-    digits = data.digits()
-    return (digits.train_images, digits.train_labels) if split == "train" else (digits.test_images, digits.test_labels)
 
 
 def classifier_of(recipe: Recipe, denoiser: Denoiser, levels: int | None = None) -> BayesClassifier:
     """The classifier by which a network's card states its accuracy."""
-    if recipe.world == "cifar10":
-        return recipes.cifar_classifier(denoiser, levels or recipe.levels)
-    return recipes.digit_classifier(denoiser, noise.log_levels(*recipes.DIGIT_RANGE, levels or recipe.levels))
+    make, span = recipes.CLASSIFIERS[recipe.world]
+    return make(denoiser, noise.log_levels(*span, levels or recipe.levels))
 
 
 def train(name: str, folder: Path, *, steps: int | None = None, batch: int | None = None, widths: tuple | None = None,
@@ -88,62 +96,60 @@ def train(name: str, folder: Path, *, steps: int | None = None, batch: int | Non
     """
     recipe, chip = RECIPES[name], Accelerator()
     images, labels = images_of(recipe.world, "train")
-    classes, shape = int(labels.max()) + 1, tuple(images.shape[1:])
-    config = {**recipe.config, **({"widths": widths} if widths else {})}
-    loss, null = denoising_loss, True
-    if recipe.teacher:
-        teacher = network.load_denoiser(folder / recipe.teacher)[0].to(chip.device)
-        loss, null = distillation_loss(teacher), teacher.has_null
-    denoiser = network.build(recipe.kind, recipe.network, classes, shape, has_null=null, seed=seed, **config)
+    denoiser, loss = _begun(recipe, folder, chip, tuple(images.shape[1:]), widths, seed)
     accelerated = torch.accelerator.is_available()
     run = Training(denoiser, units.to_model(images), labels, loss=loss, steps=steps or recipe.steps,
                    batch=batch or recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror, seed=seed,
                    precision=recipe.precision, compiled=recipe.compiled and accelerated,
                    checkpoint=folder / "checkpoints" / name)
-    monitor = Monitor(recipe, folder / "checkpoints" / f"{name}.curve.jsonl", recipe.monitored if accelerated else 0)
+    monitor = Monitor(recipe, folder / "checkpoints" / name, recipe.monitored if accelerated else 0)
     started, progress = time.monotonic(), None
     for progress in run:
         monitor.look(run, progress)
         yield progress
-        if minutes and _is_late(chip, progress, started + 60 * minutes):
+        if minutes and is_late(chip, progress, started + 60 * minutes):
             return  # the loop writes its checkpoint as it is left
     if chip.is_main_process:
-        _finish(name, folder, run, config, measured or recipe.measured, monitor)
+        _finish(name, folder, run, measured or recipe.measured, monitor)
     chip.wait_for_everyone()
 
 
-def _is_late(chip: Accelerator, progress: Progress, end: float) -> bool:
-    """Whether to pause here; all processes agree, and with several of them that is asked now and then only."""
-    if progress.step == progress.steps or (chip.num_processes > 1 and progress.step % 10):
-        return False
-    late = torch.tensor(float(time.monotonic() > end), device=chip.device)
-    return bool(chip.reduce(late, "sum") > 0)
+def _begun(recipe: Recipe, folder: Path, chip: Accelerator, shape: tuple, widths: tuple | None,
+           seed: int) -> tuple[Denoiser, Loss]:
+    """The network as its training begins, and what it is trained by."""
+    if recipe.hardening:
+        if widths:
+            raise ValueError(f"expected no widths for a network that goes on from {recipe.start}, got {widths}.")
+        return network.load_denoiser(folder / recipe.start)[0].requires_grad_(True), hardening_loss(recipe.hardening)
+    loss, null = denoising_loss, True
+    if recipe.teacher:
+        teacher = network.load_denoiser(folder / recipe.teacher)[0].to(chip.device)
+        loss, null = distillation_loss(teacher), teacher.has_null
+    return _fresh(recipe, shape, widths, null, seed), loss
 
 
-class Monitor:
-    """Accuracy over training time: twenty points, kept beside the checkpoint so that a resumed run has them all."""
+def _fresh(recipe: Recipe, shape: tuple, widths: tuple | None, null: bool = True, seed: int = 0) -> Denoiser:
+    config = {**recipe.config, **({"widths": widths} if widths else {})}
+    return network.build(recipe.kind, recipe.network, 10, shape, has_null=null, seed=seed, **config)
 
-    def __init__(self, recipe: Recipe, path: Path, images: int):
-        self.recipe, self.path, self.count = recipe, path, images
+
+class Monitor(Curve):
+    """Accuracy over training time: twenty points, on the first `images` test images."""
+
+    def __init__(self, recipe: Recipe, checkpoint: Path, images: int):
+        super().__init__(checkpoint)
+        self.recipe, self.count = recipe, images
 
     def look(self, run: Training, progress: Progress) -> None:
         """Measure the averaged network of this step, if it is one of the twenty."""
-        if not self.count or progress.step % max(1, progress.steps // 20) or not run.accelerator.is_main_process:
+        if not self.count or not progress.is_milestone or not run.accelerator.is_main_process:
             return
         device = run.accelerator.device
         test, labels = (part[:self.count].to(device) for part in images_of(self.recipe.world, "test"))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             classifier = classifier_of(self.recipe, run.average.eval(), levels=12).to(device)
             correct = recipes.accuracy(classifier, test, labels)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            point = dict(images=progress.images, seconds=round(progress.seconds, 1), correct=correct, n=self.count,
-                         levels=12)
-            file.write(json.dumps(point) + "\n")
-
-    def points(self) -> list[dict]:
-        """What was measured so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.add(progress, correct=correct, n=self.count, levels=12)
 
 
 def remaining(world: str, folder: Path, only: str | None = None) -> list[str]:
@@ -151,8 +157,8 @@ def remaining(world: str, folder: Path, only: str | None = None) -> list[str]:
 
     Shapes      only is "teacher", "student" or None
     """
-    teacher, student = (next(name for name, r in RECIPES.items() if r.world == world and bool(r.teacher) == copies)
-                        for copies in (False, True))
+    own = {name: recipe for name, recipe in RECIPES.items() if recipe.world == world and not recipe.hardening}
+    teacher, student = sorted(own, key=lambda name: bool(own[name].teacher))
     if only:
         return [teacher if only == "teacher" else student]
     checkpoints = folder / "checkpoints"
@@ -201,17 +207,22 @@ class Speed:
 def step_flops(name: str, widths: tuple | None = None) -> float:
     """FLOP of one training step on one image: three forwards' worth, and the teacher's forward for every class.
 
-    Source      counted by torch on one forward; the backward pass counts twice
+    Source      counted by torch on one forward; the backward pass counts twice. A network that is hardened goes forward
+                and back at every level for each step of the attack, for the attacked and for the clean image
     """
     recipe = RECIPES[name]
-    classes, shape = (10, (3, 32, 32)) if recipe.world == "cifar10" else (10, (1, 8, 8))
-    config = {**recipe.config, **({"widths": widths} if widths else {})}
-    denoiser = network.build(recipe.kind, recipe.network, classes, shape, **config).eval()
-    asked = None if recipe.kind == "MultiHeadDenoiser" else [0]
+    if recipe.hardening:
+        return 3 * forward_flops(RECIPES[recipe.start]) * recipe.hardening.levels * (recipe.hardening.inner.steps + 2)
+    taught = 11 * forward_flops(RECIPES[recipe.teacher]) if recipe.teacher else 0
+    return 3 * forward_flops(recipe, widths) + taught
+
+
+def forward_flops(recipe: Recipe, widths: tuple | None = None) -> int:
+    """FLOP of one call of a recipe's network on one image: of one class, or of all heads at once."""
+    asked, shape = None if recipe.kind == "MultiHeadDenoiser" else [0], SHAPES[recipe.world]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        denoiser(torch.zeros(1, *shape), 1.0, asked)
-    own = counter.get_total_flops()
-    return 3 * own + (11 * step_flops(recipe.teacher) / 3 if recipe.teacher else 0)
+        _fresh(recipe, shape, widths).eval()(torch.zeros(1, *shape), 1.0, asked)
+    return counter.get_total_flops()
 
 
 def matrix_peak(precision: str, size: int = 4096, seconds: float = 0.3) -> float:
@@ -230,28 +241,30 @@ def matrix_peak(precision: str, size: int = 4096, seconds: float = 0.3) -> float
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def _finish(name: str, folder: Path, run: Training, config: dict, measured: int, monitor: Monitor) -> None:
+def _finish(name: str, folder: Path, run: Training, measured: int, monitor: Monitor) -> None:
     """Measure the averaged network; write weights, card and checksum; put the checkpoint away."""
     recipe, device = RECIPES[name], run.accelerator.device
     test, labels = (part[:measured].to(device) for part in images_of(recipe.world, "test"))
     average = run.average.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        correct = recipes.accuracy(classifier_of(recipe, average).to(device), test, labels)
-    content = _card(name, recipe, {**run.settings, "config": config}, run, correct, len(labels))
+        classifier = classifier_of(recipe, average).to(device)
+        correct = recipes.accuracy(classifier, test, labels)
+        content = _card(name, recipe, run, correct, len(labels))
+        if recipe.hardening:
+            content |= under_attack(recipe.hardening, classifier, test, labels)
     network.save_denoiser(average, folder / name, content | {"curve": monitor.points()}, recipe.stored)
     assets.record([name], folder)
     for left in (folder / "checkpoints" / name, monitor.path):
         left.unlink(missing_ok=True)
 
 
-def _card(name: str, recipe: Recipe, settings: dict, run: Training, correct: int, n: int) -> dict:
+def _card(name: str, recipe: Recipe, run: Training, correct: int, n: int) -> dict:
     low, high = certificates.interval(correct, n)
-    span = recipes.CIFAR_RANGE if recipe.world == "cifar10" else recipes.DIGIT_RANGE
-    own = {key: value for key, value in asdict(recipe).items() if key in ("kind", "network", "precision", "teacher")}
-    return dict(name=name, **own, data=DATA[recipe.world], settings=settings,
-                images_seen=run.step * run.settings["batch"], seconds=round(run.seconds, 1),
-                device=run.accelerator.device.type, processes=run.accelerator.num_processes,
-                threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
-                command=f"diffclass train {recipe.world}", date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    _, span = recipes.CLASSIFIERS[recipe.world]
+    told = ("kind", "network", "precision", "teacher", "start")
+    own = {key: value for key, value in asdict(recipe).items() if key in told}
+    settings = {**run.settings, "config": network.describe(run.average)}
+    return dict(name=name, **own, data=DATA[recipe.world], settings=settings, **run.facts(),
+                command=f"diffclass train {recipe.world}{' --method adversarial-dc' * bool(recipe.hardening)}",
                 accuracy=dict(correct=correct, n=n, low=low, high=high, weighting="ELBO",
                               levels=f"{recipe.levels} log-spaced in [{span[0]:g}, {span[1]:g}]"))

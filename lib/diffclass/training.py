@@ -1,15 +1,18 @@
 """One training loop, an iterator: progress, plotting and early stopping stay outside, and it resumes to the step.
 
-A denoiser is trained by denoising (`denoising_loss`) or by copying another (`distillation_loss`). The same loop runs on
-a CPU, on one accelerator and, under Accelerate, on several: each process takes its share of every batch.
+A denoiser is trained by denoising (`denoising_loss`) or by copying another (`distillation_loss`); other networks bring
+a loss of their own. The same loop runs on a CPU, on one accelerator and, under Accelerate, on several: each process
+takes its share of every batch.
 """
 
 import contextlib
 import copy
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import safetensors
@@ -18,10 +21,20 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffclass import cifar, data
 from diffclass.denoisers.base import Denoiser
 
+DATA = {"digits": "scikit-learn digits, 1397 training images", "cifar10": "CIFAR-10, 50 000 training images"}
 # What a loss is given: the denoiser, a batch of model-space images, their labels, and the generator of this step
 Loss = Callable[[Denoiser, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def images_of(world: str, split: str) -> tuple[Tensor, Tensor]:
+    """All images of a split in [0,1], and their labels. Errors: those of `cifar.cifar10` where it is missing."""
+    if world == "cifar10":
+        return cifar.cifar10(split)
+    digits = data.digits()
+    return (digits.train_images, digits.train_labels) if split == "train" else (digits.test_images, digits.test_labels)
 
 
 def draw_sigma(count: int, generator: torch.Generator, log_mean: float = -0.8, log_std: float = 1.2,
@@ -94,6 +107,49 @@ def own_share(batch: int, processes: int) -> int:
     return batch // processes
 
 
+def is_late(chip: Accelerator, progress: "Progress", end: float) -> bool:
+    """Whether to pause after this step, at the time `end` of the monotonic clock; never after the last one.
+
+    All processes agree, and with several of them that is asked now and then only.
+    """
+    if progress.step == progress.steps or (chip.num_processes > 1 and progress.step % 10):
+        return False
+    late = torch.tensor(float(time.monotonic() > end), device=chip.device)
+    return bool(chip.reduce(late, "sum") > 0)
+
+
+def commit() -> str | None:
+    """The commit of this checkout, ending in + if a tracked file differs from it; None where there is none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a card without its commit is better than no card
+        command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12",
+                   "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    return None
+
+
+class Curve:
+    """What is measured along a run, twenty times, kept beside its checkpoint so that a resumed run has it all."""
+
+    def __init__(self, checkpoint: Path):
+        self.path = checkpoint.with_name(f"{checkpoint.name}.curve.jsonl")
+        if not checkpoint.exists():  # what is there is of a run that was given up
+            self.path.unlink(missing_ok=True)
+
+    def add(self, progress: "Progress", **point) -> None:
+        """Keep what was measured after this step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(dict(images=progress.images, seconds=round(progress.seconds, 1), **point)) + "\n")
+
+    def points(self) -> list[dict]:
+        """What was measured so far; what a run that was cut short repeated counts once."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return list({point["images"]: point for point in map(json.loads, lines)}.values())
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a training run stands: step of steps, images seen, seconds spent training in all, and the step's loss."""
@@ -108,6 +164,11 @@ class Progress:
     def loss(self) -> float:
         """The loss of this step. Reading it waits for the accelerator, so read it now and then, not at every step."""
         return float(self.measured)
+
+    @property
+    def is_milestone(self) -> bool:
+        """Whether this is one of the twenty steps after which a run is measured."""
+        return self.step % max(1, self.steps // 20) == 0
 
 
 class Training:
@@ -198,6 +259,13 @@ class Training:
             whole = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in weights]), "mean")
             for p, part in zip(weights, whole.split([p.numel() for p in weights]), strict=True):
                 p.grad.copy_(part.view_as(p))
+
+    def facts(self) -> dict:
+        """What every model card says of a run: how much, how long, on what, with what, when."""
+        return dict(images_seen=self.step * self.settings["batch"], seconds=round(self.seconds, 1),
+                    device=self.accelerator.device.type, processes=self.accelerator.num_processes,
+                    threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0], commit=commit(),
+                    date=datetime.now(UTC).strftime("%Y-%m-%d"))
 
     def save(self) -> None:
         """Write the checkpoint (one process does); the previous one survives an interruption."""

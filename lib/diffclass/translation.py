@@ -3,14 +3,11 @@
 A network that has never heard of classes walks from the input towards one of the labels in a few noisy steps.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -215,39 +212,26 @@ def build(network: str, labels: Tensor, bridge: Bridge | None = None, seed: int 
 
 
 def save_translator(translator: Translator, path: str | Path, card: dict | None = None) -> None:
-    """Write weights, labels, architecture and model card as one safetensors file; old ones survive an interruption."""
-    path, net = Path(path), translator.network
+    """Write weights, labels, architecture and model card as safetensors; old files survive an interruption."""
+    net = translator.network
     own = {k: v for k, v in net.config.items() if k not in ("channels", "classes", "heads", "size")}
     architecture = dict(network=type(net).__name__, bridge=asdict(translator.bridge), **own)
-    state = {name: value.detach().cpu().contiguous() for name, value in translator.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"architecture": json.dumps(architecture), "card": json.dumps(card or {})}
-    save_file(state, path.with_suffix(".part"), header)
-    path.with_suffix(".part").replace(path)
+    networks.save_weights(translator, architecture, path, card)
 
 
 def load_translator(path: str | Path) -> tuple[Translator, dict]:
     """A translator and its model card from what `save_translator` wrote.
 
-    Errors      FileNotFoundError; ValueError for a file that is not safetensors, is cut short, or was written by
-                something else
+    Errors      those of `network.load_weights` and `network.filled`; ValueError for a network of another kind
     """
     path = Path(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-        state = load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"expected {path.name} to be a safetensors file, got {path.stat().st_size} bytes that are not "
-                         f"({error}); the copy was probably cut short.") from None
-    architecture = json.loads(header.get("architecture", "{}"))
+    state, architecture, card = networks.load_weights(path)
     if "bridge" not in architecture or "labels" not in state:
-        raise ValueError(f"expected {path.name} to hold a translator with its bridge and labels, got the header "
-                         f"{sorted(header)}; denoisers are read by `network.load_denoiser`.")
+        raise ValueError(f"expected {path.name} to hold a translator with its bridge and labels, got the architecture "
+                         f"{sorted(architecture)}; denoisers are read by `network.load_denoiser`.")
     bridge = Bridge(**architecture.pop("bridge"))
     translator = build(labels=state["labels"], bridge=bridge, **architecture)
-    translator.load_state_dict(state)
-    return translator.eval().requires_grad_(False), json.loads(header.get("card", "{}"))
+    return networks.filled(translator, state, f"{architecture['network']} in {path.name}"), card
 
 
 def load_digits_translator() -> Translator:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from diffclass import assets, attacks, bridges, certificates, data, results, translation, units
 from diffclass.bridges import Bridge
-from diffclass.training import Progress, Training
+from diffclass.training import DATA, Progress, Training
 from diffclass.translation import TranslationClassifier, Translator
 
 BUDGET, ATTACK_STEPS, DRAWS, ATTACKED = 0.15, 20, 2, 100  # of the ablations: L-inf in pixels, PGD, EOT, test digits
@@ -103,11 +102,9 @@ def _card(name: str, recipe: Recipe, run: Training, translator: Translator, seed
     stated = {noise: dict(zip(("correct", "n", "low", "high"), (
         correct, len(test), *certificates.interval(correct, len(test))), strict=True))
         for noise, correct in counts.items()}
-    return dict(name=name, data="scikit-learn digits, 1397 training images", recipe=asdict(recipe),
-                settings=run.settings, images_seen=run.step * run.settings["batch"], seconds=round(run.seconds, 1),
-                device=device.type, threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
-                date=datetime.now(UTC).strftime("%Y-%m-%d"), accuracy=stated["fixed noise"],
-                accuracy_fresh_noise=stated["fresh noise"], flops=translation.classification_flops(classifier))
+    return dict(name=name, data=DATA["digits"], recipe=asdict(recipe), settings=run.settings, **run.facts(),
+                accuracy=stated["fixed noise"], accuracy_fresh_noise=stated["fresh noise"],
+                flops=translation.classification_flops(classifier))
 
 
 def attacked(classifier: TranslationClassifier, images: Tensor, labels: Tensor, budget: float, seed: int) -> Tensor:

@@ -1,28 +1,31 @@
-"""Commands that train, ask, draw from and measure the networks: train, classify, sample, evaluate."""
+"""Commands that train, ask and draw from the networks: train, classify, sample."""
 
 import contextlib
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffclass import assets
-from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of
+from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of, shown
 
 IDC = "digits-idc.safetensors"
-Widths = Annotated[str | None, typer.Option(help="Channels of the U-Net's levels, such as 16,32: for a dry run.")]
+METHODS = ("diffusion", "idc", "cnn", "adversarial", "adversarial-dc")
+Widths = Annotated[str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")]
 
 
 def _train_one(name: str, folder: Path, minutes: float | None, options: dict) -> bool:
     """Train one network with a progress bar; whether it is complete."""
     from tqdm import tqdm
 
-    from diffclass import trainers, translation_training
+    from diffclass import baseline_training, trainers, translation_training
 
     if name == IDC:
         run = translation_training.train_translation(name, folder, options["steps"], options["seed"])
+    elif name in baseline_training.RECIPES:
+        run = baseline_training.train_baseline(name, folder, minutes=minutes, **options)
     else:
         run = trainers.train(name, folder, minutes=minutes, **options)
     run, speed, first = trainers.stoppable(run), None, None
@@ -34,7 +37,7 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
             last, done = progress.step == progress.steps, progress.step - first.step
             if done > 3 and progress.step % 10 and not last:
                 continue  # reading the loss waits for the accelerator
-            if name.startswith("cifar10") and done >= 10:
+            if name in trainers.RECIPES and name.startswith("cifar10") and done >= 10:
                 rate = (progress.images - first.images) / (progress.seconds - first.seconds)
                 speed = replace(speed, images=rate) if speed else trainers.Speed(
                     rate, trainers.step_flops(name, options["widths"]),
@@ -52,27 +55,26 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
           measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
-          method: Annotated[str, typer.Option(help="diffusion, or idc: translation into label pictures (digits).")
-                            ] = "diffusion",
+          method: Annotated[str, typer.Option(help="diffusion; idc (digits); cnn; adversarial: it on attacked images; "
+                                                   "adversarial-dc: the student likewise.")] = "diffusion",
           student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
           seed: Seed = 0, json_wanted: Json = False):
-    """Train a world's networks: a teacher, then the student that copies it. Ctrl-C keeps what is done, and the same
-    command goes on. `accelerate launch -m diffclass train ...` does it on several devices."""
-    from diffclass import recipes, trainers
+    """Train a world's teacher and the student that copies it, or one network of another --method. Ctrl-C keeps what is
+    done, and the same command goes on. `accelerate launch -m diffclass train ...` does it on several devices."""
+    from diffclass import recipes
 
     folder = out or assets.folder()
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
     world = recipes.chosen(world, ("digits", "cifar10"), "the world to train on")
     folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
-    if recipes.chosen(method, ("diffusion", "idc"), "the method") == "idc":
-        recipes.chosen(world, ("digits",), "the world of --method idc")
-        if teacher_only or student_only or minutes or widths or batch or measured:
-            raise ValueError("expected no other option than --steps, --out and --seed with --method idc.")
-    only = "teacher" if teacher_only else "student" if student_only else None
+    method = recipes.chosen(method, METHODS, "the method")
+    if method == "idc" and (minutes or widths or batch or measured):
+        raise ValueError("expected no other option than --steps, --out and --seed with --method idc.")
+    names = _names(world, method, "teacher" if teacher_only else "student" if student_only else None, folder)
     try:
-        for name in [IDC] if method == "idc" else trainers.remaining(world, folder, only):
+        for name in names:
             if not _train_one(name, folder, minutes, options):
                 ctx.obj.content["paused"] = str(folder / "checkpoints" / name)
                 ctx.obj.say(f"{name}: paused after {minutes:g} minutes; the same command goes on.")
@@ -81,10 +83,25 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
             ctx.obj.content["models"].append(dict(file=str(folder / name), card=card))
             ctx.obj.say(f"{name}: {recipes.card_line(card)}, {card['images_seen']} images in {card['seconds']:.0f} s")
     except KeyboardInterrupt:
-        kept = next((folder / "checkpoints").glob("*.safetensors"), None)
-        ctx.obj.fail(f"stopped; the checkpoint {kept} is kept, and the same command resumes it." if kept else
+        kept = folder / "checkpoints" / name
+        ctx.obj.fail(f"stopped; the checkpoint {kept} is kept, and the same command resumes it." if kept.exists() else
                      "stopped before the first step; nothing was begun.")
         raise
+
+
+def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]:
+    """The networks to train, in order."""
+    from diffclass import baselines, recipes, trainers
+
+    if method == "diffusion":
+        return trainers.remaining(world, folder, only)
+    if method == "idc":
+        recipes.chosen(world, ("digits",), "the world of --method idc")
+    if only:
+        raise ValueError(f"expected no --{only}-only with --method {method}, which trains one network alone.")
+    if method == "adversarial-dc":
+        return [recipes.HARDENED[world]]
+    return [IDC] if method == "idc" else [baselines.FILES[world][method]]
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -101,24 +118,40 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 @app.command(epilog=EXIT_CODES)
 def classify(ctx: typer.Context, pictures: Annotated[list[str], typer.Argument(help="PNG, JPEG or WebP files.")],
-             model: Annotated[str, typer.Option(help="student or teacher")] = "student", json_wanted: Json = False):
-    """Name the digit in each picture; a broken file does not stop the others."""
-    from diffclass import recipes
+             world: Annotated[str, typer.Option(help="What is in them: digits, or photographs (cifar10).")] = "digits",
+             model: Annotated[str | None, typer.Option(help="student, teacher or (cifar10) prototype, edm.")] = None,
+             json_wanted: Json = False):
+    """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
+    from diffclass import judging, recipes
 
     answer, failed = ctx.obj, 0
-    answer.content |= dict(command="classify", model=model, pictures=[])
-    judge = recipes.judge(recipes.chosen(model, recipes.MODELS["digits"], "the model"))
+    answer.content |= dict(command="classify", pictures=[])
+    world = recipes.chosen(world, list(recipes.MODELS), "the world of the pictures")
+    judge = judging.Judge(world, model)
+    answer.content |= dict(world=world, model=judge.model)
     for path in pictures:
         try:
-            verdict = judge(path)
+            verdict = _judged(judge, path)
         except FAILURES as error:
             failed += 1
             verdict = dict(error=sentence_of(error))
             print(f"diffclass: {path}: {verdict['error']}", file=sys.stderr, flush=True)
         else:
-            answer.say(f"{path}: {recipes.described(verdict)}")
+            answer.say(f"{path}: {judging.described(verdict)}")
         answer.content["pictures"].append(dict(file=path, **verdict))
     raise typer.Exit(BAD_INPUT if failed else OK)
+
+
+def _judged(judge, path: str) -> dict:
+    """The verdict on a picture; a bar shows the noise levels when it takes longer than a second."""
+    from tqdm import tqdm
+
+    with contextlib.closing(judge.verdict(path)) as run, tqdm(desc=path, unit="level", delay=1, leave=False,
+                                                              file=sys.stderr, disable=not is_first()) as bar:
+        for done, bar.total, found in run:
+            bar.update(done - bar.n)
+            verdict = found
+    return verdict
 
 
 @app.command(epilog=EXIT_CODES)
@@ -134,60 +167,7 @@ def sample(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What t
     ctx.obj.content |= dict(command="sample")
     name = recipes.available_model(recipes.chosen(world, ("cifar10",), "the world to draw"), model)
     denoiser = network.load_denoiser(assets.verified(name))[0]
-    list(_shown(gallery.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
+    list(shown(gallery.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
     path = (out or assets.folder()) / gallery.FILE
     ctx.obj.content |= dict(file=str(path), model=name, pictures=per_class * denoiser.num_classes)
     ctx.obj.say(f"{path}: {per_class * denoiser.num_classes} pictures by {name}")
-
-
-@app.command(epilog=EXIT_CODES)
-def evaluate(ctx: typer.Context,
-             world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
-             model: Annotated[str | None, typer.Option(help="student, teacher or (cifar10) prototype.")] = None,
-             limit: Annotated[int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")] = None,
-             levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
-             weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",
-             store: Annotated[Path | None, typer.Option(help="Keep each picture's losses here; resumable.")] = None,
-             batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 8,
-             precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network.")] = "fp32",
-             record: Annotated[Path | None, typer.Option(help="Append the result to this .jsonl file.")] = None,
-             seed: Seed = 0, json_wanted: Json = False):
-    """Measure an accuracy, with its 95 % interval; on the plane next to the best that any classifier can reach.
-
-    With --store the losses of every picture are kept, and every weighting is reported; it can be stopped, resumed, and
-    shared by processes with `accelerate launch -m diffclass evaluate ...`.
-    """
-    from diffclass import measuring, recipes
-
-    answer = ctx.obj
-    answer.content |= dict(command="evaluate", records=[])
-    recipes.chosen(precision, ("fp32", "bf16"), "the precision")
-    trial = recipes.evaluation(world, model, limit, levels, weighting, seed)
-    if store is None:
-        run = recipes.hits(trial.classifier, trial.images, trial.labels, batch)
-        *_, (correct, _) = _shown(run, world, len(trial.labels))
-        found = recipes.records(trial, correct, seed)
-    else:
-        run = measuring.measure(trial.classifier, trial.images, trial.labels, store,
-                                recipes.store_settings(trial, seed, precision), batch=batch, precision=precision)
-        list(_shown(run, world))
-        found = recipes.stored_records(trial, measuring.read(store), seed)
-    for result in found:
-        answer.content["records"].append(asdict(result))
-        answer.say(f"{result.what}: {result}")
-        if record:
-            result.append(record)
-
-
-def _shown(run, what: str, total: int | None = None, unit: str = "picture"):
-    """The same items behind a progress bar: (correct, seen) of `total` pictures, or (done, total)."""
-    from tqdm import tqdm
-
-    with contextlib.closing(run), tqdm(desc=what, unit=unit, total=total, file=sys.stderr,
-                                              disable=not is_first()) as bar:
-        for first, second in run:
-            done, bar.total = (second, total) if total else (first, second)
-            if total:
-                bar.set_postfix_str(f"{first / second:.1%} correct")
-            bar.update(done - bar.n)
-            yield first, second
