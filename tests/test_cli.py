@@ -87,12 +87,12 @@ def test_help_and_version_import_nothing_heavy():
             "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    words = ("lab", "doctor", "download", "train", "classify", "sample", "evaluate", "Exit codes", "130")
+    words = ("lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate", "Exit codes", "130")
     assert all(word in done.stdout for word in words)
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["lab", "doctor", "download", "train", "classify", "sample", "evaluate"])
+@pytest.mark.parametrize("name", ["lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate"])
 def test_every_help_names_the_exit_codes(name):
     done = run(name, "--help")
     assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())

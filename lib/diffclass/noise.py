@@ -314,6 +314,11 @@ class NoiseBank(nn.Module):
         new = NoiseBank.fresh(self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype)
         return new.to(self.noise.device)
 
+    def level(self, index: int) -> "NoiseBank":
+        """The bank of one of the levels, with its noise."""
+        own = slice(index, index + 1)
+        return NoiseBank(Levels(self.sigma[own], self.lower[own], self.upper[own]), self.noise[own])
+
     @property
     def levels(self) -> Levels:
         """The levels, on the bank's device."""

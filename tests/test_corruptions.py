@@ -1,0 +1,80 @@
+"""Corruptions: what each is defined by, more at each severity, and evaluation of corrupted worlds by name."""
+
+import pytest
+import torch
+from diffclass import corruptions, data, recipes
+from diffclass.corruptions import SEVERITIES, corrupted
+
+
+def photos(n=4) -> torch.Tensor:
+    """Smooth colour pictures between 0.2 and 0.7, which no corruption but brightness clips."""
+    grid = torch.linspace(0, 3, 32)
+    waves = [torch.sin((k + 1) * grid)[:, None] * torch.cos((c + 1) * grid + k)[None]
+             for k in range(n) for c in range(3)]
+    return 0.45 + 0.25 * torch.stack(waves).reshape(n, 3, 32, 32)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", SEVERITIES)
+def test_each_is_worse_at_every_severity_and_stays_a_picture(name):
+    x = photos()
+    distances = []
+    for severity in range(1, 6):
+        worse = corrupted(x, name, severity, generator())
+        assert worse.shape == x.shape and 0 <= worse.min() and worse.max() <= 1
+        assert torch.equal(worse, corrupted(x, name, severity, generator()))
+        distances.append(float((worse - x).square().mean()))
+    assert distances[0] > 0 and distances == sorted(distances)
+
+
+def test_noise_and_photons_have_their_variance():
+    x = torch.full((8, 3, 32, 32), 0.5)
+    for severity in range(1, 6):
+        deviation, photons = SEVERITIES["noise"][severity - 1], SEVERITIES["shot"][severity - 1]
+        noisy, shot = (corrupted(x, name, severity, generator(1)) - x for name in ("noise", "shot"))
+        assert float(noisy.std()) == pytest.approx(deviation, rel=0.03)
+        assert float(shot.var()) == pytest.approx(0.5 / photons, rel=0.05)
+        assert abs(float(noisy.mean())) < 0.003 and abs(float(shot.mean())) < 0.003
+
+
+def test_a_blur_spreads_a_point_by_its_deviation_and_keeps_the_light():
+    point = torch.zeros(1, 1, 33, 33)
+    point[0, 0, 16, 16] = 1
+    for severity, deviation in enumerate(SEVERITIES["blur"], start=1):
+        spread = corrupted(point, "blur", severity, generator())[0, 0]
+        places = torch.arange(33.0) - 16
+        assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
+        for axis in (0, 1):  # the variance of the sampled kernel
+            reach = torch.arange(-int(4 * deviation + 0.5), int(4 * deviation + 0.5) + 1.0)
+            weights = torch.exp(-((reach / deviation) ** 2) / 2)
+            wanted = float((weights * reach**2).sum() / weights.sum())
+            assert float((spread.sum(axis) * places**2).sum()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_contrast_and_brightness_move_pixels_as_they_say():
+    x = photos()
+    for severity, share in enumerate(SEVERITIES["contrast"], start=1):
+        less = corrupted(x, "contrast", severity, generator())
+        assert torch.allclose(less.mean((2, 3)), x.mean((2, 3)), atol=1e-5)
+        assert torch.allclose(less.std((2, 3)), share * x.std((2, 3)), atol=1e-5)
+    assert torch.allclose(corrupted(x, "brightness", 5, generator()), (x + 0.3).clamp(0, 1))
+
+
+def test_digits_can_be_corrupted_and_evaluated_by_name():
+    clean, worse = recipes.evaluation("digits", limit=50), recipes.evaluation("digits:noise-5", limit=50)
+    assert worse.settings["world"] == "digits:noise-5" and torch.equal(clean.labels, worse.labels)
+    wanted = corrupted(data.digits().test_images[:50], "noise", 5, generator())
+    assert torch.equal(worse.images, wanted) and not torch.equal(worse.images, clean.images)
+    record, = recipes.records(worse, 40, 0)
+    assert "50 test digits" in record.what and "noise" in record.what
+
+
+@pytest.mark.parametrize("world", ["digits:noise", "digits:fog-3", "digits:noise-6", "digits:noise-x"])
+def test_unknown_corruptions_get_a_sentence(world):
+    with pytest.raises(ValueError, match="expected .*noise, shot, blur.* at a severity of 1 to 5"):
+        recipes.evaluation(world, limit=5)
+    with pytest.raises(ValueError):
+        corruptions.corrupted(2 * photos(), "noise", 1, generator())
