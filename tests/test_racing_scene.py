@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffclass import racing, recipes
 from diffclass.denoisers.base import Denoiser
+from diffclass.scenes.digits import DigitScene
 from diffclass.scenes.racing import ALPHA, LEVELS, RaceScene, limit
 
 
 @pytest.fixture(scope="module")
 def scene():
-    return RaceScene(recipes.load_digits_denoiser())
+    return RaceScene(DigitScene(recipes.load_digits_denoiser()))
 
 
 @pytest.mark.parametrize("strategy", RaceScene.STRATEGIES)

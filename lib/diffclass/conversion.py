@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffclass.denoisers.network import ConditionalDenoiser, build, filled
+from diffclass.denoisers.network import ConditionalDenoiser, build, filled, save_denoiser
+from diffclass.results import sha256_of
 
 EDM_RANGE = (0.002, 80.0)  # the noise levels between which EDM samples
 
@@ -132,6 +133,19 @@ def from_edm(path: str | Path) -> ConditionalDenoiser:
                      sigma_range=EDM_RANGE, has_null=classes == 0, **own)
     kept = {f"network.{name}": value.float() for name, value in state.items() if not name.endswith("resample_filter")}
     return filled(denoiser, kept, f"a SongUNet in {path.name}")
+
+
+def convert(source: str | Path, out: str | Path) -> tuple[ConditionalDenoiser, dict]:
+    """Write the denoiser in a file that EDM released as weights of the course; returns it with its model card.
+
+    Errors      those of `from_edm`
+    """
+    source, out, denoiser = Path(source), Path(out), from_edm(source)
+    card = dict(name=out.name, source=source.name, source_sha256=sha256_of(source),
+                parameters=sum(value.numel() for value in denoiser.parameters()),
+                command=f"diffclass convert {source.name}", data="as trained by its authors, not by this course")
+    save_denoiser(denoiser, out, card)
+    return denoiser, card
 
 
 def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:

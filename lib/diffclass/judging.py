@@ -6,8 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from diffclass import assets, cifar, data, noise, pictures, recipes
-from diffclass.denoisers import network
+from diffclass import cifar, data, noise, pictures, recipes
 
 PHOTO_LEVELS = 12  # ten to twenty seconds a photograph on two cores with the largest network
 PHOTO_REFERENCES = 10_000  # training photographs among which the nearest is looked for
@@ -20,8 +19,7 @@ class Judge:
     """
 
     def __init__(self, world: str, model: str | None = None):
-        self.model = recipes.available_model(world, model)
-        denoiser = network.load_denoiser(assets.verified(self.model))[0]
+        denoiser, self.model = recipes.load(world, model)
         if world == "digits":
             digits = data.digits()
             self.class_names, self.familiar = digits.class_names, digits.train_images

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from diffclass import likelihood, noise, units
 from diffclass.denoisers.base import Denoiser
-from diffclass.denoisers.network import MultiHeadDenoiser
 from diffclass.noise import Levels, NoiseBank, Weighting
 
 Design = Callable[[Tensor, int, torch.Generator], Tensor]  # share [G], count, generator -> grid indices [count]
@@ -57,7 +56,7 @@ class Meter:
         self.weights = question.weighting(question.levels).double().to(x.device)
         self.evaluations = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.everyone = torch.ones(len(x), question.denoiser.num_classes, dtype=torch.bool, device=x.device)
-        self.heads = isinstance(question.denoiser, MultiHeadDenoiser)
+        self.heads = question.denoiser.one_call
 
     def draw(self, count: int) -> Tensor:
         """Fresh noise for `count` levels. Shapes: -> [count,1,B,C,H,W]."""

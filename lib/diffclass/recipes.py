@@ -67,6 +67,15 @@ def available_model(world: str, model: str | None) -> str:
     return next((file for file in models.values() if assets.parts(file, listed)), next(iter(models.values())))
 
 
+def load(world: str, model: str | None = None) -> tuple[Denoiser, str]:
+    """A world's trained denoiser by its model's name, its checksum verified, and the file it came from.
+
+    Errors      those of `available_model`, `assets.verified` and `load_denoiser`
+    """
+    file = available_model(world, model)
+    return network.load_denoiser(assets.verified(file))[0], file
+
+
 def chosen(value: str, allowed, what: str):
     """The entry of `allowed` (names, or a mapping from names) that `value` names, whatever its case.
 
@@ -140,8 +149,7 @@ def evaluation(world: str = "digits", model: str | None = None, limit: int | Non
         settings = dict(world=f"plane:{law.name}", model="exact", levels=levels, sigma=list(PLANE_RANGE),
                         samples=PLANE_SAMPLES, weighting=weighting)
         return Evaluation(classifier, images, labels, settings, optimal=optimal)
-    file = available_model("digits" if kind == "digits" else "cifar10", model)
-    denoiser = network.load_denoiser(assets.verified(file))[0]
+    denoiser, file = load("digits" if kind == "digits" else "cifar10", model)
     name = file.partition(".")[0].partition("-")[2]
     make, span = CLASSIFIERS["digits" if kind == "digits" else "cifar10"]
     settings = dict(world=f"{kind}:{detail}" if detail else kind, model=name, levels=levels, samples=1,

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from diffclass import __version__
+from diffclass import __version__ as VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
 OK, PROBLEM, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -119,7 +119,7 @@ app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, ric
 
 def _show_version(value: bool) -> None:
     if value:
-        print(f"diffclass {__version__}")
+        print(f"diffclass {VERSION}")
         raise typer.Exit()
 
 

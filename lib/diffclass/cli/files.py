@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from diffclass import __version__, assets, results
-from diffclass.cli.base import EXIT_CODES, FAILURES, OK, PROBLEM, ROOT, Json, app, sentence_of
+from diffclass import assets
+from diffclass.cli.base import EXIT_CODES, FAILURES, OK, PROBLEM, ROOT, VERSION, Json, app, sentence_of
 
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
 SET_UP = "Run `python3 -m lib lab` in the checkout: it installs what is missing."
@@ -98,7 +98,7 @@ def _asset_checks() -> list[dict]:
 def doctor(ctx: typer.Context, json_wanted: Json = False):
     """Look at device, worlds, assets and packages; say what is missing and how to get it."""
     answer, problems = ctx.obj, 0
-    answer.content |= dict(command="doctor", version=__version__, folder=str(assets.folder()))
+    answer.content |= dict(command="doctor", version=VERSION, folder=str(assets.folder()))
     installed = [_check(name, functools.partial(metadata.version, name), SET_UP) for name in PACKAGES]
     groups = {"device": lambda: [_check("device", _device, SET_UP)], "worlds": _world_checks, "assets": _asset_checks,
               "packages": lambda: installed}
@@ -136,17 +136,13 @@ def convert(ctx: typer.Context,
                            ] = None, json_wanted: Json = False):
     """Turn a network that others trained into weights of the course, without running the code inside its file."""
     from diffclass import conversion, recipes
-    from diffclass.denoisers import network
 
     ctx.obj.content |= dict(command="convert")
     out = out or assets.folder() / recipes.MODELS["cifar10"]["edm"]
     if out.suffix != ".safetensors":
         raise ValueError(f"expected a name that ends in .safetensors to write to, got {out.name!r}.")
-    denoiser = conversion.from_edm(source)
-    weights = sum(value.numel() for value in denoiser.parameters())
-    card = dict(name=out.name, source=source.name, source_sha256=results.sha256_of(source), parameters=weights,
-                command=f"diffclass convert {source.name}", data="as trained by its authors, not by this course")
-    network.save_denoiser(denoiser, out, card)
+    denoiser, card = conversion.convert(source, out)
     assets.record([out.name], out.parent)
     ctx.obj.content |= dict(file=str(out), card=card)
-    ctx.obj.say(f"{out}: {weights} weights, {denoiser.num_classes} classes, {denoiser.image_shape[1]} pixels a side")
+    ctx.obj.say(f"{out}: {card['parameters']} weights, {denoiser.num_classes} classes, {denoiser.image_shape[1]} "
+                "pixels a side")

@@ -162,11 +162,9 @@ def sample(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What t
            seed: Seed = 0, json_wanted: Json = False):
     """Draw the gallery: generated pictures of every class, for readers who do not have CIFAR-10 at hand."""
     from diffclass import gallery, recipes
-    from diffclass.denoisers import network
 
     ctx.obj.content |= dict(command="sample")
-    name = recipes.available_model(recipes.chosen(world, ("cifar10",), "the world to draw"), model)
-    denoiser = network.load_denoiser(assets.verified(name))[0]
+    denoiser, name = recipes.load(recipes.chosen(world, ("cifar10",), "the world to draw"), model)
     list(shown(gallery.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
     path = (out or assets.folder()) / gallery.FILE
     ctx.obj.content |= dict(file=str(path), model=name, pictures=per_class * denoiser.num_classes)

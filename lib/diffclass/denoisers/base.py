@@ -21,6 +21,7 @@ class Denoiser(nn.Module, ABC):
     image_shape: tuple[int, int, int]  # C, H, W of model space
     sigma_range: tuple[float, float]  # the levels at which the estimate can be trusted, model units
     has_null: bool = False
+    one_call: bool = False  # whether one call of the network answers for every class: classes left out save nothing
 
     @abstractmethod
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:

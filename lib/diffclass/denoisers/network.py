@@ -59,6 +59,8 @@ class MultiHeadDenoiser(Denoiser):
                 classes never see an image otherwise
     """
 
+    one_call = True
+
     def __init__(self, network: nn.Module, num_classes: int, image_shape: tuple[int, int, int],
                  sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True):
         super().__init__()

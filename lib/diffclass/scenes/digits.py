@@ -18,21 +18,24 @@ class DigitScene:
     Randomness  one fixed bank for the losses, one fixed noise for the noised picture
     """
 
-    def __init__(self, denoiser: Denoiser, seed: int = 0):
+    def __init__(self, denoiser: Denoiser, seed: int = 0, samples: int = 4):
         self.world, self.denoiser = data.digits(), denoiser
         self.classifier = recipes.digit_classifier(denoiser, seed=seed)
-        self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, 4, seed)
+        self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, samples, seed)
         self.eps = torch.randn(denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def losses(self, index: int) -> tuple[Tensor, Tensor]:
         """Loss curves [K,T] and logits [K] of a test digit, measured once."""
         if index not in self._known:
-            x = self.world.test_images[index:index + 1]
-            with torch.no_grad():
-                curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
-                self._known[index] = curve, self.classifier(x)[0]
+            self._known[index] = self.measured(self.world.test_images[index:index + 1])
         return self._known[index]
+
+    def measured(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss curves [K,T] and logits [K] of a picture [1,C,H,W]."""
+        with torch.no_grad():
+            curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
+            return curve, self.classifier(x)[0]
 
     def at(self, index: int, sigma: float, picked: int | None = None) -> dict:
         """The frame of one test digit at one noise level; `picked` adds a class to look at."""

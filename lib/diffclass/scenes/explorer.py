@@ -9,13 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffclass import attacks, certificates, data, figures, likelihood, recipes, smoothing, units
+from diffclass import attacks, certificates, figures, smoothing
 from diffclass.attacks import AttackStep
 from diffclass.classifiers import NoisedBayesClassifier
-from diffclass.denoisers.base import Denoiser
 from diffclass.figures import COLOURS
-from diffclass.noise import NoiseBank
-from diffclass.scenes.digits import CURVE_LEVELS, excess_curves, posterior_bars
+from diffclass.scenes.digits import DigitScene, excess_curves, posterior_bars
 
 NORMS = {"L2": "l2", "L∞": "linf"}
 ALPHA = 0.001
@@ -30,10 +28,8 @@ class ExplorerScene:
     Randomness  every job starts from its own fixed seed: the same controls give the same numbers
     """
 
-    def __init__(self, denoiser: Denoiser, index: int = 4):
-        self.world, self.denoiser = data.digits(), denoiser
-        self.classifier = recipes.digit_classifier(denoiser)
-        self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, 2, 0)
+    def __init__(self, digits: DigitScene, index: int = 4):
+        self.world, self.digits, self.classifier = digits.world, digits, digits.classifier
         self.choose(index)
 
     def choose(self, index: int) -> None:
@@ -100,7 +96,8 @@ class ExplorerScene:
             yield 0.5 + 0.5 * (trial + 1) / (len(budgets) + 2)
 
     def _noised(self, sigma_pixel: float, seed: int) -> NoisedBayesClassifier:
-        return NoisedBayesClassifier(self.denoiser, sigma_pixel).with_fresh_noise(torch.Generator().manual_seed(seed))
+        noised = NoisedBayesClassifier(self.digits.denoiser, sigma_pixel)
+        return noised.with_fresh_noise(torch.Generator().manual_seed(seed))
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +118,7 @@ class ExplorerScene:
                           captions=["clean", f"step {step}: {best}", f"change, L2 {size:.2f}"],
                           borders=[None, figures.WRONG if best != self.predicted else None, None],
                           alt=f"The digit, its perturbed copy at step {step}, and the perturbation."),
-            excess_curves(curve, best, colours, self.curve_bank.sigma, None, w=380, h=210),
+            excess_curves(curve, best, colours, self.digits.curve_bank.sigma, None, w=380, h=210),
             posterior_bars(share, colours, "Posterior of the plain classifier", w=300, h=210),
             self._film_panel(step), self._votes_panel(n), self._axis(sigma_pixel, n),
         ]
@@ -129,9 +126,7 @@ class ExplorerScene:
 
     def _measured(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         if step not in self.known:
-            with torch.no_grad():
-                curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
-                self.known[step] = curve, self.classifier(x)[0]
+            self.known[step] = self.digits.measured(x)
         return self.known[step]
 
     def _film_panel(self, step: int) -> dict:

@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffclass import data, figures, racing, recipes
-from diffclass.denoisers.base import Denoiser
+from diffclass import figures, racing, recipes
 from diffclass.figures import BEST, OTHER, SECOND, WRONG
 from diffclass.racing import Answer, Question
-from diffclass.scenes.digits import posterior_bars
+from diffclass.scenes.digits import DigitScene, posterior_bars
 
 LEVELS = len(recipes.DIGIT_LEVELS)
 ALPHA, TOP = 0.1, 60.0  # chance of losing the best class; nats that the figure shows
@@ -39,10 +38,10 @@ class RaceScene:
 
     STRATEGIES = ("race with a guarantee", "staged elimination", "sift and refine", "no elimination")
 
-    def __init__(self, denoiser: Denoiser, seed: int = 0):
-        self.world, self.seed = data.digits(), seed
-        self.question = Question(denoiser, recipes.DIGIT_LEVELS)
-        self.whole = LEVELS * denoiser.num_classes
+    def __init__(self, digits: DigitScene, seed: int = 0):
+        self.world, self.seed = digits.world, seed
+        self.question = Question(digits.denoiser, recipes.DIGIT_LEVELS)
+        self.whole = LEVELS * digits.denoiser.num_classes
         self.guess = racing.pilot(self.question, self.world.train_images[:20], torch.Generator().manual_seed(seed))
         self._known: dict[tuple, list[Moment]] = {}
 
