@@ -96,6 +96,17 @@ def test_likelihood_maximisation_contracts_a_gaussian():
     check_contraction()
 
 
+def test_a_walk_shows_every_step_and_ends_where_the_purifier_does():
+    for kind in ("plain", "released", "paper"):
+        model, z = purifier(kind), 2 * pixels(2) - 1
+        film = list(model.walk(z, *model.noise(z)))
+        assert len(film) == model.steps and torch.equal(film[-1], model.purify(z, *model.noise(z)))
+        shorter = list(model.walk(z, *(part[:2] for part in model.noise(z))))
+        assert torch.equal(shorter[1], film[1]) and not torch.equal(film[0], film[1])
+        if model.budget is not None:
+            assert all(float((u - z).abs().max()) <= 2 * model.budget + 1e-12 for u in film)
+
+
 def test_averaged_over_the_noise_the_step_is_the_same():
     """E over eps of one step's gradient is 2/D (sigma^2 / (s^2 + sigma^2))^2 (z - mu): noise adds no bias."""
     model, sigma, draws = LikelihoodMaximisation(gaussian()), 0.5, 40_000

@@ -1,7 +1,7 @@
 """Purify, then classify: likelihood maximisation, noising and denoising, votes. What predicts is what is attacked."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,8 @@ class LikelihoodMaximisation(Purifier):
             loss = ((denoised - u) ** 2).flatten(1).mean(1).sum()
             return torch.autograd.grad(loss, u, create_graph=wanted)[0]
 
-    def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
-        """See `Purifier.purify`."""
+    def walk(self, z: Tensor, *noise: Tensor) -> Iterator[Tensor]:
+        """The image after every step, in model space, given the noise of `draw`. Shapes: [B,C,H,W] -> N of the same."""
         u, gradients = z, []
         for sigma, eps in zip(*noise, strict=True):
             gradients.append(_recomputed(self.slope, u, sigma, eps))
@@ -155,6 +155,11 @@ class LikelihoodMaximisation(Purifier):
             if self.budget is not None:
                 reach = units.PIXELS_TO_MODEL * self.budget
                 u = z + (u - z).clamp(-reach, reach)
+            yield u
+
+    def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
+        """See `Purifier.purify`."""
+        *_, u = self.walk(z, *noise)
         return u
 
     def extra_repr(self) -> str:

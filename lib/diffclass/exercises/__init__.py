@@ -1,5 +1,6 @@
 """The exercises of the notebooks, with their cases and the classic mistakes that `course.grade` recognises."""
 
+from diffclass.exercises.attacking import DLR_LOSS, EOT_DRAWS, MARGIN_LOSS, STEEPEST_STEP
 from diffclass.exercises.base import Exercise, Mistake, NotYet
 from diffclass.exercises.bayes import (
     BAYES_POSTERIOR,
@@ -22,6 +23,7 @@ from diffclass.exercises.forward import (
     VE_WEIGHT,
 )
 from diffclass.exercises.losses import DC_LOGITS, LEAVE_ONE_OUT, MCNEMAR
+from diffclass.exercises.maximisation import CONTRACTION, LOSS_GRADIENT, STRAIGHT_THROUGH
 from diffclass.exercises.translation import DISTANCE_LOGITS, WRONG_POSTERIOR, ZERO_COSINE_LABELS
 
 EXERCISES: dict[str, Exercise] = {
@@ -34,6 +36,8 @@ EXERCISES: dict[str, Exercise] = {
         MIXTURE_DENOISER, TWEEDIE, EMPIRICAL_DENOISER,
         DC_LOGITS, LEAVE_ONE_OUT, MCNEMAR,
         PAIRED_VARIANCE, LEVEL_WEIGHTS, NEYMAN,
+        CONTRACTION, LOSS_GRADIENT, STRAIGHT_THROUGH,
+        STEEPEST_STEP, MARGIN_LOSS, DLR_LOSS, EOT_DRAWS,
         ZERO_COSINE_LABELS, WRONG_POSTERIOR, DISTANCE_LOGITS,
         CERTIFIED_RADIUS,
     )
@@ -48,6 +52,8 @@ __all__ = [
     "MIXTURE_DENOISER", "TWEEDIE", "EMPIRICAL_DENOISER",
     "DC_LOGITS", "LEAVE_ONE_OUT", "MCNEMAR",
     "PAIRED_VARIANCE", "LEVEL_WEIGHTS", "NEYMAN",
+    "CONTRACTION", "LOSS_GRADIENT", "STRAIGHT_THROUGH",
+    "STEEPEST_STEP", "MARGIN_LOSS", "DLR_LOSS", "EOT_DRAWS",
     "ZERO_COSINE_LABELS", "WRONG_POSTERIOR", "DISTANCE_LOGITS",
     "CERTIFIED_RADIUS",
 ]
