@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffclass import assets, attacks, certificates, data, figures, gallery, measuring, recipes, translation, widgets
+from diffclass.scenes.digits import DigitScene
 from diffclass.scenes.explorer import ExplorerScene
 from diffclass.scenes.plane import PlaneScene
 
@@ -27,6 +28,7 @@ HEROES = {
     "bayes": lambda _: widgets.bayes_hero(), "denoiser": lambda _: widgets.denoiser_hero(),
     "optimal digits": widgets.optimal_digits_hero, "explorer": widgets.explorer, "racing": widgets.racing_hero,
     "photos": photos, "translation": lambda _: widgets.translation_hero(translation.load_digits_translator()),
+    "audit": lambda _: widgets.audit_hero(), "attack": widgets.attack_hero, "maximisation": widgets.maximisation_hero,
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 
@@ -42,7 +44,7 @@ def another(control):
 
 
 def controls_of(hero):
-    if isinstance(hero, widgets.Hero):
+    if isinstance(hero, widgets.Hero | widgets.Filmed):
         return hero.controls
     return {name: getattr(hero, name) for name in ("index", "sigma", "votes")}
 
@@ -161,7 +163,7 @@ def test_attack_shows_a_picture_that_fools_and_the_smallest_distance_found(stude
 @pytest.fixture(scope="module")
 def certified(student):
     """A scene after `certify`, and the shares of work it reported."""
-    scene = ExplorerScene(student)
+    scene = ExplorerScene(DigitScene(student, samples=2))
     return scene, list(scene.certify(0.2, 200))
 
 
@@ -199,6 +201,84 @@ def test_a_job_lets_the_reader_act_and_stops_when_told_with_what_it_has(student)
 
     seen, after, state = asyncio.run(session())
     assert 0 < seen < 21 and after == seen and state == "stopped"
+
+
+# -- films ------------------------------------------------------------------------------------------------------------
+
+
+FILMS = {"attack": widgets.attack_hero, "maximisation": widgets.maximisation_hero}
+
+
+@pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
+def test_another_film_is_shot_for_every_control_and_the_old_one_is_kept(make, student):
+    hero = make(student)
+    first, seen = hero.stage.frame, hero.scene.film
+    for name, control in hero.shooting.items():
+        before, old = json.dumps(hero.stage.frame), control.value
+        control.value = another(control) if name != "index" else 7
+        assert json.dumps(hero.stage.frame) != before and hero.progress.description == "done", name
+        control.value = old
+    assert hero.stage.frame == first and hero.scene.film is seen, "from memory, not shot again"
+
+
+@pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
+def test_a_stopped_film_can_be_scrubbed(make, student):
+    async def session():
+        hero = make(student)
+        hero.shooting["index"].value = 7
+        for _ in range(16):  # of 21 attack steps, or of 11 and then 20 steps of the walk
+            await asyncio.sleep(0)
+        hero.stop.click()
+        seen = len(hero.scene.film)
+        for control in hero.controls.values():
+            control.value = 0
+            control.value = 20
+        await asyncio.sleep(0.05)
+        return seen, len(hero.scene.film), hero.progress.description
+
+    seen, after, state = asyncio.run(session())
+    assert 0 < seen == after < 21 and state == "stopped"
+
+
+def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
+    hero = widgets.attack_hero(student, index=12)
+    scene, world = hero.scene, data.digits()
+    x, y = world.test_images[12:13], world.test_labels[12:13]
+    for norm, budget in (("L∞", 0.1), ("L2, radius 8ε", 0.8)):
+        hero.shooting["norm"].value = norm
+        *_, last = attacks.pgd(scene.classifier, x, y, budget, norm=scene.NORMS[norm], steps=20)
+        assert torch.equal(scene.film[-1].x, last.x) and float(last.size) <= budget + 1e-5
+    assert bool(last.fooled) and "fooled" in hero.stage.frame["note"]
+    lead = hero.stage.frame["panels"][3]["series"][0]["y"]
+    assert lead[-1] == pytest.approx(-float(attacks.margin_loss(last.logits, y)), rel=1e-3) and len(lead) == 21
+    share = torch.softmax(last.logits[0], 0)
+    np.testing.assert_allclose(hero.stage.frame["panels"][2]["values"], share, atol=1e-4)
+    curve = scene.losses(20)
+    torch.testing.assert_close(scene.classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_frame_five_of_the_walk_is_what_the_defence_answers(student):
+    hero = widgets.maximisation_hero(student)
+    for variant in hero.scene.VARIANTS:
+        hero.shooting["variant"].value = variant
+        scene, limit = hero.scene, hero.shooting["budget"].value
+        defence = scene.defence(variant, limit)
+        with torch.no_grad():
+            torch.testing.assert_close(defence(scene.film[0].x), scene.film[5].logits, rtol=1e-3, atol=1e-3)
+        moved = (scene.film[20].x - scene.film[0].x).abs().max()
+        assert (float(moved) <= limit + 1e-5) == (variant == scene.VARIANTS[0])
+        assert float(scene.film[20].loss[1]) < float(scene.film[0].loss[1])
+
+
+def test_the_whole_defence_is_attacked_when_the_reader_asks_for_it(student):
+    hero = widgets.maximisation_hero(student)
+    leads = []
+    for target in hero.scene.TARGETS:
+        hero.shooting["target"].value = target
+        film, y = hero.scene.film, torch.tensor([hero.scene.label])
+        assert float((film[0].x[1] - film[0].x[0]).abs().max()) <= 0.1 + 1e-6
+        leads.append(-float(attacks.margin_loss(film[5].logits[1:], y)))
+    assert leads[2] < min(leads[:2]), "after the defence, the exact gradient leaves the label the smallest lead"
 
 
 def test_a_plain_classifier_never_gets_a_certificate(certified):
@@ -241,7 +321,7 @@ def test_radius_axis_keeps_the_order_certified_unknown_attacked():
 
 
 def test_attack_film_margin_is_minus_the_margin_loss(student):
-    scene = ExplorerScene(student)
+    scene = ExplorerScene(DigitScene(student, samples=2))
     list(scene.attack("L2", 0.5))
     line = next(p for p in scene.at(20, 0.2, 100)["panels"] if p["title"].startswith("Film"))["series"][0]["y"]
     logits = scene.classifier(scene.film[-1].x).detach()

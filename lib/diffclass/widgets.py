@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import anywidget
@@ -14,8 +14,11 @@ from diffclass import data, noise
 from diffclass.data import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.measuring import Losses
+from diffclass.scenes.attacking import AttackScene
+from diffclass.scenes.audit import AuditScene
 from diffclass.scenes.digits import DigitScene, OptimalDigitsScene
 from diffclass.scenes.explorer import NORMS, ExplorerScene
+from diffclass.scenes.maximising import MaximisationScene
 from diffclass.scenes.photos import PhotoScene
 from diffclass.scenes.plane import ForwardScene, PlaneScene
 from diffclass.scenes.racing import RaceScene
@@ -138,7 +141,7 @@ def optimal_digits_hero(denoiser: Denoiser) -> Hero:
 
 def racing_hero(denoiser: Denoiser, index: int = 4) -> Hero:
     """One digit whose classes are raced, eliminated or all measured, against the bill (notebook 06)."""
-    scene = RaceScene(denoiser)
+    scene = RaceScene(DigitScene(denoiser))
     controls = dict(index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
                     spent=slider("evaluations spent", 60, 10, scene.whole, 2),
                     scale=slider("assumed scale (nats)", 8.0, 2.0, 20.0, 0.5),
@@ -169,12 +172,125 @@ def translation_hero(translator: Translator, index: int = 350) -> Hero:
     return Hero(lambda index, m, low, family, point, picked: scene.at(index, m, low, family), controls, cursor="m")
 
 
-class Explorer(W.VBox):
+class Worker(W.VBox):
+    """A stage with a job: work that is done item by item between the reader's actions, and can be stopped."""
+
+    def __init__(self):
+        self.stage, self.job = Stage(), None
+        self.progress = W.FloatProgress(min=0, max=1, description="idle", layout=W.Layout(width="230px"))
+        self.stop = W.Button(description="Stop", tooltip="stop the running job; what it has found stays",
+                             layout=W.Layout(width="130px"))
+        self.stop.on_click(lambda _: self.halt())
+        super().__init__()
+
+    def refresh(self, _=None) -> None:
+        """Draw the present state; the heroes say how."""
+
+    def start(self, what: str, work: Iterator[float]) -> None:
+        """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
+        self.halt()
+        self.progress.description, self.progress.value = what, 0.0
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            for self.progress.value in work:
+                pass
+            self.finish()
+        else:
+            self.job = loop.create_task(self._run(work))
+
+    async def _run(self, work: Iterator[float]) -> None:
+        painted = time.monotonic()
+        for self.progress.value in work:
+            if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
+                self.refresh()
+                painted = time.monotonic()
+            await asyncio.sleep(0)
+        self.finish()
+
+    def finish(self) -> None:
+        """Say that the job is done, and draw the result."""
+        self.progress.description, self.job = "done", None
+        self.refresh()
+
+    def halt(self) -> None:
+        """Stop the running job; what it has found stays."""
+        if self.job is not None:
+            self.job.cancel()
+            self.job = None
+            self.progress.description = "stopped"
+
+
+class Filmed(Worker):
+    """A film that some controls have shot anew, as a job, and others scrub from memory.
+
+    Shapes      a scene with shoot(**values of `shooting`) -> shares of the work done, and at(**values of `scrubbing`)
+                -> frame
+    """
+
+    def __init__(self, scene, what: str, scrubbing: dict[str, W.Widget], shooting: dict[str, W.Widget]):
+        super().__init__()
+        self.scene, self.what, self.controls, self.shooting = scene, what, scrubbing, shooting
+        first = next(iter(scrubbing.values()))
+        self.stage.observe(lambda change: setattr(first, "value", round(change["new"])), "cursor")
+        for control in scrubbing.values():
+            control.observe(self.refresh, "value")
+        for control in shooting.values():
+            control.observe(lambda _: self.shoot(), "value")
+        rows = [[*scrubbing.values(), self.progress, self.stop], shooting.values()]
+        self.children = [*(W.HBox(list(row), layout=W.Layout(flex_flow="row wrap")) for row in rows), self.stage]
+        for _ in self.take():  # the first film at once: the figure is never empty
+            pass
+        self.finish()
+
+    def take(self) -> Iterator[float]:
+        """The job: a new film, by the present controls."""
+        return self.scene.shoot(**{name: control.value for name, control in self.shooting.items()})
+
+    def shoot(self) -> None:
+        """Start a new film."""
+        self.start(self.what, self.take())
+
+    def refresh(self, _=None) -> None:
+        """Draw the present step of the film there is."""
+        self.stage.frame = self.scene.at(**{name: control.value for name, control in self.controls.items()})
+
+
+def audit_hero(stored: Iterable[dict] = (), number: int = 3) -> Hero:
+    """36 lamps of an honest classifier, four mysteries and stored audits (documents of `diffclass audit --json`); a
+    click tells why (notebook 09)."""
+    scene = AuditScene(stored)
+    controls = dict(name=choice("classifier", scene.audits), number=slider("check", number, 1, len(scene.places()), 1))
+    hero = Hero(lambda name, number, point, picked: scene.at(name, number), controls)
+    hero.stage.observe(lambda change: setattr(controls["number"], "value",
+                                              scene.row_of(change["new"]) or controls["number"].value), "picked")
+    return hero
+
+
+def attack_hero(denoiser: Denoiser, index: int = 12) -> Filmed:
+    """One digit attacked by PGD: picture, change, losses and posterior at every step (notebook 08)."""
+    scene = AttackScene(DigitScene(denoiser))
+    return Filmed(scene, "attacking", dict(step=slider("film: PGD step", 20, 0, 20, 1, width=290)), dict(
+        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1, width=290, continuous_update=False),
+        epsilon=slider("budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False),
+        norm=choice("norm", scene.NORMS, width=170), loss=choice("loss", scene.LOSSES, width=160)))
+
+
+def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
+    """Likelihood maximisation of a clean and of an attacked digit, step by step (notebook 07)."""
+    scene = MaximisationScene(DigitScene(denoiser))
+    return Filmed(scene, "attacking, then walking", dict(step=slider("film: step", 5, 0, 20, 1, width=290)), dict(
+        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1, width=290, continuous_update=False),
+        budget=slider("its L∞ limit (pixels)", 0.1, 0.0, 0.3, 0.005, width=310, continuous_update=False),
+        variant=choice("variant", scene.VARIANTS, width=170), target=choice("attack on", scene.TARGETS, width=260)))
+
+
+class Explorer(Worker):
     """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped."""
 
     def __init__(self, denoiser: Denoiser):
-        self.scene = ExplorerScene(denoiser)
-        self.stage, self.job = Stage(), None
+        super().__init__()
+        self.scene = ExplorerScene(DigitScene(denoiser, samples=2))
         last = len(self.scene.world.test_images) - 1
         self.index = slider("test digit", self.scene.index, 0, last, 1, width=290)
         self.norm = choice("norm", NORMS, width=130)
@@ -183,18 +299,16 @@ class Explorer(W.VBox):
         self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01, width=290)
         self.votes = W.SelectionSlider(options=VOTES, value=1000, description="votes n",
                                        layout=W.Layout(width="240px"), style={"description_width": "initial"})
-        self.run_attack, self.run_certify, self.stop = (
+        self.run_attack, self.run_certify = (
             W.Button(description=d, button_style=s, tooltip=t, layout=W.Layout(width="130px")) for d, s, t in (
                 ("Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"),
-                ("Certify", "success", "votes, Clopper-Pearson bound, radius; then an attack on the same vote"),
-                ("Stop", "", "stop the running job; what it has found stays")))
-        self.progress = W.FloatProgress(min=0, max=1, description="idle", layout=W.Layout(width="230px"))
+                ("Certify", "success", "votes, Clopper-Pearson bound, radius; then an attack on the same vote")))
         self._wire()
         wrap = W.Layout(flex_flow="row wrap")
-        super().__init__([
+        self.children = [
             W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
             W.HBox([self.sigma, self.votes, self.run_certify, self.stop], layout=wrap),
-            W.HBox([self.step, self.progress], layout=wrap), self.stage])
+            W.HBox([self.step, self.progress], layout=wrap), self.stage]
         self.refresh()
 
     def _wire(self) -> None:
@@ -207,7 +321,6 @@ class Explorer(W.VBox):
         self.stage.observe(lambda change: setattr(self.step, "value", round(change["new"])), "cursor")
         self.run_attack.on_click(lambda _: self.attack())
         self.run_certify.on_click(lambda _: self.certify())
-        self.stop.on_click(lambda _: self.halt())
 
     def refresh(self, _=None) -> None:
         """Draw the present state."""
@@ -221,40 +334,6 @@ class Explorer(W.VBox):
     def certify(self) -> None:
         """Start votes, certificate and the attack on the smoothed vote."""
         self.start("certifying", self.scene.certify(self.sigma.value, self.votes.value))
-
-    def start(self, what: str, work: Iterator[float]) -> None:
-        """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
-        self.halt()
-        self.progress.description, self.progress.value = what, 0.0
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            for self.progress.value in work:
-                pass
-            self._finish()
-        else:
-            self.job = loop.create_task(self._run(work))
-
-    async def _run(self, work: Iterator[float]) -> None:
-        painted = time.monotonic()
-        for self.progress.value in work:
-            if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
-                self.refresh()
-                painted = time.monotonic()
-            await asyncio.sleep(0)
-        self._finish()
-
-    def _finish(self) -> None:
-        self.progress.description, self.job = "done", None
-        self.refresh()
-
-    def halt(self) -> None:
-        """Stop the running job; what it has found stays."""
-        if self.job is not None:
-            self.job.cancel()
-            self.job = None
-            self.progress.description = "stopped"
-
 
 def explorer(denoiser: Denoiser) -> Explorer:
     """One digit, attacked and certified, on one radius axis (notebook 15)."""

@@ -1,0 +1,190 @@
+"""An honest classifier of known robustness, and seven that only look robust, each after a bug that was published.
+
+All stand on one linear classifier, so that what is robust is known in closed form and every difference is the bug.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from diffclass.audit.base import Case
+from diffclass.certificates import Certificate, Votes, smoothing_radius
+from diffclass.smoothing import draw_votes
+
+SHAPE, CLASSES = (1, 8, 8), 4
+STRONG, WEAK, SPREAD = 0.2, 0.03, 0.1  # how far the classes' pixels lie from grey, and the noise around that
+EPSILON = 0.16  # L-inf budget in pixels: above WEAK, so that weak pixels can be turned around, and below STRONG
+VOTE_NOISE = 0.12  # smoothing noise in pixels, of which nearly all votes agree
+HADAMARD = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32)
+STATEMENT = ("A budget above 0.2 turns the strong pixels around and breaks it; gradient attacks reach the closed form, "
+             "black boxes do not pass it.")
+
+
+def means() -> Tensor:
+    """Class means less 1/2: Hadamard signs, strong in the upper two rows, weak below. Shapes: -> [4,1,8,8]."""
+    signs = HADAMARD.repeat(1, 16).reshape(CLASSES, *SHAPE)
+    size = torch.full(SHAPE, WEAK)
+    size[:, :2] = STRONG
+    return signs * size
+
+
+def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Gaussian images around their class means. Formula: x = clamp(1/2 + mean_y + 0.1 eps, 0, 1). Shapes: [n,1,8,8]."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (count,), generator=generator)
+    eps = torch.randn((count, *SHAPE), generator=generator)
+    return (0.5 + means()[y] + SPREAD * eps).clamp(0, 1), y
+
+
+class Honest(nn.Module):
+    """The linear classifier that adversarial training of infinitely many images leads to, in closed form.
+
+    Formula     f = scale (W x + b),  w_k = sign(mean_k) max(|mean_k| - epsilon, 0);  b makes every f >= 0 on [0,1]
+    Source      Javanmard & Soltanolkotabi 2022: of Gaussian classes it keeps only pixels that the budget cannot turn
+                around, with the budget taken off
+    """
+
+    deterministic = True
+
+    def __init__(self, scale: float = 10.0):
+        super().__init__()
+        rows = means().flatten(1)
+        weight = scale * rows.sign() * (rows.abs() - EPSILON).clamp_min(0)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", weight.clamp(max=0).abs().sum(1))
+        self.num_classes, self.image_shape = CLASSES, SHAPE
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T + self.bias
+
+    def survives(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
+        """Which images no L-inf perturbation within epsilon and [0,1] can change: the exact robust accuracy.
+
+        Formula     f_y - f_k > sum_i max over the pixel's reach of (w_k - w_y)_i delta_i, for every k != y
+        Shapes      -> [n]
+        """
+        up, down = ((x + s * epsilon).clamp(0, 1).sub(x).flatten(1) for s in (1, -1))
+        push = self.weight - self.weight[y][:, None]  # [n,K,D]
+        gain = (push * torch.where(push > 0, up[:, None], down[:, None])).sum(2)
+        ahead = self(x).gather(1, y[:, None]) - self(x) - gain
+        return ahead.scatter(1, y[:, None], torch.inf).amin(1) > 0
+
+
+class TwoFaced(Honest):
+    """Answers one function, and differentiates another wherever gradients are wanted.
+
+    Imitates    released diffusion classifiers whose forward takes another path under `requires_grad`, with other
+                noise levels or its own autograd function: attacks climb what never predicts
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return super().forward(x.flip(-1))
+        return super().forward(x)
+
+
+class Saturated(Honest):
+    """Logits ten thousand times too large: cross-entropy is exactly 0, and so is its gradient.
+
+    Imitates    defensive distillation (Papernot et al. 2016), broken by Carlini & Wagner 2016: trained at a high
+                temperature and asked at 1; sums of losses over thousands of pixels do the same
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * super().forward(x)
+
+
+class Negative(Honest):
+    """Logits below zero, as log-likelihoods are: margins that mask by a product with 0 see only the zeros.
+
+    Imitates    log-posteriors handed to CW of torchattacks, whose objective is then constant (its issue 184)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 1000
+
+
+class Reseeded(Honest):
+    """Says that it is random, and draws from one seed at every call: averaging over draws averages one draw.
+
+    Imitates    IDC's released `forward`, which begins with torch.manual_seed(0)
+    """
+
+    deterministic = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return super().forward(x + 0.05 * eps)
+
+
+class Quantised(Honest):
+    """Rounds its input, so that the gradient is zero wherever there is one.
+
+    Imitates    input transformations and thermometer encoding (Buckman et al. 2018), broken by Athalye et al. 2018
+                with the gradient of the identity in place of the rounding
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((31 * x).round() / 31)
+
+
+class Noisy(Honest):
+    """The undefended classifier behind large random slopes: attacks that average no draws climb the noise.
+
+    Imitates    robustness by randomness alone, as of purifiers attacked with one draw (Lee & Kim 2023; Liu et al. 2025)
+    Randomness  its own generator, from a seed
+    """
+
+    deterministic = False
+
+    def __init__(self, seed: int = 0, noise: float = 2.0):
+        super().__init__()
+        rows = means().flatten(1)
+        self.weight, self.noise = 12 * rows, noise
+        self.bias = self.weight.clamp(max=0).abs().sum(1)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = torch.randn((len(x), CLASSES, x[0].numel()), generator=self.generator).to(x)
+        return super().forward(x) + self.noise * (slope * (x.flatten(1) - 0.5)[:, None]).sum(2)
+
+
+def inflated(votes: Votes, alpha: float = 0.001, factor: int = 10) -> Certificate:
+    """A certificate of `factor` times the votes that were cast.
+
+    Imitates    released certification code that counts a batch of repeated votes as new ones: n_A x 10, and a true
+                failure rate of 16 % where alpha = 0.1 % is claimed
+    """
+    more = replace(votes, estimation=tuple(factor * count for count in votes.estimation))
+    return smoothing_radius(more, alpha)
+
+
+FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "honest": (Honest, ()),
+    "two-faced": (TwoFaced, (1, 2)),
+    "saturated": (Saturated, (4, 15)),
+    "negative": (Negative, (4, 15)),
+    "reseeded": (Reseeded, (5, 19)),
+    "quantised": (Quantised, (3, 7, 13)),
+    "noisy": (Noisy, (18, 19, 20)),
+    "inflated": (Honest, (27, 28, 31)),
+}  # name -> what makes the classifier, and the numbers of the checks that name its fault
+
+
+def case(name: str, count: int = 64, seed: int = 0) -> Case:
+    """One of `FAULTS` with its images, attacked as its author would.
+
+    Shapes      `count` images; votes of a smoothed classifier come with the honest and the inflated one
+    Errors      KeyError for a name that is not in FAULTS
+    """
+    classifier, (x, y) = FAULTS[name][0](), images(count, seed)
+    made = Case(classifier, x, y, EPSILON, statement=STATEMENT, closer=16, seed=seed)
+    if name not in ("honest", "inflated"):
+        return made
+    votes = []
+    for one in x[:8].split(1):
+        *_, (_, counted) = draw_votes(classifier, one, VOTE_NOISE, estimation=1000, seed=seed)
+        votes.append(counted)
+    return replace(made, votes=votes, certify=inflated if name == "inflated" else smoothing_radius)
