@@ -4,19 +4,17 @@ What is stored is not a verdict but what every verdict is made of, the losses [K
 prior, temperature or subset of levels is then a sum (`Losses.logits`), not another run.
 """
 
-import contextlib
 import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffclass import noise
+from diffclass import noise, storage
 from diffclass.classifiers import BayesClassifier
 from diffclass.noise import Levels, Weighting
 
@@ -73,15 +71,15 @@ def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder:
     accelerator, folder = Accelerator(), Path(folder)
     levels = {name: getattr(classifier.bank, name).tolist() for name in ("sigma", "lower", "upper")}
     chosen = json.loads(json.dumps({**settings, "levels": levels}, allow_nan=False))
-    with _locked(folder, accelerator.process_index):
-        _settle(folder, chosen)
+    with storage.locked(folder, accelerator.process_index):
+        storage.settle(folder, chosen, "losses measured")
         done = set(read(folder).index.tolist()) if any(folder.glob("losses-*.jsonl")) else set()
         accelerator.wait_for_everyone()  # nobody writes before everybody has read what is there
         todo = [i for i in range(len(images)) if i not in done]
         todo = todo[accelerator.process_index::accelerator.num_processes]
         classifier = classifier.to(accelerator.device)
         path = folder / f"losses-{accelerator.process_index}.jsonl"
-        _mend(path)
+        storage.mend(path)
         with open(path, "a") as file:
             for start in range(0, len(todo), batch):
                 part = todo[start:start + batch]
@@ -122,7 +120,7 @@ def read(folder: str | Path) -> Losses:
     if not files or not (folder / "settings.json").exists():
         raise FileNotFoundError(f"expected settings.json and losses-*.jsonl in {folder}, found "
                                 f"{sorted(p.name for p in folder.glob('*'))}; measure them with `diffclass evaluate`.")
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = storage.settings_of(folder)
     levels = Levels(*(torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper")))
     found: dict[int, tuple] = {}
     for path in files:
@@ -149,40 +147,3 @@ def read(folder: str | Path) -> Losses:
 def _line(index: int, label: int, losses: Tensor) -> str:
     rows = [[float(f"{v:.{DIGITS}g}") for v in row] for row in losses.tolist()]
     return json.dumps(dict(index=index, label=label, losses=rows), allow_nan=False) + "\n"
-
-
-def _mend(path: Path) -> None:
-    """Remove half a line that an interrupted write left; its image is measured again."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            path.write_bytes(content[:content.rfind(b"\n") + 1])
-
-
-def _settle(folder: Path, chosen: dict) -> None:
-    path = folder / "settings.json"
-    if not path.exists():
-        partial = path.with_suffix(f".{id(chosen)}.part")
-        partial.write_text(json.dumps(chosen, indent=1))
-        partial.replace(path)
-    there = json.loads(path.read_text())
-    differing = sorted(k for k in chosen | there if chosen.get(k) != there.get(k))
-    if differing:
-        raise ValueError(f"expected {folder} to hold losses measured with the same settings, but {differing} differ; "
-                         "name another folder, or use the settings it was begun with.")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, rank: int):
-    """Only one run at a time may write a process's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / f".lock-{rank}", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RuntimeError(f"expected to be the only one that writes to {folder}, but another run holds its lock; wait "
-                           "for it, or name another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,0 +1,147 @@
+"""Every defence that the course speaks of, by name, made of the networks in `assets/`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import assets, baselines, recipes, translation
+from diffclass.defences import Defended, LikelihoodMaximisation, MajorityVote, Purification
+from diffclass.denoisers.base import Denoiser
+
+BUDGETS = {"digits": {"linf": 0.1, "l2": 1.0}, "cifar10": {"linf": 8 / 255, "l2": 0.5},
+           "plane": {"linf": 0.05, "l2": 0.05}}  # in pixels
+VOTES = 11
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a world's defences, each loaded when it is asked for."""
+
+    world: str
+    law: str
+    exact: bool
+    seed: int
+
+    def budget(self) -> float:
+        """The L-inf budget within which the paper's likelihood maximisation stays: that of the attacks."""
+        return BUDGETS[self.world]["linf"]
+
+    def bayes(self) -> nn.Module:
+        """The diffusion classifier."""
+        if self.world == "plane":
+            return recipes.plane_classifier(recipes.plane_law(self.law), seed=self.seed)
+        return self.classifier(recipes.load(self.world)[0])
+
+    def hardened(self) -> nn.Module:
+        """The diffusion classifier whose denoiser was trained on attacked images."""
+        command = f"diffclass train {self.world} --method adversarial-dc"
+        return self.classifier(recipes.loaded(_trained(recipes.HARDENED[self.world], command)))
+
+    def classifier(self, denoiser: Denoiser) -> nn.Module:
+        """The course's diffusion classifier of this world, with another denoiser."""
+        return recipes.CLASSIFIERS[self.world][0](denoiser, seed=self.seed)
+
+    def vote(self) -> nn.Module:
+        """The majority of fresh noises of the diffusion classifier."""
+        return MajorityVote(self.bayes().with_fresh_noise(torch.Generator().manual_seed(self.seed)), VOTES)
+
+    def baseline(self, method: str) -> nn.Module:
+        """The plain or the adversarially trained network."""
+        file = baselines.FILES[self.world][method]
+        return baselines.load(_trained(file, f"diffclass train {self.world} --method {method}"))[0]
+
+    def translation(self) -> nn.Module:
+        """The classifier that translates into label pictures."""
+        file = _trained(translation.DIGITS.replace("digits", self.world), f"diffclass train {self.world} --method idc")
+        return translation.TranslationClassifier(translation.load_translator(file)[0], seed=self.seed)
+
+    def purified(self, make: Callable[..., nn.Module], classifier: nn.Module, *options) -> nn.Module:
+        """A purifier before a classifier; its seed is another one, as the same would repeat the classifier's noise."""
+        first = make(self.bayes().denoiser, *options, exact=self.exact, seed=self.seed + 1)
+        return Defended(first, classifier)
+
+
+_DEFENCES: dict[str, Callable[[_Parts], nn.Module]] = {
+    "dc": lambda parts: parts.bayes(),
+    "lm-cnn": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.baseline("cnn"), parts.budget(), 5),
+    "rdc1": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.bayes(), parts.budget(), 1),
+    "rdc5": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.bayes(), parts.budget(), 5),
+    "rdc-released": lambda parts: parts.purified(LikelihoodMaximisation.released, parts.bayes()),
+    "diffpure": lambda parts: parts.purified(Purification, parts.baseline("cnn")),
+    "cnn": lambda parts: parts.baseline("cnn"),
+    "adversarial": lambda parts: parts.baseline("adversarial"),
+    "adversarial-dc": lambda parts: parts.hardened(),
+    "idc": lambda parts: parts.translation(),
+    "vote": lambda parts: parts.vote(),
+}
+_EXACT = ("dc", "rdc1", "rdc5", "rdc-released", "vote")  # what a world without trained networks has
+NAMES = {"digits": tuple(_DEFENCES), "cifar10": tuple(name for name in _DEFENCES if name != "idc"), "plane": _EXACT}
+
+
+def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
+            fresh: torch.Generator | None = None) -> nn.Module:
+    """A defence by name, from pixels to logits, ready to be asked and attacked.
+
+    dc is the diffusion classifier, adversarial-dc the same trained on attacked images; lm-cnn, rdc1, rdc5 and
+    rdc-released maximise the likelihood before the plain network or before dc (in the paper's way with 1 or 5 steps, or
+    as the code does it); diffpure noises and denoises before the plain network; vote is the majority of 11 fresh noises
+    Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]
+    Randomness  one fixed noise, from `seed`; drawn anew at every call from `fresh`, where it is given
+    Errors      ValueError for a world or name that does not exist, a generator that a defence has no use for, or a
+                purifier on a denoiser trained without a null class; FileNotFoundError, with the command, for weights
+                that are yet to be trained
+    """
+    kind, law = _world(world)
+    name = recipes.chosen(name, NAMES[kind], f"the defence of {kind}")
+    made = _DEFENCES[name](_Parts(kind, law, exact, seed))
+    if fresh is None:
+        return made
+    if not hasattr(made, "with_fresh_noise"):
+        raise ValueError(f"expected no generator for {name}, which has no noise that could be drawn by one.")
+    return made.with_fresh_noise(fresh)
+
+
+def checkpoints(world: str, name: str) -> dict[str, str]:
+    """The weights that a defence is made of, file -> SHA-256; empty for closed forms."""
+    kind, _ = _world(world)
+    if kind == "plane":
+        return {}
+    plain = name in ("cnn", "adversarial")
+    own = {"idc": translation.DIGITS, "adversarial-dc": recipes.HARDENED[kind]}
+    files = [] if plain else [own.get(name) or recipes.available_model(kind, None)]
+    if plain or name in ("lm-cnn", "diffpure"):
+        files.append(baselines.FILES[kind]["adversarial" if name == "adversarial" else "cnn"])
+    return {file: assets.fingerprint(file) for file in files}
+
+
+def images(world: str, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The first test images of a world and their labels; of the plane, points drawn from `seed`."""
+    kind, law = _world(world)
+    if kind == "plane":
+        return recipes.plane_law(law).sample(limit or 1000, torch.Generator().manual_seed(seed))
+    return recipes.test_pictures(kind, "", limit, seed)
+
+
+def budget(world: str, norm: str) -> float:
+    """The budget that a world is attacked with. Units: pixels. Errors: ValueError for a name that does not exist."""
+    return recipes.chosen(norm, BUDGETS[_world(world)[0]], "the norm")
+
+
+def _world(world: str) -> tuple[str, str]:
+    kind, _, law = world.partition(":")
+    kind = recipes.chosen(kind, tuple(BUDGETS), "the world")
+    if kind == "plane":
+        recipes.plane_law(law)
+    elif law:
+        raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
+    return kind, law
+
+
+def _trained(file: str, command: str):
+    """The verified path of an asset that a command makes."""
+    if not assets.parts(file, assets.checksums()):
+        raise FileNotFoundError(f"expected the weights {file} in {assets.folder().name}/, found none; train them with "
+                                f"`{command}`.")
+    return assets.verified(file)
