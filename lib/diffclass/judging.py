@@ -6,9 +6,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from diffclass import cifar, data, noise, pictures, recipes
+from diffclass import cifar, data, pictures, recipes
 
-PHOTO_LEVELS = 12  # ten to twenty seconds a photograph on two cores with the largest network
 PHOTO_REFERENCES = 10_000  # training photographs among which the nearest is looked for
 
 
@@ -26,7 +25,7 @@ class Judge:
             self.classifier = recipes.digit_classifier(denoiser)
             return
         self.class_names, self.familiar = cifar.CIFAR10_CLASSES, None
-        self.classifier = recipes.cifar_classifier(denoiser, noise.log_levels(*recipes.CIFAR_RANGE, PHOTO_LEVELS))
+        self.classifier = recipes.cifar_classifier(denoiser, recipes.PHOTO_LEVELS)
         if cifar.cifar10_available()[0]:
             self.familiar = cifar.cifar10("train", PHOTO_REFERENCES, progress=False)[0]
 

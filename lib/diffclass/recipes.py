@@ -24,6 +24,7 @@ DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; ab
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
 CIFAR_RANGE = (0.05, 10.0)  # the same for photographs of 32x32 pixels
 CIFAR_LEVELS = noise.log_levels(*CIFAR_RANGE, 36)
+PHOTO_LEVELS = noise.log_levels(*CIFAR_RANGE, 12)  # for one photograph: ten to twenty seconds on two cores
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
 
@@ -73,7 +74,12 @@ def load(world: str, model: str | None = None) -> tuple[Denoiser, str]:
     Errors      those of `available_model`, `assets.verified` and `load_denoiser`
     """
     file = available_model(world, model)
-    return network.load_denoiser(assets.verified(file))[0], file
+    return loaded(assets.verified(file)), file
+
+
+def loaded(path: Path) -> Denoiser:
+    """The denoiser in a weights file. Errors: those of `load_denoiser`."""
+    return network.load_denoiser(path)[0]
 
 
 def chosen(value: str, allowed, what: str):

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffclass import assets, attacks, bridges, certificates, data, results, translation, units
+from diffclass import assets, attacks, bridges, certificates, results, translation, units
 from diffclass.bridges import Bridge
-from diffclass.training import DATA, Progress, Training
+from diffclass.training import DATA, Progress, Training, images_of
 from diffclass.translation import TranslationClassifier, Translator
 
 BUDGET, ATTACK_STEPS, DRAWS, ATTACKED = 0.15, 20, 2, 100  # of the ablations: L-inf in pixels, PGD, EOT, test digits
@@ -47,9 +47,9 @@ ABLATIONS = {
 }
 
 
-def untrained(recipe: Recipe, world: data.ImageSet, seed: int) -> Translator:
+def untrained(recipe: Recipe, classes: int, shape: tuple[int, int, int], seed: int) -> Translator:
     """The translator of a recipe before its first step. Randomness: labels and weights from `seed`."""
-    labels = bridges.LABELS[recipe.labels](world.num_classes, world.image_shape, seed)
+    labels = bridges.LABELS[recipe.labels](classes, shape, seed)
     if recipe.scrambled:
         order = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(seed))
         labels = labels.flatten(1)[:, order].reshape(labels.shape)
@@ -58,10 +58,11 @@ def untrained(recipe: Recipe, world: data.ImageSet, seed: int) -> Translator:
 
 def training_of(recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Training:
     """The run of a recipe: iterate to train. Randomness: all from `seed`."""
-    world = data.digits()
-    return Training(untrained(recipe, world, seed), units.to_model(world.train_images), world.train_labels,
-                    loss=translation.translation_loss(recipe.inter), steps=recipe.steps, batch=recipe.batch,
-                    rate=recipe.rate, ema=recipe.ema, seed=seed, checkpoint=checkpoint)
+    images, answers = images_of("digits", "train")
+    translator = untrained(recipe, int(answers.max()) + 1, tuple(images.shape[1:]), seed)
+    return Training(translator, units.to_model(images), answers, loss=translation.translation_loss(recipe.inter),
+                    steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, ema=recipe.ema, seed=seed,
+                    checkpoint=checkpoint)
 
 
 def correct_of(classifier: TranslationClassifier, images: Tensor, labels: Tensor, batch: int = 200) -> int:
@@ -93,8 +94,7 @@ def train_translation(name: str, folder: Path, steps: int | None = None, seed: i
 
 
 def _card(name: str, recipe: Recipe, run: Training, translator: Translator, seed: int) -> dict:
-    world, classifier = data.digits(), TranslationClassifier(translator)
-    test, answers = world.test_images, world.test_labels
+    classifier, (test, answers) = TranslationClassifier(translator), images_of("digits", "test")
     device = run.accelerator.device
     counts = {"fixed noise": correct_of(classifier.to(device), test, answers)}
     fresh = classifier.with_fresh_noise(torch.Generator(device).manual_seed(seed))
@@ -122,7 +122,7 @@ def ablate(path: Path, steps: int = 400, seed: int = 0, only: list[str] | None =
     Writes      three records a variant: accuracy with fixed and with fresh noise, and an upper bound of the accuracy
                 under PGD in L-inf on the classifier with fresh noise (right before and after)
     """
-    test, answers = data.digits().test_images, data.digits().test_labels
+    test, answers = images_of("digits", "test")
     x, y = test[:ATTACKED], answers[:ATTACKED]
     for name in only or ABLATIONS:
         recipe = replace(RECIPES[translation.DIGITS], steps=steps, **ABLATIONS[name])

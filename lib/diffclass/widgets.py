@@ -10,7 +10,7 @@ import ipywidgets as W
 import traitlets
 from torch import Tensor
 
-from diffclass import data, noise
+from diffclass import data
 from diffclass.data import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.measuring import Losses
@@ -117,9 +117,9 @@ def bayes_hero(law: MixtureLaw | None = None) -> Hero:
     scene = PlaneScene(law or data.gaussians())
     controls = dict(prior_of_a=slider("prior of class A", 1 / 3, 0.01, 0.98, 0.01),
                     temperature=slider("temperature", 1.0, -1, 2, 0.05, log=True),
-                    weighting=choice("weighting", noise.WEIGHTINGS, "ELBO"))
+                    weighting=choice("weighting", scene.WEIGHTINGS, "ELBO"))
     return Hero(lambda prior_of_a, temperature, weighting, point, picked:
-                scene.bayes(point, prior_of_a, temperature, noise.WEIGHTINGS[weighting]),
+                scene.bayes(point, prior_of_a, temperature, scene.WEIGHTINGS[weighting]),
                 controls, point=(-0.26, 0.2), backdrops={"posterior": scene.backdrop()})
 
 
@@ -157,8 +157,8 @@ def photo_hero(images: Tensor, losses: Losses) -> Hero:
     band = W.IntRangeSlider(value=(0, last), min=0, max=last, description="levels used", layout=W.Layout(width="300px"),
                             style={"description_width": "initial"})
     controls = dict(index=slider("picture", 0, 0, len(losses.index) - 1, 1),
-                    weighting=choice("weighting", noise.WEIGHTINGS, "ELBO"), band=band)
-    return Hero(lambda index, weighting, band, point, picked: scene.at(index, noise.WEIGHTINGS[weighting], band),
+                    weighting=choice("weighting", scene.WEIGHTINGS, "ELBO"), band=band)
+    return Hero(lambda index, weighting, band, point, picked: scene.at(index, scene.WEIGHTINGS[weighting], band),
                 controls)
 
 

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffclass import __version__
-from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, Json, Seed, app, is_first, shown
+from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, VERSION, Json, Seed, app, is_first, shown
 
 
 @app.command(epilog=EXIT_CODES)
@@ -79,7 +78,7 @@ def _attacked(world, attack, defence, norm, epsilon, limit, store, batch, seed) 
     classifier = zoo.defence(world, defence, seed=seed).to(Accelerator().device)
     images, labels = zoo.images(world, limit, seed)
     chosen = protocol(defence.lower(), norm.lower(), budget, classes=classifier.num_classes)
-    own = dict(world=world, version=__version__, checkpoints=zoo.checkpoints(world, chosen.defence))
+    own = dict(world=world, version=VERSION, checkpoints=zoo.checkpoints(world, chosen.defence))
     run = robustness.run(classifier, images, labels, chosen, store, own, seed=seed, batch=batch)
     list(_watched(run, f"{defence}, {chosen.name}", len(images)))
     found = claims.records(robustness.read(store))

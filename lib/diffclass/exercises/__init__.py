@@ -1,6 +1,7 @@
 """The exercises of the notebooks, with their cases and the classic mistakes that `course.grade` recognises."""
 
 from diffclass.exercises.attacking import DLR_LOSS, EOT_DRAWS, MARGIN_LOSS, STEEPEST_STEP
+from diffclass.exercises.auditing import DIAGNOSIS, HONEST_INTERVAL, PER_IMAGE_MINIMUM, WORST_OF_DRAWS
 from diffclass.exercises.base import Exercise, Mistake, NotYet
 from diffclass.exercises.bayes import (
     BAYES_POSTERIOR,
@@ -38,6 +39,7 @@ EXERCISES: dict[str, Exercise] = {
         PAIRED_VARIANCE, LEVEL_WEIGHTS, NEYMAN,
         CONTRACTION, LOSS_GRADIENT, STRAIGHT_THROUGH,
         STEEPEST_STEP, MARGIN_LOSS, DLR_LOSS, EOT_DRAWS,
+        PER_IMAGE_MINIMUM, WORST_OF_DRAWS, HONEST_INTERVAL, DIAGNOSIS,
         ZERO_COSINE_LABELS, WRONG_POSTERIOR, DISTANCE_LOGITS,
         CERTIFIED_RADIUS,
     )
@@ -54,6 +56,7 @@ __all__ = [
     "PAIRED_VARIANCE", "LEVEL_WEIGHTS", "NEYMAN",
     "CONTRACTION", "LOSS_GRADIENT", "STRAIGHT_THROUGH",
     "STEEPEST_STEP", "MARGIN_LOSS", "DLR_LOSS", "EOT_DRAWS",
+    "PER_IMAGE_MINIMUM", "WORST_OF_DRAWS", "HONEST_INTERVAL", "DIAGNOSIS",
     "ZERO_COSINE_LABELS", "WRONG_POSTERIOR", "DISTANCE_LOGITS",
     "CERTIFIED_RADIUS",
 ]

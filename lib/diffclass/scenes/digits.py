@@ -25,6 +25,11 @@ class DigitScene:
         self.eps = torch.randn(denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def unconditional(self, z: Tensor) -> Tensor:
+        """Losses [B,T] without a class of pictures [B,C,H,W] in model space, at the levels of the curves."""
+        with torch.no_grad():
+            return likelihood.diffusion_loss(self.denoiser, z, self.curve_bank, [self.denoiser.num_classes])[:, 0]
+
     def losses(self, index: int) -> tuple[Tensor, Tensor]:
         """Loss curves [K,T] and logits [K] of a test digit, measured once."""
         if index not in self._known:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffclass import attacks, figures, likelihood, units
+from diffclass import attacks, figures, units
 from diffclass.defences import Defended, LikelihoodMaximisation
 from diffclass.figures import COLOURS
 from diffclass.scenes.digits import DigitScene, posterior_bars
@@ -52,10 +52,10 @@ class MaximisationScene:
     TARGETS = ("the classifier alone", "the whole defence (BPDA)", "the whole defence (exact)")
 
     def __init__(self, digits: DigitScene, epsilon: float = 0.1):
-        self.world, self.denoiser, self.epsilon = digits.world, digits.denoiser, epsilon
-        self.classifier, self.bank = digits.classifier, digits.curve_bank
+        self.digits, self.world, self.epsilon = digits, digits.world, epsilon
+        self.denoiser, self.classifier, levels = digits.denoiser, digits.classifier, digits.curve_bank.sigma
         low, high = LikelihoodMaximisation(self.denoiser).band
-        self.band = (self.bank.sigma >= low) & (self.bank.sigma <= high)  # where the walk's loss is, and is shown
+        self.band = (levels >= low) & (levels <= high)  # where the walk's loss is, and is shown
         self.film: list[Moment] = []
         self._films: dict[tuple, list[Moment]] = {}
 
@@ -93,8 +93,7 @@ class MaximisationScene:
     def _moment(self, z: Tensor) -> Moment:
         x = units.to_pixel(z).clamp(0, 1)
         with torch.no_grad():
-            losses = likelihood.diffusion_loss(self.denoiser, z, self.bank, [self.denoiser.num_classes])[:, 0]
-            return Moment(x, losses[:, self.band].mean(1), self.classifier(x))
+            return Moment(x, self.digits.unconditional(z)[:, self.band].mean(1), self.classifier(x))
 
     def at(self, step: int) -> dict:
         """The frame of a step; of the last one there is, while the film is being shot."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffclass import figures
 from diffclass.measuring import Losses
-from diffclass.noise import Levels, Weighting
+from diffclass.noise import WEIGHTINGS, Levels, Weighting
 from diffclass.scenes.digits import excess_curves, posterior_bars
 
 SHORT = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -16,6 +16,8 @@ class PhotoScene:
 
     Shapes      images [N,3,H,W] in [0,1]; losses of images 0 to N-1
     """
+
+    WEIGHTINGS = WEIGHTINGS
 
     def __init__(self, images: Tensor, losses: Losses, names: tuple[str, ...] = SHORT):
         if len(images) < len(losses.index) or int(losses.index.max()) >= len(images):

@@ -37,6 +37,8 @@ class PlaneScene:
     Randomness  one fixed bank of noise, so that a frame depends on the controls alone
     """
 
+    WEIGHTINGS = noise.WEIGHTINGS
+
     def __init__(self, law: MixtureLaw, levels: int = 40, samples: int = 64, seed: int = 0):
         self.law, self.denoiser = law, MixtureDenoiser.of_law(law)
         self.names = letters(law.num_classes)
