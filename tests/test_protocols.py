@@ -365,8 +365,20 @@ def convex_rivals(start: str) -> float:
 
 def test_the_first_run_starts_at_the_image_and_the_others_at_random():
     """A convex margin has a peak for every rival, and a random start may climb the wrong one."""
-    protocol = Protocol("honest", "dc", "linf", 0.1, (Attack("margin", restarts=3), Attack("CE", start="random")), "ours")
+    listed = (Attack("margin", restarts=3), Attack("CE", start="random"))
+    protocol = Protocol("honest", "dc", "linf", 0.1, listed, "ours")
     assert [attack.start for _, attack in protocol.runs()] == ["image", "random", "random", "random"]
     assert convex_rivals("image") < convex_rivals("random")
     with pytest.raises(ValueError, match="expected an attack to start at the 'image' or at 'random', got 'zero'"):
         Attack("margin", start="zero")
+
+
+def test_the_line_of_an_attack_is_the_least_of_its_runs(points, tmp_path):
+    """CE of one step with random starts: what the first run leaves, a later one fells."""
+    attack = Attack("CE", 1, "pgd", step=0.6, restarts=6, fresh=False)
+    protocol = Protocol("honest", "cnn", "linf", 0.08, (attack,), "a test")
+    found, _ = finished(Linear(), points, protocol, tmp_path)
+    left = [min(seen[0] for name, seen in row["attacks"].items() if seen and name != "none") for row in found.rows]
+    first = [row["attacks"][protocol.runs()[0][0]][0] for row in found.rows]
+    line, = (record for record in claims.records(found) if "only" in record.what)
+    assert "6 restarts" in line.what and line.value * 60 == pytest.approx(sum(left)) and sum(left) < sum(first)

@@ -82,7 +82,7 @@ def kept(folder: Path) -> list[results.Record]:
 def _of_attacks(found: Found) -> Iterator[tuple[str, list[int]]]:
     """Each attack with the hits it left, by the draws of its selection, on the images that it was tried on."""
     for attack in found.protocol.attacks:
-        names = [name for name, own in found.protocol.runs() if own == attack]
+        names = [name for name, _ in found.protocol.runs() if name == str(attack) or name.startswith(f"{attack}, run ")]
         hits = [min(row["attacks"][name][0] for name in names if row["attacks"][name]) for row in found.rows
                 if row["attacks"][names[0]]]
         restarts = f", {attack.restarts} restarts" if attack.restarts > 1 else ""
