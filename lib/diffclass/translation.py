@@ -17,7 +17,7 @@ from diffclass.denoisers import network as networks
 from diffclass.randomised import Randomised
 from diffclass.training import Loss
 
-DIGITS = "digits-idc.safetensors"
+FILES = {world: f"{world}-idc.safetensors" for world in ("digits", "cifar10")}
 TEMPERATURE = 0.1  # of the released attack head, softmax(-d / 0.1)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,12 +211,13 @@ def build(network: str, labels: Tensor, bridge: Bridge | None = None, seed: int 
     return Translator(_NETWORKS[network](tuple(labels.shape[1:]), seed, **config), labels, bridge)
 
 
-def save_translator(translator: Translator, path: str | Path, card: dict | None = None) -> None:
+def save_translator(translator: Translator, path: str | Path, card: dict | None = None,
+                    dtype: torch.dtype = torch.float32) -> None:
     """Write weights, labels, architecture and model card as safetensors; old files survive an interruption."""
     net = translator.network
     own = {k: v for k, v in net.config.items() if k not in ("channels", "classes", "heads", "size")}
     architecture = dict(network=type(net).__name__, bridge=asdict(translator.bridge), **own)
-    networks.save_weights(translator, architecture, path, card)
+    networks.save_weights(translator, architecture, path, card, dtype)
 
 
 def load_translator(path: str | Path) -> tuple[Translator, dict]:
@@ -236,4 +237,4 @@ def load_translator(path: str | Path) -> tuple[Translator, dict]:
 
 def load_digits_translator() -> Translator:
     """The trained translator of digits from `assets/`, its checksum verified. Errors: those of `assets.verified`."""
-    return load_translator(assets.verified(DIGITS))[0]
+    return load_translator(assets.verified(FILES["digits"]))[0]

@@ -1,7 +1,8 @@
 """How the IDC network in `assets/` was trained, and what each part of the recipe is worth: ablations as records."""
 
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from diffclass import assets, attacks, bridges, certificates, results, translation, units
 from diffclass.bridges import Bridge
-from diffclass.training import DATA, Progress, Training, images_of
+from diffclass.training import DATA, Progress, Training, images_of, is_late
 from diffclass.translation import TranslationClassifier, Translator
 
 BUDGET, ATTACK_STEPS, DRAWS, ATTACKED = 0.15, 20, 2, 100  # of the ablations: L-inf in pixels, PGD, EOT, test digits
@@ -17,24 +18,37 @@ BUDGET, ATTACK_STEPS, DRAWS, ATTACKED = 0.15, 20, 2, 100  # of the ablations: L-
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an IDC network of digits is made of.
+    """What an IDC network is made of.
 
+    config    of the network; stored: the precision of its weights file; measured: test images behind its card
     labels    a family of `bridges.LABELS`; positions: of the bridge; inter: weight of the inter-class loss
     scrambled pixels of all labels permuted alike: every distance and cosine stays, all structure of the pictures goes
     """
 
+    world: str
     network: str
     steps: int
     batch: int
     rate: float
+    config: dict = field(default_factory=dict)
     labels: str = "Hadamard"
     positions: int = 4
     inter: float = 0.2
     scrambled: bool = False
     ema: float = 0.995
+    mirror: bool = False
+    precision: str = "fp32"
+    compiled: bool = False
+    stored: torch.dtype = torch.float32
+    measured: int | None = None
 
 
-RECIPES = {translation.DIGITS: Recipe("DigitNet", 1200, 128, 2e-3)}
+RECIPES = {
+    translation.FILES["digits"]: Recipe("digits", "DigitNet", 1200, 128, 2e-3),
+    translation.FILES["cifar10"]: Recipe(
+        "cifar10", "PrunedUNet", 20_000, 256, 5e-4, ema=0.999, mirror=True, precision="bf16", compiled=True,
+        stored=torch.float16),
+}
 ABLATIONS = {
     "as in the recipe": {},
     "without the inter-class loss": dict(inter=0.0),
@@ -53,16 +67,17 @@ def untrained(recipe: Recipe, classes: int, shape: tuple[int, int, int], seed: i
     if recipe.scrambled:
         order = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(seed))
         labels = labels.flatten(1)[:, order].reshape(labels.shape)
-    return translation.build(recipe.network, labels, Bridge(recipe.positions), seed)
+    return translation.build(recipe.network, labels, Bridge(recipe.positions), seed, **recipe.config)
 
 
 def training_of(recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Training:
     """The run of a recipe: iterate to train. Randomness: all from `seed`."""
-    images, answers = images_of("digits", "train")
+    images, answers = images_of(recipe.world, "train")
     translator = untrained(recipe, int(answers.max()) + 1, tuple(images.shape[1:]), seed)
     return Training(translator, units.to_model(images), answers, loss=translation.translation_loss(recipe.inter),
-                    steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, ema=recipe.ema, seed=seed,
-                    checkpoint=checkpoint)
+                    steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror,
+                    precision=recipe.precision, compiled=recipe.compiled and torch.accelerator.is_available(),
+                    seed=seed, checkpoint=checkpoint)
 
 
 def correct_of(classifier: TranslationClassifier, images: Tensor, labels: Tensor, batch: int = 200) -> int:
@@ -73,36 +88,49 @@ def correct_of(classifier: TranslationClassifier, images: Tensor, labels: Tensor
                    for i in range(0, len(images), batch))
 
 
-def train_translation(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Iterator[Progress]:
+def train_translation(name: str, folder: Path, *, steps: int | None = None, batch: int | None = None,
+                      widths: tuple[int, ...] | None = None, minutes: float | None = None, measured: int | None = None,
+                      seed: int = 0) -> Iterator[Progress]:
     """Train a network of `RECIPES`, yielding progress; the last act writes weights, card and checksum.
 
+    Shapes      widths of the U-Net, for photographs; `minutes` pauses the run after that time, resumable
     Randomness  all from `seed`
     Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present)
-    Errors      ValueError for a name that has no recipe; those of `Training`
+    Errors      ValueError for a name that has no recipe, or widths for digits; those of `Training`
     """
     if name not in RECIPES:
         raise ValueError(f"expected one of {sorted(RECIPES)} to train, got {name!r}.")
-    recipe = replace(RECIPES[name], steps=steps or RECIPES[name].steps)
-    run = training_of(recipe, seed, Path(folder) / "checkpoints" / name)
-    yield from run
-    if not run.accelerator.is_main_process:
-        return
-    translator = run.average.eval()
-    translation.save_translator(translator, Path(folder) / name, _card(name, recipe, run, translator, seed))
-    assets.record([name], Path(folder))
-    (Path(folder) / "checkpoints" / name).unlink(missing_ok=True)
+    recipe, checkpoint, started = RECIPES[name], Path(folder) / "checkpoints" / name, time.monotonic()
+    if widths and recipe.world == "digits":
+        raise ValueError(f"expected no widths for the digits' network, got {widths}; they are those of a U-Net.")
+    recipe = replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch, measured=measured,
+                     config=dict(widths=widths) if widths else recipe.config)
+    run = training_of(recipe, seed, checkpoint)
+    for progress in run:
+        yield progress
+        if minutes and is_late(run.accelerator, progress, started + 60 * minutes):
+            return  # the loop writes its checkpoint as it is left
+    if run.accelerator.is_main_process:
+        translator = run.average.eval()
+        card = _card(name, recipe, run, translator, seed)
+        translation.save_translator(translator, Path(folder) / name, card, recipe.stored)
+        assets.record([name], Path(folder))
+        checkpoint.unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
 
 
 def _card(name: str, recipe: Recipe, run: Training, translator: Translator, seed: int) -> dict:
-    classifier, (test, answers) = TranslationClassifier(translator), images_of("digits", "test")
-    device = run.accelerator.device
+    classifier, device = TranslationClassifier(translator), run.accelerator.device
+    test, answers = (part[:recipe.measured] for part in images_of(recipe.world, "test"))
     counts = {"fixed noise": correct_of(classifier.to(device), test, answers)}
     fresh = classifier.with_fresh_noise(torch.Generator(device).manual_seed(seed))
     counts["fresh noise"] = correct_of(fresh, test, answers)
     stated = {noise: dict(zip(("correct", "n", "low", "high"), (
         correct, len(test), *certificates.interval(correct, len(test))), strict=True))
         for noise, correct in counts.items()}
-    return dict(name=name, data=DATA["digits"], recipe=asdict(recipe), settings=run.settings, **run.facts(),
+    told = {key: value for key, value in asdict(recipe).items() if key != "stored"}
+    return dict(name=name, data=DATA[recipe.world], recipe=told, command=f"diffclass train {recipe.world} --method idc",
+                settings=run.settings, **run.facts(),
                 accuracy=stated["fixed noise"], accuracy_fresh_noise=stated["fresh noise"],
                 flops=translation.classification_flops(classifier))
 
@@ -125,7 +153,7 @@ def ablate(path: Path, steps: int = 400, seed: int = 0, only: list[str] | None =
     test, answers = images_of("digits", "test")
     x, y = test[:ATTACKED], answers[:ATTACKED]
     for name in only or ABLATIONS:
-        recipe = replace(RECIPES[translation.DIGITS], steps=steps, **ABLATIONS[name])
+        recipe = replace(RECIPES[translation.FILES["digits"]], steps=steps, **ABLATIONS[name])
         run = training_of(recipe, seed)
         *_, last = run
         classifier = TranslationClassifier(run.average.eval().requires_grad_(False))

@@ -54,7 +54,7 @@ class _Parts:
 
     def translation(self) -> nn.Module:
         """The classifier that translates into label pictures."""
-        file = _trained(translation.DIGITS.replace("digits", self.world), f"diffclass train {self.world} --method idc")
+        file = _trained(translation.FILES[self.world], f"diffclass train {self.world} --method idc")
         return translation.TranslationClassifier(translation.load_translator(file)[0], seed=self.seed)
 
     def purified(self, make: Callable[..., nn.Module], classifier: nn.Module, *options) -> nn.Module:
@@ -77,7 +77,7 @@ _DEFENCES: dict[str, Callable[[_Parts], nn.Module]] = {
     "vote": lambda parts: parts.vote(),
 }
 _EXACT = ("dc", "rdc1", "rdc5", "rdc-released", "vote")  # what a world without trained networks has
-NAMES = {"digits": tuple(_DEFENCES), "cifar10": tuple(name for name in _DEFENCES if name != "idc"), "plane": _EXACT}
+NAMES = {"digits": tuple(_DEFENCES), "cifar10": tuple(_DEFENCES), "plane": _EXACT}
 
 
 def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
@@ -109,7 +109,7 @@ def checkpoints(world: str, name: str) -> dict[str, str]:
     if kind == "plane":
         return {}
     plain = name in ("cnn", "adversarial")
-    own = {"idc": translation.DIGITS, "adversarial-dc": recipes.HARDENED[kind]}
+    own = {"idc": translation.FILES[kind], "adversarial-dc": recipes.HARDENED[kind]}
     files = [] if plain else [own.get(name) or recipes.available_model(kind, None)]
     if plain or name in ("lm-cnn", "diffpure"):
         files.append(baselines.FILES[kind]["adversarial" if name == "adversarial" else "cnn"])

@@ -11,7 +11,6 @@ import typer
 from diffclass import assets
 from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of, shown
 
-IDC = "digits-idc.safetensors"
 METHODS = ("diffusion", "idc", "cnn", "adversarial", "adversarial-dc")
 Widths = Annotated[str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")]
 
@@ -22,8 +21,8 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
 
     from diffclass import baseline_training, trainers, translation_training
 
-    if name == IDC:
-        run = translation_training.train_translation(name, folder, options["steps"], options["seed"])
+    if name in translation_training.RECIPES:
+        run = translation_training.train_translation(name, folder, minutes=minutes, **options)
     elif name in baseline_training.RECIPES:
         run = baseline_training.train_baseline(name, folder, minutes=minutes, **options)
     else:
@@ -55,7 +54,7 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
           measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
-          method: Annotated[str, typer.Option(help="diffusion; idc (digits); cnn; adversarial: it on attacked images; "
+          method: Annotated[str, typer.Option(help="diffusion; idc; cnn; adversarial: it on attacked images; "
                                                    "adversarial-dc: the student likewise.")] = "diffusion",
           student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
@@ -70,8 +69,6 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
     folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
     method = recipes.chosen(method, METHODS, "the method")
-    if method == "idc" and (minutes or widths or batch or measured):
-        raise ValueError("expected no other option than --steps, --out and --seed with --method idc.")
     names = _names(world, method, "teacher" if teacher_only else "student" if student_only else None, folder)
     try:
         for name in names:
@@ -91,17 +88,17 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
 
 def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]:
     """The networks to train, in order."""
-    from diffclass import baselines, recipes, trainers
+    from diffclass import baselines, recipes, trainers, translation_training
 
     if method == "diffusion":
         return trainers.remaining(world, folder, only)
-    if method == "idc":
-        recipes.chosen(world, ("digits",), "the world of --method idc")
     if only:
         raise ValueError(f"expected no --{only}-only with --method {method}, which trains one network alone.")
     if method == "adversarial-dc":
         return [recipes.HARDENED[world]]
-    return [IDC] if method == "idc" else [baselines.FILES[world][method]]
+    if method == "idc":
+        return [name for name, recipe in translation_training.RECIPES.items() if recipe.world == world]
+    return [baselines.FILES[world][method]]
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
