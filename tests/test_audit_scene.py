@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from diffclass import audit, widgets
 from diffclass.audit import planted
-from diffclass.scenes.audit import COLUMNS, MYSTERIES, AuditScene, lamp
+from diffclass.scenes.audit import COLUMNS, MYSTERIES, NAMES, AuditScene, lamp
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def stored():
 
 @pytest.fixture(scope="module")
 def scene(stored):
-    return AuditScene([stored], count=24)
+    return AuditScene([stored])
 
 
 def test_every_lamp_is_in_the_row_of_its_group(scene):
     places = scene.places()
     assert sorted(one.number for one in places.values()) == list(range(1, 37))
     for tile, one in places.items():
-        assert audit.GROUPS[tile // COLUMNS] == one.group and tile % COLUMNS > 0
+        assert audit.GROUPS[tile // COLUMNS] == one.group and tile % COLUMNS >= NAMES
     captions = scene.at("honest", 3)["panels"][0]["captions"]
     assert [captions[COLUMNS * row] for row in range(6)] == list(audit.GROUPS)
     tiles = {one.number: tile for tile, one in places.items()}
@@ -65,7 +65,7 @@ def test_a_stored_audit_is_shown_as_it_was_made(scene, stored):
 
 def test_a_click_on_a_lamp_chooses_its_check_and_one_beside_it_nothing():
     hero = widgets.audit_hero(number=3)
-    hero.stage.picked = COLUMNS + 7
+    hero.stage.picked = COLUMNS + NAMES + 6
     assert hero.controls["number"].value == 13 and "white_beats_black" in hero.stage.frame["note"]
     hero.stage.picked = COLUMNS  # the name of a group
     assert hero.controls["number"].value == 13

@@ -6,9 +6,11 @@ import io
 
 import pytest
 import torch
-from diffclass import exercises, noise, units
+from diffclass import certificates, exercises, noise, units
+from diffclass.audit import planted
 from diffclass.course import grade
-from diffclass.exercises import EXERCISES, Exercise, Mistake, NotYet
+from diffclass.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
+from diffclass.scenes.audit import MYSTERIES
 
 MISTAKES = [pytest.param(e, m, id=f"{e.key}-{i}") for e in EXERCISES.values() for i, m in enumerate(e.mistakes)]
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
@@ -171,3 +173,23 @@ def test_bayes_references_are_bayes():
     new = torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)
     shifted = exercises.PRIOR_SHIFT.reference(posterior, log_prior.exp(), new)
     torch.testing.assert_close(shifted, exercises.BAYES_POSTERIOR.reference(log_likelihood, new.log()))
+
+
+def test_evaluation_references_agree_with_the_library_and_with_counting():
+    for correct, n in exercises.HONEST_INTERVAL.cases():
+        low, high, warned = exercises.HONEST_INTERVAL.reference(correct, n)
+        assert (low, high) == pytest.approx(certificates.interval(correct, n)) and warned == (n < 500)
+    for survived, clean in exercises.PER_IMAGE_MINIMUM.cases():
+        never_wrong = [bool(clean[i]) and all(map(bool, survived[:, i])) for i in range(len(clean))]
+        assert exercises.PER_IMAGE_MINIMUM.reference(survived, clean) == pytest.approx(sum(never_wrong) / len(clean))
+    generator = torch.Generator().manual_seed(0)
+    for p, N in exercises.WORST_OF_DRAWS.cases():
+        right = (torch.rand(20_000, N, len(p), generator=generator) < p).all(1).double().mean(1)
+        assert exercises.WORST_OF_DRAWS.reference(p, N) == pytest.approx(float(right.mean()), abs=5e-3)
+
+
+def test_the_diagnoses_are_those_of_the_lamp_panel():
+    assert {f"mystery {number}": fault for number, fault in auditing.MYSTERIES.items()} == MYSTERIES
+    assert set(auditing.FAULTS) == set(planted.FAULTS)
+    with pytest.raises(NotYet, match="expected one of honest, two-faced.*for mystery 1, got 'masked'"):
+        grade(exercises.DIAGNOSIS, lambda mystery: "masked")

@@ -256,11 +256,12 @@ class Filmed(Worker):
         self.stage.frame = self.scene.at(**{name: control.value for name, control in self.controls.items()})
 
 
-def audit_hero(stored: Iterable[dict] = (), number: int = 3) -> Hero:
+def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 3) -> Hero:
     """36 lamps of an honest classifier, four mysteries and stored audits (documents of `diffclass audit --json`); a
     click tells why (notebook 09)."""
     scene = AuditScene(stored)
-    controls = dict(name=choice("classifier", scene.audits), number=slider("check", number, 1, len(scene.places()), 1))
+    controls = dict(name=choice("classifier", scene.audits, name),
+                    number=slider("check", number, 1, len(scene.places()), 1))
     hero = Hero(lambda name, number, point, picked: scene.at(name, number), controls)
     hero.stage.observe(lambda change: setattr(controls["number"], "value",
                                               scene.row_of(change["new"]) or controls["number"].value), "picked")

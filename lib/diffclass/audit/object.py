@@ -110,7 +110,7 @@ def gradient_is_alive(case: Case) -> Found:
     told = f"{dead} of {len(norms)} images have a zero or non-finite gradient of {case.loss.__name__}"
     if not len(living):
         return RED, told
-    edges = torch.linspace(float(living.min()) - 1e-6, float(living.max()) + 1e-6, 11, dtype=torch.float64)
+    edges = torch.linspace(float(living.min()) - 0.05, float(living.max()) + 0.05, 11, dtype=torch.float64)
     counts = torch.histogram(living.cpu(), edges).hist
     told += f"; the others' norms reach from 10^{float(living.min()):.1f} to 10^{float(living.max()):.1f}"
     return (RED if dead else GREEN), told, Picture(tuple(((edges[1:] + edges[:-1]) / 2).tolist()),

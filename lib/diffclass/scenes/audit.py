@@ -12,7 +12,8 @@ from diffclass.figures import COLOURS
 MYSTERIES = {f"mystery {number}": name for number, name in enumerate(
     ("quantised", "noisy", "two-faced", "reseeded"), start=1)}
 PAINT, SIGN = {GREEN: COLOURS[2], AMBER: COLOURS[1], RED: COLOURS[4]}, {GREEN: "+", AMBER: "?", RED: "-"}
-COLUMNS = 1 + max(sum(one.group == group for one in audit.CHECKS) for group in GROUPS)  # names of groups come first
+NAMES = 2  # tiles before the lamps of a row, which the group's name needs
+COLUMNS = NAMES + max(sum(one.group == group for one in audit.CHECKS) for group in GROUPS)
 SIDE = 13  # pixels of a drawn lamp
 
 
@@ -23,7 +24,7 @@ def lamp(light: str | None) -> np.ndarray:
     if light is None:
         return image
     colour = PAINT[light]
-    image[rows**2 + columns**2 <= (SIDE // 2) ** 2] = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    image[rows**2 + columns**2 <= (SIDE / 2) ** 2] = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
     bar = (abs(rows) <= 0) & (abs(columns) <= 3)
     marks = {"-": bar, "+": bar | bar.T, "?": (abs(rows) <= 1) & (abs(columns) <= 1)}
     image[marks[SIGN[light]]] = 255
@@ -36,7 +37,7 @@ class AuditScene:
     Randomness  that of the planted cases, from their seeds
     """
 
-    def __init__(self, stored: Iterable[dict] = (), count: int = 24):
+    def __init__(self, stored: Iterable[dict] = (), count: int = 64):
         faults = {"honest": "honest", **MYSTERIES}
         self.audits: dict[str, list[Check]] = {
             name: list(audit.run(planted.case(fault, count))) for name, fault in faults.items()}
@@ -52,7 +53,7 @@ class AuditScene:
 
     def places(self) -> dict[int, Check]:
         """Where each check's lamp is, tile -> check of the honest classifier."""
-        return {COLUMNS * row + 1 + column: made for row, group in enumerate(GROUPS)
+        return {COLUMNS * row + NAMES + column: made for row, group in enumerate(GROUPS)
                 for column, made in enumerate(one for one in self.audits["honest"] if one.group == group)}
 
     def at(self, name: str, number: int) -> dict:
@@ -68,8 +69,8 @@ class AuditScene:
     def _lamps(self, name: str, made: dict[int, Check], number: int, told: str) -> dict:
         places = {tile: made[one.number] for tile, one in self.places().items()}
         tiles = range(COLUMNS * len(GROUPS))
-        captions = [GROUPS[tile // COLUMNS] if tile % COLUMNS == 0 else
-                    f"{places[tile].number}{SIGN[places[tile].light]}" if tile in places else "" for tile in tiles]
+        captions = [GROUPS[tile // COLUMNS] if tile % COLUMNS == 0 else  # a blank keeps empty tiles as high as others
+                    f"{places[tile].number}{SIGN[places[tile].light]}" if tile in places else " " for tile in tiles]
         lit = [places[tile].light if tile in places else None for tile in tiles]
         return figures.tiles([lamp(light) for light in lit], columns=COLUMNS, size=40, captions=captions, pick=True,
                              borders=["#222222" if tile in places and places[tile].number == number else
