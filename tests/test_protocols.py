@@ -245,7 +245,8 @@ def test_the_honest_protocol_has_what_it_promises(name):
     paper, honest = protocols.paper(name, "linf", 0.1), protocols.honest(name, "linf", 0.1)
     listed = honest.attacks
     assert honest.draws == 10 and {"margin", "DLR", "scaled CE"} == {attack.loss for attack in listed}
-    assert all(attack.steps >= 100 and attack.method == "apgd" for attack in listed) and len(honest.runs()) >= 3
+    assert all(attack.steps >= 100 for attack in listed) and len(honest.runs()) >= 3
+    assert all(attack.method == ("pgd" if attack.fresh else "apgd") for attack in listed), "a lucky draw is no ascent"
     if name in protocols.PURIFIED:
         assert {attack.exact for attack in listed} == {True, False}
     if name not in protocols.DETERMINISTIC:

@@ -138,7 +138,8 @@ PURIFIED = ("lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure")
 DETERMINISTIC = ("cnn", "adversarial")
 HONEST = ("Ours: exact gradient and BPDA, fixed and fresh noise, several losses and starts, at least 100 steps, the "
           "worst for each image, judged anew.")
-# Gradients averaged at a step, one where not named: on digits the attack on idc is weaker with 1, not stronger with 8.
+# Gradients averaged at a step, one where not named: on digits the attack on idc is weaker with 1, not stronger with 8;
+# those on dc, rdc5 and adversarial-dc are not stronger with 4.
 EOT = {"idc": 4, "diffpure": 4}
 
 
@@ -160,18 +161,20 @@ def honest(defence: str, norm: str, epsilon: float, *, classes: int = 10) -> Pro
     """The protocol that a number should be quoted from: whatever kind of defence, all that is known to matter.
 
     Source      Carlini et al. 2019; Croce & Hein 2020; Lee & Kim 2023
+    Why pgd     under fresh noise APGD returns, and steps back to, the image whose draw was luckiest; PGD returns its
+                last one. On 16 digits RDC of 5 steps kept 84 % under PGD of 50 steps, 92 % under APGD of 100
     Classes     fewer than 3 have no DLR loss, and get the margin's instead
     Errors      ValueError for an unknown name
     """
     if defence not in PAPERS:
         raise ValueError(f"expected one of the defences {list(PAPERS)}, got {defence!r}.")
     draws, ratio = EOT.get(defence, 1), "DLR" if classes > 2 else "margin"
-    averaged = Attack("margin", draws=draws)
+    averaged = Attack("margin", 100, "pgd", draws=draws, step=0.1)
     if defence in DETERMINISTIC:
         listed = (Attack("margin", fresh=False, restarts=5), Attack(ratio, fresh=False, restarts=5),
                   Attack("scaled CE", fresh=False, restarts=5))
     elif defence in PURIFIED:
-        listed = (averaged, replace(averaged, loss=ratio, exact=False), Attack("scaled CE", fresh=False))
+        listed = (averaged, replace(averaged, loss=ratio, exact=False, draws=1), Attack("scaled CE", fresh=False))
     else:
         listed = (averaged, Attack(ratio, fresh=False), replace(averaged, loss="scaled CE"))
     return Protocol("honest", defence, norm, epsilon, tuple(dict.fromkeys(listed)), HONEST)
