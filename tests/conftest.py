@@ -48,3 +48,25 @@ def page(browser):
     page = helpers.watched(context.new_page())
     yield page
     context.close()
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Call it to have Ctrl-C pressed during the second training step from then on; it returns the steps begun."""
+    import signal
+
+    from diffclass.training import Training
+
+    def armed() -> list[int]:
+        step, begun = Training._one_step, []
+
+        def pressed(self, steps):
+            begun.append(self.step)
+            if len(begun) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return step(self, steps)
+
+        monkeypatch.setattr(Training, "_one_step", pressed)
+        return begun
+
+    return armed

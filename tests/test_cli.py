@@ -296,20 +296,11 @@ def test_train_teacher_only_prints_its_accuracy(folder, tmp_path):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_interrupted_training_keeps_its_checkpoint_and_resumes(folder, tmp_path, monkeypatch, as_json):
+def test_interrupted_training_keeps_its_checkpoint_and_resumes(folder, tmp_path, interrupt, as_json):
     """Ctrl-C during the second step of four: the step is finished, and the resumed run equals an unbroken one."""
     command = [*["--json"] * as_json, "train", "digits", "--steps", 4, "--teacher-only", "--out"]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
-    step, before = training.Training._one_step, signal.getsignal(signal.SIGINT)
-    begun = []
-
-    def interrupted(self, steps):
-        begun.append(self.step)
-        if len(begun) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, steps)
-
-    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    before, begun = signal.getsignal(signal.SIGINT), interrupt()
     done = run(*command, tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoints" / recipes.TEACHER
     assert done.exit_code == 130 and one_sentence(done, str(checkpoint), "resumes") and checkpoint.exists()

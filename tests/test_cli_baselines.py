@@ -1,12 +1,11 @@
 """`diffclass train WORLD --method cnn|adversarial`: trains, pauses, resumes, and refuses what does not apply."""
 
 import json
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import assets, baselines, cifar, cli, data, training
+from diffclass import assets, baselines, cifar, cli, data
 from typer.testing import CliRunner
 
 TINY = ["--widths", "8,16", "--batch", "16", "--measured", "4", "--seed", "1"]
@@ -60,22 +59,14 @@ def test_train_says_both_accuracies(tmp_path):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(tmp_path, monkeypatch, as_json):
+def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(tmp_path, interrupt, as_json):
     """Ctrl-C during the second step of four, beside the checkpoint of another network."""
     name, out = baselines.FILES["digits"]["adversarial"], tmp_path / "out"
     command = [*["--json"] * as_json, "train", "digits", "--method", "adversarial", "--steps", 4, *TINY, "--out"]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / baselines.FILES["cifar10"]["cnn"]).write_text("of another run")
-    step, begun = training.Training._one_step, []
-
-    def interrupted(self, steps):
-        begun.append(self.step)
-        if len(begun) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, steps)
-
-    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    begun = interrupt()
     done = run(*command, out)
     assert done.exit_code == 130 and one_sentence(done, str(out / "checkpoints" / name), "resumes")
     assert (out / "checkpoints" / name).exists() and not (out / name).exists()
