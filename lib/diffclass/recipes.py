@@ -17,7 +17,8 @@ from diffclass.noise import NoiseBank, Weighting
 TEACHER, STUDENT = "digits-teacher.safetensors", "digits-student.safetensors"
 MODELS = {
     "digits": {"student": STUDENT, "teacher": TEACHER},
-    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype", "edm")},
+    "cifar10": {name: f"cifar10-{name}.safetensors"
+                for name in ("student", "contrastive", "teacher", "prototype", "edm")},
 }
 HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}  # trained on attacked images
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike

@@ -22,6 +22,7 @@ from diffclass.training import (
     Loss,
     Progress,
     Training,
+    contrastive_loss,
     denoising_loss,
     distillation_loss,
     images_of,
@@ -36,9 +37,11 @@ class Recipe:
     """What one network of `assets/` is made of.
 
     config      of the network; teacher: the file that it copies, or None to learn from data
+    contrastive all heads learn from data, by `contrastive_loss`
     hardening   adversarial training that goes on from the weights `start`, with their architecture
     stored      the precision of the weights file; measured: test images behind the accuracy of its card
-    monitored   test images behind each of the twenty points of its accuracy over time, where there is an accelerator
+    monitored   test images behind each of the twenty points of its accuracy over time; only where there is an
+                accelerator, or one call of the network answers for all classes
     """
 
     world: str
@@ -54,6 +57,7 @@ class Recipe:
     compiled: bool = False
     stored: torch.dtype = torch.float32
     teacher: str | None = None
+    contrastive: bool = False
     start: str | None = None
     hardening: Hardening | None = None
     levels: int = 16
@@ -63,7 +67,8 @@ class Recipe:
 
 CIFAR = dict(world="cifar10", network="UNet", mirror=True, precision="bf16", compiled=True, stored=torch.float16,
              levels=36, measured=1000, monitored=256)
-CIFAR_TEACHER, CIFAR_STUDENT = recipes.MODELS["cifar10"]["teacher"], recipes.MODELS["cifar10"]["student"]
+CIFAR_TEACHER, CIFAR_STUDENT, CONTRASTIVE = (
+    recipes.MODELS["cifar10"][name] for name in ("teacher", "student", "contrastive"))
 RECIPES = {
     recipes.TEACHER: Recipe("digits", "ConditionalDenoiser", "DigitNet", 500, 256, 2e-3),
     recipes.STUDENT: Recipe("digits", "MultiHeadDenoiser", "DigitNet", 3000, 128, 3e-3, teacher=recipes.TEACHER),
@@ -71,6 +76,8 @@ RECIPES = {
                           config=dict(widths=(96, 192, 192), layers=2, dropout=0.1), **CIFAR),
     CIFAR_STUDENT: Recipe(kind="MultiHeadDenoiser", steps=12_000, batch=512, rate=1e-3, ema=0.999,
                           config=dict(widths=(32, 64, 96), layers=2, attention=False), teacher=CIFAR_TEACHER, **CIFAR),
+    CONTRASTIVE: Recipe(kind="MultiHeadDenoiser", steps=4000, batch=128, rate=2e-3, ema=0.998, contrastive=True,
+                        **{**CIFAR, "network": "PatchNet", "levels": 12}),
     recipes.HARDENED["digits"]: Recipe(
         "digits", "MultiHeadDenoiser", "DigitNet", 400, 64, 1e-3, ema=0.98, start=recipes.STUDENT,
         hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE)),
@@ -102,7 +109,7 @@ def train(name: str, folder: Path, *, steps: int | None = None, batch: int | Non
                    batch=batch or recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror, seed=seed,
                    precision=recipe.precision, compiled=recipe.compiled and accelerated,
                    checkpoint=folder / "checkpoints" / name)
-    monitor = Monitor(recipe, folder / "checkpoints" / name, recipe.monitored if accelerated else 0)
+    monitor = Monitor(recipe, folder / "checkpoints" / name, recipe.monitored if accelerated or denoiser.one_call else 0)
     started, progress = time.monotonic(), None
     for progress in run:
         monitor.look(run, progress)
@@ -121,7 +128,7 @@ def _begun(recipe: Recipe, folder: Path, chip: Accelerator, shape: tuple, widths
         if widths:
             raise ValueError(f"expected no widths for a network that goes on from {recipe.start}, got {widths}.")
         return network.load_denoiser(folder / recipe.start)[0].requires_grad_(True), hardening_loss(recipe.hardening)
-    loss, null = denoising_loss, True
+    loss, null = contrastive_loss(*recipes.CLASSIFIERS[recipe.world][1]) if recipe.contrastive else denoising_loss, True
     if recipe.teacher:
         teacher = network.load_denoiser(folder / recipe.teacher)[0].to(chip.device)
         loss, null = distillation_loss(teacher), teacher.has_null
@@ -129,7 +136,8 @@ def _begun(recipe: Recipe, folder: Path, chip: Accelerator, shape: tuple, widths
 
 
 def _fresh(recipe: Recipe, shape: tuple, widths: tuple | None, null: bool = True, seed: int = 0) -> Denoiser:
-    config = {**recipe.config, **({"widths": widths} if widths else {})}
+    own = {} if not widths else {"widths": widths} if recipe.network == "UNet" else {"width": widths[0]}
+    config = {**recipe.config, **own}
     return network.build(recipe.kind, recipe.network, 10, shape, has_null=null, seed=seed, **config)
 
 
@@ -157,7 +165,8 @@ def remaining(world: str, folder: Path, only: str | None = None) -> list[str]:
 
     Shapes      only is "teacher", "student" or None
     """
-    own = {name: recipe for name, recipe in RECIPES.items() if recipe.world == world and not recipe.hardening}
+    own = {name: recipe for name, recipe in RECIPES.items()
+           if recipe.world == world and not (recipe.hardening or recipe.contrastive)}
     teacher, student = sorted(own, key=lambda name: bool(own[name].teacher))
     if only:
         return [teacher if only == "teacher" else student]
@@ -261,10 +270,11 @@ def _finish(name: str, folder: Path, run: Training, measured: int, monitor: Moni
 def _card(name: str, recipe: Recipe, run: Training, correct: int, n: int) -> dict:
     low, high = certificates.interval(correct, n)
     _, span = recipes.CLASSIFIERS[recipe.world]
-    told = ("kind", "network", "precision", "teacher", "start")
+    told = ("kind", "network", "precision", "teacher", "contrastive", "start")
     own = {key: value for key, value in asdict(recipe).items() if key in told}
     settings = {**run.settings, "config": network.describe(run.average)}
+    method = " --method adversarial-dc" * bool(recipe.hardening) + " --method contrastive" * recipe.contrastive
     return dict(name=name, **own, data=DATA[recipe.world], settings=settings, **run.facts(),
-                command=f"diffclass train {recipe.world}{' --method adversarial-dc' * bool(recipe.hardening)}",
+                command=f"diffclass train {recipe.world}{method}",
                 accuracy=dict(correct=correct, n=n, low=low, high=high, weighting="ELBO",
                               levels=f"{recipe.levels} log-spaced in [{span[0]:g}, {span[1]:g}]"))

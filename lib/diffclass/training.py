@@ -8,6 +8,7 @@ takes its share of every batch.
 import contextlib
 import copy
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +82,32 @@ def distillation_loss(teacher: Denoiser) -> Loss:
             wanted = teacher(x_sigma, sigma, every)
         square = (denoiser(x_sigma, sigma, every) - wanted) ** 2
         return (weight[:, None, None, None, None] * square).mean()
+
+    return loss
+
+
+def contrastive_loss(low: float, high: float, temperature: float = 10.0, denoising: float = 0.5) -> Loss:
+    """Cross-entropy of the ELBO that one drawn level estimates, so that the heads of wrong classes learn without a
+    teacher; plus the diffusion losses of the true class and of "no class", by which both stay denoisers.
+
+    Formula     e_k = ln(high / low) |D_k(x + sigma eps, sigma) - x|^2 / sigma^2 with ln sigma ~ U(ln low, ln high): its
+                mean is the ELBO's integral. Mean of -log softmax(-e / temperature)_y + denoising (e_y + e_null) / 2D
+    Why 10      one level is a noisy estimate: at a temperature of 1 its noise is many times the margin
+    Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
+    Errors      ValueError for a denoiser without a null class
+    """
+    def loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        if not denoiser.has_null:
+            raise ValueError("expected a denoiser with a null class, which is trained along, got one without.")
+        part = torch.rand(len(images), generator=generator, device=generator.device).to(images)
+        sigma = low * (high / low) ** part
+        eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
+        denoised = denoiser(images + sigma[:, None, None, None] * eps, sigma, range(denoiser.num_classes + 1))
+        square = (denoised - images[:, None]).float().square().flatten(2).sum(2)
+        evidence = -math.log(high / low) * square / sigma[:, None] ** 2
+        own = evidence.gather(1, labels[:, None]).mean() + evidence[:, -1].mean()
+        return (nn.functional.cross_entropy(evidence[:, :-1] / temperature, labels)
+                - denoising * own / (2 * images[0].numel()))
 
     return loss
 

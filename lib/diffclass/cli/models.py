@@ -11,7 +11,7 @@ import typer
 from diffclass import assets
 from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of, shown
 
-METHODS = ("diffusion", "idc", "cnn", "adversarial", "adversarial-dc")
+METHODS = ("diffusion", "contrastive", "idc", "cnn", "adversarial", "adversarial-dc")
 Widths = Annotated[str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")]
 
 
@@ -54,8 +54,8 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
           measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
-          method: Annotated[str, typer.Option(help="diffusion; idc; cnn; adversarial: it on attacked images; "
-                                                   "adversarial-dc: the student likewise.")] = "diffusion",
+          method: Annotated[str, typer.Option(help="diffusion; contrastive: without a teacher; idc; cnn; "
+                                                   "adversarial, adversarial-dc: on attacked images.")] = "diffusion",
           student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
           seed: Seed = 0, json_wanted: Json = False):
@@ -94,6 +94,9 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
         return trainers.remaining(world, folder, only)
     if only:
         raise ValueError(f"expected no --{only}-only with --method {method}, which trains one network alone.")
+    if method == "contrastive":
+        recipes.chosen(world, ("cifar10",), "the world of a contrastive network")
+        return [trainers.CONTRASTIVE]
     if method == "adversarial-dc":
         return [recipes.HARDENED[world]]
     if method == "idc":

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
-from diffclass.denoisers.nets import DigitNet, SongUNet, UNet
+from diffclass.denoisers.nets import DigitNet, PatchNet, SongUNet, UNet
 
 SHARD_BYTES = 15_000_000  # larger weights are written as several files
 SIGMA_DATA = 0.5  # standard deviation of images in model space that the preconditioning assumes
@@ -87,7 +87,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: safetensors with the architecture in the header, so that a file says what it is
 
-_NETWORKS = {"DigitNet": DigitNet, "UNet": UNet, "SongUNet": SongUNet}
+_NETWORKS = {"DigitNet": DigitNet, "PatchNet": PatchNet, "UNet": UNet, "SongUNet": SongUNet}
 _KINDS = {"ConditionalDenoiser": ConditionalDenoiser, "MultiHeadDenoiser": MultiHeadDenoiser}
 
 
