@@ -109,7 +109,8 @@ def train(name: str, folder: Path, *, steps: int | None = None, batch: int | Non
                    batch=batch or recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror, seed=seed,
                    precision=recipe.precision, compiled=recipe.compiled and accelerated,
                    checkpoint=folder / "checkpoints" / name)
-    monitor = Monitor(recipe, folder / "checkpoints" / name, recipe.monitored if accelerated or denoiser.one_call else 0)
+    watched = recipe.monitored if accelerated or denoiser.one_call else 0
+    monitor = Monitor(recipe, folder / "checkpoints" / name, watched)
     started, progress = time.monotonic(), None
     for progress in run:
         monitor.look(run, progress)
