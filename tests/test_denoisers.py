@@ -225,6 +225,8 @@ def test_edm_scalings():
 CASES = {
     "digits conditional": ("ConditionalDenoiser", "DigitNet", dict(width=16, blocks=1)),
     "digits multi-head": ("MultiHeadDenoiser", "DigitNet", dict(width=16, blocks=1)),
+    "patches conditional": ("ConditionalDenoiser", "PatchNet", dict(width=16, blocks=1, patch=2)),
+    "patches multi-head": ("MultiHeadDenoiser", "PatchNet", dict(width=16, blocks=1, patch=2)),
     "unet conditional": ("ConditionalDenoiser", "UNet", dict(widths=(16, 16), layers=1)),
     "unet multi-head": ("MultiHeadDenoiser", "UNet", dict(widths=(16, 16), layers=1)),
 }
@@ -280,6 +282,22 @@ def test_a_network_that_says_nothing_gives_the_skip_connection():
     for case in ("digits conditional", "digits multi-head"):
         denoised = build(case, awake=False)(x, 0.5)
         assert torch.allclose(denoised, (x / 2)[:, None].expand_as(denoised), atol=1e-6)
+
+
+def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay_where_they_are():
+    """With patches of one pixel nothing changes; with larger ones a far pixel is answered by its own patch's cell."""
+    x, sigma = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 2.0])
+    one = network.build("MultiHeadDenoiser", "PatchNet", 4, SHAPE, width=16, blocks=1, patch=1, seed=3)
+    other = network.build("MultiHeadDenoiser", "DigitNet", 4, SHAPE, width=16, blocks=1, seed=3)
+    for net in (one.network.inner, other.network):
+        torch.nn.init.normal_(net.leave[-1].weight, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(one(x, sigma), other(x, sigma), atol=1e-6)
+    patched = build("patches multi-head")
+    with torch.no_grad():
+        patched.network.inner.leave[-1].weight.zero_()
+        patched.network.inner.leave[-1].bias.copy_(torch.arange(5 * 4).float())  # head k, pixel (i, j): 4 k + 2 i + j
+        heads = patched.network(x, sigma.log(), None)
+    assert [heads[0, k, i, j].item() for k in (0, 4) for i in (2, 3) for j in (4, 5)] == [0, 1, 2, 3, 16, 17, 18, 19]
 
 
 @pytest.mark.parametrize("arguments, sentence", [

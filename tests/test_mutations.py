@@ -55,6 +55,17 @@ def weights_forgotten(denoiser, x, sigma):
     return twin(x, sigma)
 
 
+def drawn_uniformly(low, high, temperature, denoising):
+    """The contrastive loss with sigma ~ U(low, high) and the weight of log-uniform levels; its logits are flat."""
+    def loss(denoiser, images, labels, generator):
+        sigma = low + (high - low) * torch.rand(len(images), generator=generator)
+        error = (denoiser(images, sigma, range(3)) - images[:, None]).square().flatten(2).sum(2)
+        e = math.log(high / low) * error / sigma[:, None] ** 2
+        return math.log(2) + denoising * (e.gather(1, labels[:, None]) + e[:, -1:]).mean() / (2 * images[0].numel())
+
+    return loss
+
+
 def posterior_mean_of_noise(denoiser, x, sigma):
     """D with the noise added instead of taken away: 2 x_sigma - D."""
     return 2 * x[:, None] - denoiser(x, sigma)
@@ -429,6 +440,12 @@ TABLE = {
     "denoising loss": (test_training.check_denoising_loss, {
         "no weight": dict(loss=unweighted_loss),
         "weight of the noise error": dict(loss=noise_predicted),
+    }),
+    "contrastive evidence": (test_training.check_contrastive_evidence, {
+        "levels drawn uniformly": dict(loss=drawn_uniformly),
+        "upper end forgotten": dict(loss=lambda low, high, **k: training.contrastive_loss(low, 2 * high, **k)),
+        "per pixel": dict(loss=lambda low, high, temperature, denoising: training.contrastive_loss(
+            low, high, temperature, denoising / 64)),
     }),
     "PGD": (test_attacks.check_pgd, {
         "descent": dict(pgd=pgd_twin(ascent=lambda g, norm: -g.sign() if norm == "linf" else -g / g.norm())),

@@ -78,6 +78,76 @@ def test_a_student_approaches_its_teacher_under_every_class():
     assert bool((distances() < 0.5 * before).all()), "both classes and 'no class'"
 
 
+class Offsets(network.MultiHeadDenoiser):
+    """Answers a_k whatever it is asked: on black pictures the error of head k is |a_k|^2 at every level."""
+
+    def __init__(self, offsets):
+        super().__init__(torch.nn.Identity(), len(offsets) - 1, SHAPE)
+        self.offsets = torch.tensor(offsets)
+
+    def forward(self, x_sigma, sigma, classes=None):
+        """[B,K+1,C,H,W], with `noisy` what was last asked."""
+        self.noisy = x_sigma
+        return self.offsets[None, list(classes), None, None, None].expand(len(x_sigma), -1, *SHAPE)
+
+
+def check_contrastive_evidence(loss=training.contrastive_loss):
+    """Where the logits are flat, the mean over drawn levels is the ELBO's integral of sigma^-3 in closed form."""
+    low, high, denoiser = 0.2, 0.8, Offsets([0.1, 0.3, 0.2])
+    with torch.no_grad():
+        value = loss(low, high, temperature=1e9, denoising=0.5)(
+            denoiser, torch.zeros(200_000, *SHAPE), torch.zeros(200_000).long(), torch.Generator().manual_seed(0))
+    integral = (low**-2 - high**-2) / 2
+    wanted = math.log(2) + 0.5 * integral * (0.1**2 + 0.2**2) / 2
+    assert abs(float(value) / wanted - 1) < 2e-3, (float(value), wanted)
+
+
+def test_the_contrastive_loss_estimates_the_elbo():
+    check_contrastive_evidence()
+    asked = Offsets([0.0, 0.0, 0.0])
+    training.contrastive_loss(0.2, 4.0)(asked, torch.zeros(50_000, *SHAPE), torch.zeros(50_000).long(),
+                                        torch.Generator().manual_seed(0))
+    assert float(asked.noisy.std()) == pytest.approx(math.sqrt((4.0**2 - 0.2**2) / 2 / math.log(4.0 / 0.2)), rel=0.01)
+
+
+def test_the_contrastive_loss_is_cross_entropy_plus_two_diffusion_losses():
+    images, labels = pictures(8)
+    denoiser, low, high = tiny("MultiHeadDenoiser", seed=4), 0.2, 4.0
+    torch.nn.init.normal_(denoiser.network.leave[-1].weight, std=0.02, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        value = training.contrastive_loss(low, high)(denoiser, images, labels, torch.Generator().manual_seed(7))
+        source = torch.Generator().manual_seed(7)
+        sigma = (math.log(low) + torch.rand(8, generator=source) * math.log(high / low)).exp()
+        noisy = images + sigma[:, None, None, None] * torch.randn(images.shape, generator=source)
+        error = (denoiser(noisy, sigma, [0, 1, 2]) - images[:, None]).square().sum((2, 3, 4))
+    e = math.log(high / low) * error / sigma[:, None]**2
+    own, null = e[torch.arange(8), labels].mean() / 64, e[:, 2].mean() / 64
+
+    def entropy(logits):
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    assert torch.allclose(value, entropy(-e[:, :2] / 10) + 0.25 * (own + null), rtol=1e-5)
+    for slip in (entropy(-e[:, :2]) + 0.25 * (own + null), entropy(-e / 10) + 0.25 * (own + null),
+                 entropy(-e[:, :2] / 10) + 0.5 * own, entropy(e[:, :2] / 10) + 0.25 * (own + null)):
+        assert not torch.allclose(value, slip, rtol=1e-3)
+    with pytest.raises(ValueError, match="expected a denoiser with a null class"):
+        training.contrastive_loss(low, high)(
+            network.build("MultiHeadDenoiser", "DigitNet", 2, SHAPE, has_null=False, width=16, blocks=1),
+            images, labels, torch.Generator())
+
+
+def test_heads_learn_the_class_without_a_teacher():
+    """The heads of wrong classes are told apart; trained on the true head alone they answer as they like."""
+    images, labels = pictures()
+    trained = run(steps=60, denoiser=tiny("MultiHeadDenoiser"), loss=training.contrastive_loss(0.2, 4.0), batch=32,
+                  ema=0.9)
+    list(trained)
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        errors = ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+    assert float((errors.argmin(1) == labels).float().mean()) > 0.9
+
+
 def check_denoising_loss(loss=training.denoising_loss):
     """EDM's weight 1 / c_out^2 on the pixel mean: the loss of an untrained network, D = c_skip x, in closed form."""
     denoiser, images = tiny(), 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))

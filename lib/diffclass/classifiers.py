@@ -24,7 +24,21 @@ def check_prior(prior, num_classes: int) -> Tensor:
     return prior.log()
 
 
-class BayesClassifier(Randomised):
+class _OfDenoiser(Randomised):
+    """A classifier of what its denoiser can tell apart."""
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.denoiser.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.denoiser.image_shape
+
+
+class BayesClassifier(_OfDenoiser):
     """p(y | x) from the per-class diffusion losses, by Bayes' rule.
 
     Formula     logit_k(x) = ELBO_k(2x - 1) / temperature + C_k + ln prior_k,   p(y | x) = softmax(logits)
@@ -46,16 +60,6 @@ class BayesClassifier(Randomised):
         self.temperature, self.chunk = temperature, chunk
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
         self.moments = moments  # (class means, covariance traces) for the end term, or None to drop it as papers do
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.denoiser.num_classes
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.denoiser.image_shape
 
     def losses(self, x: Tensor) -> Tensor:
         """The diffusion losses behind the logits. Shapes: x [B,C,H,W] in [0,1] -> [B,K,T]."""
@@ -89,7 +93,7 @@ class BayesClassifier(Randomised):
         return f"weighting={self.weighting.__name__}, temperature={self.temperature:g}, {kind}"
 
 
-class NoisedBayesClassifier(Randomised):
+class NoisedBayesClassifier(_OfDenoiser):
     """p(y | x + sigma_pixel eps): the classifier of noised images that randomised smoothing asks for (EPNDC).
 
     Formula     logit_k(x_tau) = log p_tau(2 x_tau - 1 | k) + ln prior_k, by `likelihood.noised_elbo`
@@ -107,16 +111,6 @@ class NoisedBayesClassifier(Randomised):
         self.denoiser, self.weighting, self.chunk = denoiser, weighting, chunk
         self.bank = NoiseBank.fixed(grid, denoiser.image_shape, samples, seed)
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.denoiser.num_classes
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.denoiser.image_shape
 
     def forward(self, x_tau: Tensor) -> Tensor:
         """Logits in nats of an image that carries noise sigma_pixel. Shapes: [B,C,H,W] -> [B,K]."""

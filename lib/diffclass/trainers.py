@@ -158,7 +158,7 @@ class Monitor(Curve):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             classifier = classifier_of(self.recipe, run.average.eval(), levels=12).to(device)
             correct = recipes.accuracy(classifier, test, labels)
-        self.add(progress, correct=correct, n=self.count, levels=12)
+        self.add(progress, correct=correct, n=len(labels), levels=12)
 
 
 def remaining(world: str, folder: Path, only: str | None = None) -> list[str]:

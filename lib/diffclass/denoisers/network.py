@@ -27,18 +27,22 @@ def edm_scalings(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> tuple[Tensor,
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
-class ConditionalDenoiser(Denoiser):
-    """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
-
-    Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma, k)
-    Source      Karras et al. 2022, equation 7
-    """
+class _AroundNetwork(Denoiser):
+    """A denoiser made of a network: what both kinds keep."""
 
     def __init__(self, network: nn.Module, num_classes: int, image_shape: tuple[int, int, int],
                  sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True):
         super().__init__()
         self.network, self.has_null = network, has_null
         self.num_classes, self.image_shape, self.sigma_range = num_classes, tuple(image_shape), tuple(sigma_range)
+
+
+class ConditionalDenoiser(_AroundNetwork):
+    """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
+
+    Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma, k)
+    Source      Karras et al. 2022, equation 7
+    """
 
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
@@ -51,7 +55,7 @@ class ConditionalDenoiser(Denoiser):
         return c_skip * x_sigma + c_out * self.network(c_in * x_sigma, sigma.log(), labels)
 
 
-class MultiHeadDenoiser(Denoiser):
+class MultiHeadDenoiser(_AroundNetwork):
     """One trunk, one output head for each class and one for "no class": a single call answers for all.
 
     Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma)_k
@@ -60,12 +64,6 @@ class MultiHeadDenoiser(Denoiser):
     """
 
     one_call = True
-
-    def __init__(self, network: nn.Module, num_classes: int, image_shape: tuple[int, int, int],
-                 sigma_range: tuple[float, float] = (0.01, 80.0), has_null: bool = True):
-        super().__init__()
-        self.network, self.has_null = network, has_null
-        self.num_classes, self.image_shape, self.sigma_range = num_classes, tuple(image_shape), tuple(sigma_range)
 
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
