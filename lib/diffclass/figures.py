@@ -92,6 +92,15 @@ def tiles(images: Sequence, *, title: str, alt: str, columns: int, size: int = 6
                 borders=None if borders is None else list(borders))
 
 
+def lamps(rows: Sequence[dict], *, title: str, alt: str, chosen: int | None = None, w: int = 520) -> dict:
+    """Rows of coloured discs that can be clicked; each has a sign in it, so that colour is not all that tells.
+
+    Shapes      each row: label, lamps as (name, sign, colour), numbered through all rows; `chosen` has a ring around it
+    """
+    listed = [dict(label=row["label"], lamps=[list(map(str, lamp)) for lamp in row["lamps"]]) for row in rows]
+    return dict(kind="lamps", title=title, alt=alt, rows=listed, chosen=chosen, w=w, h=30 + 44 * len(listed))
+
+
 def plane(*, title: str, alt: str, handle=None, backdrop: str | None = None, dots=(), dot_colours=(), markers=(),
           lines=(), ring=None, limit: float = 1.0, size: int = 300) -> dict:
     """The plane of model space, [-limit, limit]^2, with a draggable handle.

@@ -1,4 +1,4 @@
-// The stage draws what figures.py describes: panels of curves, bars, tiles, planes and radius axes, as SVG and canvas.
+// The stage draws what figures.py describes: panels of curves, bars, tiles, planes, radius axes and lamps, as SVG and canvas.
 // It holds no mathematics. Three traits go back to Python: `point` (dragged), `cursor` (dragged), `picked` (clicked).
 
 const NS = "http://www.w3.org/2000/svg";
@@ -240,7 +240,32 @@ class Radius extends Panel {
   }
 }
 
-const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius };
+class Lamps extends Panel {
+  make() {
+    this.labels = node("g", { class: "dc-small" }, this.svg); this.discs = node("g", {}, this.svg);
+    this.signs = node("g", { class: "dc-sign", "text-anchor": "middle", "pointer-events": "none" }, this.svg);
+    this.names = node("g", { class: "dc-tiny", "text-anchor": "middle" }, this.svg);
+    this.ring = node("circle", { r: 15, fill: "none", stroke: INK, "stroke-width": 3, "pointer-events": "none" }, this.svg);
+  }
+  draw(s) {
+    const left = 110, top = 42, step = (s.w - left) / Math.max(...s.rows.map(row => row.lamps.length)), gap = 44;
+    const all = s.rows.flatMap((row, r) => row.lamps.map((lamp, c) => [left + step * (c + 0.5), top + gap * r, ...lamp]));
+    const labels = pool(this.labels, "text", s.rows.length), discs = pool(this.discs, "circle", all.length);
+    const signs = pool(this.signs, "text", all.length), names = pool(this.names, "text", all.length);
+    s.rows.forEach((row, r) => set(labels[r], { x: 4, y: top + gap * r + 4, text: row.label }));
+    all.forEach(([x, y, name, sign, fill], i) => {
+      set(discs[i], { cx: x, cy: y, r: 12, fill, tabindex: 0, role: "button", "aria-label": `${name} ${sign}`, style: "cursor:pointer" });
+      set(signs[i], { x, y: y + 5, text: sign });
+      set(names[i], { x, y: y + 24, text: name });
+      discs[i].onclick = () => this.stage.send("picked", i);
+      discs[i].onkeydown = event => { if (event.key === "Enter" || event.key === " ") { this.stage.send("picked", i); event.preventDefault(); event.stopPropagation(); } };
+    });
+    const on = all[s.chosen ?? -1];
+    set(this.ring, { visibility: on ? "visible" : "hidden", cx: on ? on[0] : 0, cy: on ? on[1] : 0 });
+  }
+}
+
+const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps };
 
 function render({ model, el }) {
   const root = document.createElement("div"), note = document.createElement("div");

@@ -261,10 +261,15 @@ def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 
     click tells why (notebook 09)."""
     scene = AuditScene(stored)
     controls = dict(name=choice("classifier", scene.audits, name),
-                    number=slider("check", number, 1, len(scene.places()), 1))
+                    number=slider("check", number, 1, len(scene.numbers()), 1))
     hero = Hero(lambda name, number, point, picked: scene.at(name, number), controls)
-    hero.stage.observe(lambda change: setattr(controls["number"], "value",
-                                              scene.row_of(change["new"]) or controls["number"].value), "picked")
+
+    def clicked(change) -> None:
+        if change["new"] >= 0:
+            controls["number"].value = scene.numbers()[change["new"]]
+            hero.stage.picked = -1  # so that the same lamp can be clicked again
+
+    hero.stage.observe(clicked, "picked")
     return hero
 
 

@@ -3,32 +3,13 @@
 import html
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from diffclass import audit, figures
 from diffclass.audit import AMBER, GREEN, GROUPS, RED, Check, planted
 from diffclass.figures import COLOURS
 
 MYSTERIES = {f"mystery {number}": name for number, name in enumerate(
     ("quantised", "noisy", "two-faced", "reseeded"), start=1)}
-PAINT, SIGN = {GREEN: COLOURS[2], AMBER: COLOURS[1], RED: COLOURS[4]}, {GREEN: "+", AMBER: "?", RED: "-"}
-NAMES = 2  # tiles before the lamps of a row, which the group's name needs
-COLUMNS = NAMES + max(sum(one.group == group for one in audit.CHECKS) for group in GROUPS)
-SIDE = 13  # pixels of a drawn lamp
-
-
-def lamp(light: str | None) -> np.ndarray:
-    """A disc in the light's colour with its sign, told apart without colour as well; None is empty. Shapes: [S,S,3]."""
-    rows, columns = np.mgrid[:SIDE, :SIDE] - SIDE // 2
-    image = np.full((SIDE, SIDE, 3), 255, dtype=np.uint8)
-    if light is None:
-        return image
-    colour = PAINT[light]
-    image[rows**2 + columns**2 <= (SIDE / 2) ** 2] = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
-    bar = (abs(rows) <= 0) & (abs(columns) <= 3)
-    marks = {"-": bar, "+": bar | bar.T, "?": (abs(rows) <= 1) & (abs(columns) <= 1)}
-    image[marks[SIGN[light]]] = 255
-    return image
+PAINT, SIGN = {GREEN: COLOURS[2], AMBER: COLOURS[1], RED: COLOURS[4]}, {GREEN: "+", AMBER: "?", RED: "\N{MINUS SIGN}"}
 
 
 class AuditScene:
@@ -46,15 +27,9 @@ class AuditScene:
                 Check(**{**row, "picture": row["picture"] and audit.Picture(**row["picture"])})
                 for row in document["checks"]]
 
-    def row_of(self, tile: int) -> int | None:
-        """The number of the check whose lamp is that tile; None for the name of a group or an empty place."""
-        made = self.places().get(tile)
-        return made and made.number
-
-    def places(self) -> dict[int, Check]:
-        """Where each check's lamp is, tile -> check of the honest classifier."""
-        return {COLUMNS * row + NAMES + column: made for row, group in enumerate(GROUPS)
-                for column, made in enumerate(one for one in self.audits["honest"] if one.group == group)}
+    def numbers(self) -> list[int]:
+        """The checks' numbers as their lamps are shown, group by group."""
+        return [one.number for group in GROUPS for one in self.audits["honest"] if one.group == group]
 
     def at(self, name: str, number: int) -> dict:
         """The frame of one classifier with the lamp of one check chosen."""
@@ -67,15 +42,11 @@ class AuditScene:
         return figures.frame([self._lamps(name, made, number, told), _drawn(chosen)], note)
 
     def _lamps(self, name: str, made: dict[int, Check], number: int, told: str) -> dict:
-        places = {tile: made[one.number] for tile, one in self.places().items()}
-        tiles = range(COLUMNS * len(GROUPS))
-        captions = [GROUPS[tile // COLUMNS] if tile % COLUMNS == 0 else  # a blank keeps empty tiles as high as others
-                    f"{places[tile].number}{SIGN[places[tile].light]}" if tile in places else " " for tile in tiles]
-        lit = [places[tile].light if tile in places else None for tile in tiles]
-        return figures.tiles([lamp(light) for light in lit], columns=COLUMNS, size=40, captions=captions, pick=True,
-                             borders=["#222222" if tile in places and places[tile].number == number else
-                                      None if tile in places else "#FFFFFF" for tile in tiles],
-                             title=f"36 checks of {name}: + passed, - failed, ? not judged (click one)",
+        rows = [dict(label=group, lamps=[(one.number, SIGN[one.light], PAINT[one.light])
+                                         for one in map(made.get, self.numbers()) if one.group == group])
+                for group in GROUPS]
+        return figures.lamps(rows, chosen=self.numbers().index(number),
+                             title=f"{name}: + passed, {SIGN[RED]} failed, ? not judged (click one)",
                              alt=f"Six rows of lamps for {name}: {told}; number {number} is chosen.")
 
 
