@@ -161,7 +161,7 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
     (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
     (("classify", "--model", "professor", "x.png"), ("'professor'",)),
     (("train", "digits", "--method", "gan"), ("'idc'", "'gan'")),
-    (("train", "digits", "--method", "idc", "--widths", "16,32"), ("expected no widths for the digits' network",)),
+    (("train", "digits", "--method", "idc", "--widths", "16,32"), ("expected no widths for DigitNet",)),
     (("train", "mars"), ("'digits'", "'cifar10'", "'mars'")),
     (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
     (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),

@@ -172,16 +172,17 @@ def test_the_digits_recipes_are_those_of_the_cards():
             k: getattr(recipe, k) for k in ("steps", "batch", "rate")}
 
 
-def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path):
+@pytest.mark.parametrize("method, widths", [("idc", ("--widths", "32,32")), ("idc-small", ())])
+def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path, method, widths):
     from diffclass import translation
 
-    options = ("train", "cifar10", "--method", "idc", "--batch", 4, "--widths", "32,32", "--measured", 10,
-               "--out", tmp_path)
+    options = ("train", "cifar10", "--method", method, "--batch", 4, *widths, "--measured", 10, "--out", tmp_path)
     done = diffclass("--json", *options, "--steps", 3)
     assert done.exit_code == 0, done.stderr
-    translator, card = translation.load_translator(tmp_path / translation.FILES["cifar10"])
-    assert card["accuracy"]["n"] == 10 and card["recipe"]["config"] == {"widths": [32, 32]}
-    assert "CIFAR-10" in card["data"] and card["command"] == "diffclass train cifar10 --method idc"
+    file = translation.FILES["cifar10"][method == "idc-small"]
+    translator, card = translation.load_translator(tmp_path / file)
+    assert card["accuracy"]["n"] == 10 and card["recipe"]["config"] == ({"widths": [32, 32]} if widths else {})
+    assert "CIFAR-10" in card["data"] and card["command"] == f"diffclass train cifar10 --method {method}"
     assert translator.image_shape == (3, 16, 16) and translator.num_classes == 10
     with torch.no_grad():
         logits = translation.TranslationClassifier(translator)(torch.rand(2, 3, 16, 16,

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 def folder(tmp_path_factory):
     """The digits' networks of this checkout, and baselines with their first weights."""
     target = tmp_path_factory.mktemp("assets")
-    names = [recipes.STUDENT, recipes.HARDENED["digits"], translation.FILES["digits"]]
+    names = [recipes.STUDENT, recipes.HARDENED["digits"], translation.FILES["digits"][0]]
     for name in names:
         shutil.copy(assets.folder() / name, target)
     for name in baselines.FILES["digits"].values():
@@ -84,7 +84,7 @@ def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(networks):
 
 def test_checkpoints_name_every_file_that_is_read(networks):
     wanted = {"dc": [recipes.STUDENT], "vote": [recipes.STUDENT], "rdc1": [recipes.STUDENT],
-              "idc": [translation.FILES["digits"]], "adversarial-dc": [recipes.HARDENED["digits"]],
+              "idc": [translation.FILES["digits"][0]], "adversarial-dc": [recipes.HARDENED["digits"]],
               "cnn": ["digits-cnn.safetensors"], "adversarial": ["digits-adversarial.safetensors"],
               "lm-cnn": [recipes.STUDENT, "digits-cnn.safetensors"],
               "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"]}

@@ -5,6 +5,7 @@ A network that has never heard of classes walks from the input towards one of th
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from diffclass.denoisers import network as networks
 from diffclass.randomised import Randomised
 from diffclass.training import Loss
 
-FILES = {world: f"{world}-idc.safetensors" for world in ("digits", "cifar10")}
+# The translators of each world, the best first: the small one of photographs is what a CPU can train.
+FILES = {"digits": ("digits-idc.safetensors",), "cifar10": ("cifar10-idc.safetensors", "cifar10-idc-small.safetensors")}
 TEMPERATURE = 0.1  # of the released attack head, softmax(-d / 0.1)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,13 +62,12 @@ def _pruned(image_shape: Sequence[int], seed: int, **config) -> PrunedUNet:
     return net
 
 
-def _small(image_shape: Sequence[int], seed: int, **config) -> nn.Module:
-    """The digits' own network with one head and no classes."""
-    return networks.build("MultiHeadDenoiser", "DigitNet", 1, tuple(image_shape), has_null=False, seed=seed,
-                          **config).network
+def _small(name: str, image_shape: Sequence[int], seed: int, **config) -> nn.Module:
+    """The digits' own network, or that on patches, with one head and no classes."""
+    return networks.build("MultiHeadDenoiser", name, 1, tuple(image_shape), has_null=False, seed=seed, **config).network
 
 
-_NETWORKS = {"DigitNet": _small, "PrunedUNet": _pruned}
+_NETWORKS = {"DigitNet": partial(_small, "DigitNet"), "PatchNet": partial(_small, "PatchNet"), "PrunedUNet": _pruned}
 
 
 class Translator(nn.Module):
@@ -205,7 +206,7 @@ def classification_flops(classifier: TranslationClassifier) -> int:
 
 
 def build(network: str, labels: Tensor, bridge: Bridge | None = None, seed: int = 0, **config) -> Translator:
-    """A fresh translator: 'DigitNet' or 'PrunedUNet' around labels [K,C,H,W]. Randomness: weights from `seed`."""
+    """A fresh translator by its network's name around labels [K,C,H,W]. Randomness: weights from `seed`."""
     if network not in _NETWORKS:
         raise ValueError(f"expected one of {list(_NETWORKS)}, got {network!r}; was the file made by another version?")
     return Translator(_NETWORKS[network](tuple(labels.shape[1:]), seed, **config), labels, bridge)
@@ -237,4 +238,4 @@ def load_translator(path: str | Path) -> tuple[Translator, dict]:
 
 def load_digits_translator() -> Translator:
     """The trained translator of digits from `assets/`, its checksum verified. Errors: those of `assets.verified`."""
-    return load_translator(assets.verified(FILES["digits"]))[0]
+    return load_translator(assets.verified(FILES["digits"][0]))[0]

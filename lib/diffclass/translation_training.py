@@ -43,11 +43,13 @@ class Recipe:
     measured: int | None = None
 
 
+(DIGITS,), (PHOTOS, SMALL) = translation.FILES["digits"], translation.FILES["cifar10"]
 RECIPES = {
-    translation.FILES["digits"]: Recipe("digits", "DigitNet", 1200, 128, 2e-3),
-    translation.FILES["cifar10"]: Recipe(
-        "cifar10", "PrunedUNet", 20_000, 256, 5e-4, ema=0.999, mirror=True, precision="bf16", compiled=True,
-        stored=torch.float16),
+    DIGITS: Recipe("digits", "DigitNet", 1200, 128, 2e-3),
+    PHOTOS: Recipe("cifar10", "PrunedUNet", 20_000, 256, 5e-4, ema=0.999, mirror=True, precision="bf16", compiled=True,
+                   stored=torch.float16),
+    SMALL: Recipe("cifar10", "PatchNet", 3600, 128, 2e-3, ema=0.998, mirror=True, precision="bf16",
+                  stored=torch.float16),
 }
 ABLATIONS = {
     "as in the recipe": {},
@@ -101,8 +103,8 @@ def train_translation(name: str, folder: Path, *, steps: int | None = None, batc
     if name not in RECIPES:
         raise ValueError(f"expected one of {sorted(RECIPES)} to train, got {name!r}.")
     recipe, checkpoint, started = RECIPES[name], Path(folder) / "checkpoints" / name, time.monotonic()
-    if widths and recipe.world == "digits":
-        raise ValueError(f"expected no widths for the digits' network, got {widths}; they are those of a U-Net.")
+    if widths and recipe.network != "PrunedUNet":
+        raise ValueError(f"expected no widths for {recipe.network}, got {widths}; they are those of a U-Net.")
     recipe = replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch, measured=measured,
                      config=dict(widths=widths) if widths else recipe.config)
     run = training_of(recipe, seed, checkpoint)
@@ -129,7 +131,8 @@ def _card(name: str, recipe: Recipe, run: Training, translator: Translator, seed
         correct, len(test), *certificates.interval(correct, len(test))), strict=True))
         for noise, correct in counts.items()}
     told = {key: value for key, value in asdict(recipe).items() if key != "stored"}
-    return dict(name=name, data=DATA[recipe.world], recipe=told, command=f"diffclass train {recipe.world} --method idc",
+    command = f"diffclass train {recipe.world} --method {'idc-small' if name == SMALL else 'idc'}"
+    return dict(name=name, data=DATA[recipe.world], recipe=told, command=command,
                 settings=run.settings, **run.facts(),
                 accuracy=stated["fixed noise"], accuracy_fresh_noise=stated["fresh noise"],
                 flops=translation.classification_flops(classifier))
@@ -153,7 +156,7 @@ def ablate(path: Path, steps: int = 400, seed: int = 0, only: list[str] | None =
     test, answers = images_of("digits", "test")
     x, y = test[:ATTACKED], answers[:ATTACKED]
     for name in only or ABLATIONS:
-        recipe = replace(RECIPES[translation.FILES["digits"]], steps=steps, **ABLATIONS[name])
+        recipe = replace(RECIPES[DIGITS], steps=steps, **ABLATIONS[name])
         run = training_of(recipe, seed)
         *_, last = run
         classifier = TranslationClassifier(run.average.eval().requires_grad_(False))

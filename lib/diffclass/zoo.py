@@ -54,7 +54,7 @@ class _Parts:
 
     def translation(self) -> nn.Module:
         """The classifier that translates into label pictures."""
-        file = _trained(translation.FILES[self.world], f"diffclass train {self.world} --method idc")
+        file = _trained(_translator(self.world), f"diffclass train {self.world} --method idc")
         return translation.TranslationClassifier(translation.load_translator(file)[0], seed=self.seed)
 
     def purified(self, make: Callable[..., nn.Module], classifier: nn.Module, *options) -> nn.Module:
@@ -109,7 +109,7 @@ def checkpoints(world: str, name: str) -> dict[str, str]:
     if kind == "plane":
         return {}
     plain = name in ("cnn", "adversarial")
-    own = {"idc": translation.FILES[kind], "adversarial-dc": recipes.HARDENED[kind]}
+    own = {"idc": _translator(kind), "adversarial-dc": recipes.HARDENED[kind]}
     files = [] if plain else [own.get(name) or recipes.available_model(kind, None)]
     if plain or name in ("lm-cnn", "diffpure"):
         files.append(baselines.FILES[kind]["adversarial" if name == "adversarial" else "cnn"])
@@ -137,6 +137,12 @@ def _world(world: str) -> tuple[str, str]:
     elif law:
         raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
     return kind, law
+
+
+def _translator(kind: str) -> str:
+    """The first translator of a world that is in `assets/`, else the first."""
+    first, *others = translation.FILES[kind]
+    return next((file for file in (first, *others) if assets.parts(file, assets.checksums())), first)
 
 
 def _trained(file: str, command: str):

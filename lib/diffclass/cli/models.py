@@ -11,7 +11,7 @@ import typer
 from diffclass import assets
 from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of, shown
 
-METHODS = ("diffusion", "contrastive", "idc", "cnn", "adversarial", "adversarial-dc")
+METHODS = ("diffusion", "contrastive", "idc", "idc-small", "cnn", "adversarial", "adversarial-dc")
 Widths = Annotated[str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")]
 
 
@@ -54,7 +54,7 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
           minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
           measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
           teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
-          method: Annotated[str, typer.Option(help="diffusion; contrastive: without a teacher; idc; cnn; "
+          method: Annotated[str, typer.Option(help="diffusion; contrastive: no teacher; idc, idc-small; cnn; "
                                                    "adversarial, adversarial-dc: on attacked images.")] = "diffusion",
           student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
           out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
@@ -100,7 +100,10 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
     if method == "adversarial-dc":
         return [recipes.HARDENED[world]]
     if method == "idc":
-        return [name for name, recipe in translation_training.RECIPES.items() if recipe.world == world]
+        return [translation_training.DIGITS if world == "digits" else translation_training.PHOTOS]
+    if method == "idc-small":
+        recipes.chosen(world, ("cifar10",), "the world of a small translator")
+        return [translation_training.SMALL]
     return [baselines.FILES[world][method]]
 
 
