@@ -7,9 +7,10 @@ from diffclass import claims
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "assets" / "records"
 NAMES = {"cnn": "plain CNN", "adversarial": "CNN, adversarially trained", "dc": "diffusion classifier",
+         "contrastive": "diffusion classifier, contrastive",
          "adversarial-dc": "diffusion classifier, adversarially trained", "rdc1": "RDC, 1 step", "rdc5": "RDC, 5 steps",
-         "rdc-released": "RDC as released", "lm-cnn": "likelihood maximisation, plain CNN",
-         "diffpure": "DiffPure, plain CNN", "idc": "IDC"}
+         "rdc-released": "RDC as released", "rdc-contrastive": "RDC, 5 steps, contrastive",
+         "lm-cnn": "likelihood maximisation, plain CNN", "diffpure": "DiffPure, plain CNN", "idc": "IDC"}
 
 
 def cell(record) -> str:

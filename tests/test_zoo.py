@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 def folder(tmp_path_factory):
     """The digits' networks of this checkout, and baselines with their first weights."""
     target = tmp_path_factory.mktemp("assets")
-    names = [recipes.STUDENT, recipes.HARDENED["digits"], translation.FILES["digits"][0]]
+    names = [recipes.STUDENT, recipes.HARDENED["digits"], recipes.CONTRASTIVE["digits"], translation.FILES["digits"][0]]
     for name in names:
         shutil.copy(assets.folder() / name, target)
     for name in baselines.FILES["digits"].values():
@@ -64,7 +64,7 @@ def test_exact_gradients_and_those_of_the_identity_have_the_same_values(networks
 def test_the_parts_are_those_of_the_names(networks):
     made = {name: zoo.defence("digits", name) for name in zoo.NAMES["digits"]}
     assert {name for name, one in made.items() if isinstance(one, Defended)} == {
-        "lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure"}
+        "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive", "diffpure"}
     assert [made[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")] == [1, 5, 5, 5]
     assert made["rdc5"].purifier.budget == zoo.budget("digits", "linf") == 0.1
     assert made["rdc-released"].purifier.budget is None and isinstance(made["diffpure"].purifier, Purification)
@@ -72,7 +72,8 @@ def test_the_parts_are_those_of_the_names(networks):
     assert isinstance(made["lm-cnn"].classifier, baselines.ConvClassifier)
     assert isinstance(made["vote"], MajorityVote) and not made["vote"].classifier.deterministic
     for pair, weight in ((("cnn", "adversarial"), "enter.weight"),
-                         (("dc", "adversarial-dc"), "denoiser.network.enter.weight")):
+                         (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
+                         (("dc", "contrastive"), "denoiser.network.enter.weight")):
         assert not torch.equal(*(made[name].state_dict()[weight] for name in pair))
 
 
@@ -87,7 +88,9 @@ def test_checkpoints_name_every_file_that_is_read(networks):
               "idc": [translation.FILES["digits"][0]], "adversarial-dc": [recipes.HARDENED["digits"]],
               "cnn": ["digits-cnn.safetensors"], "adversarial": ["digits-adversarial.safetensors"],
               "lm-cnn": [recipes.STUDENT, "digits-cnn.safetensors"],
-              "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"]}
+              "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"],
+              "contrastive": [recipes.CONTRASTIVE["digits"]],
+              "rdc-contrastive": [recipes.STUDENT, recipes.CONTRASTIVE["digits"]]}
     for name, files in wanted.items():
         found = zoo.checkpoints("digits", name)
         assert sorted(found) == sorted(files)
@@ -97,17 +100,22 @@ def test_checkpoints_name_every_file_that_is_read(networks):
 
 def test_missing_weights_are_one_sentence_with_the_command(tmp_path, networks, monkeypatch):
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
-    for name, command in (("cnn", "--method cnn"), ("adversarial", "--method adversarial"), ("idc", "--method idc")):
+    for name, command in (("cnn", "--method cnn"), ("adversarial", "--method adversarial"), ("idc", "--method idc"),
+                          ("contrastive", "--method contrastive")):
         with pytest.raises(FileNotFoundError, match=f"train them with `diffclass train digits {command}`"):
             zoo.defence("digits", name)
     with pytest.raises(FileNotFoundError, match="diffclass train digits"):
         zoo.defence("digits", "dc")
 
 
-def test_photographs_without_an_unconditional_denoiser():
+def test_photographs_without_an_unconditional_denoiser(monkeypatch):
+    """The prototype has no null class: purifiers take the contrastive network, and say so where there is none."""
+    assert zoo.defence("cifar10", "dc").image_shape == (3, 32, 32)
+    monkeypatch.setattr(recipes, "CONTRASTIVE", {"cifar10": "cifar10-missing.safetensors"})
     with pytest.raises(ValueError, match="trained without a null class"):
         zoo.defence("cifar10", "rdc1")
-    assert zoo.defence("cifar10", "dc").image_shape == (3, 32, 32)
+    with pytest.raises(FileNotFoundError, match="train them with `diffclass train cifar10 --method contrastive`"):
+        zoo.defence("cifar10", "contrastive")
 
 
 @pytest.mark.parametrize("name", zoo.NAMES["plane"])

@@ -124,7 +124,7 @@ RDC_SOURCE = ("Chen et al. 2024 (RDC), released tester: APGD with the DLR loss a
 PGD20 = (Attack("CE", 20, "pgd", fresh=False, step=0.25, start="random"),)
 MADRY = "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start."
 PAPERS = {
-    **dict.fromkeys(("dc", "lm-cnn", "rdc1", "rdc5", "rdc-released"), (RDC_TESTER, RDC_SOURCE)),
+    **dict.fromkeys(("dc", "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive"), (RDC_TESTER, RDC_SOURCE)),
     "diffpure": ((Attack("CE", draws=20, start="random"), Attack("DLR", draws=20, start="random")),
                  "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
                  "EOT 20; its gradient by the adjoint method, ours exact."),
@@ -132,9 +132,9 @@ PAPERS = {
              Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0)),
             "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
             "one frozen noise."),
-    **dict.fromkeys(("cnn", "adversarial", "adversarial-dc"), (PGD20, MADRY)),
+    **dict.fromkeys(("cnn", "adversarial", "adversarial-dc", "contrastive"), (PGD20, MADRY)),
 }
-PURIFIED = ("lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure")
+PURIFIED = ("lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive", "diffpure")
 DETERMINISTIC = ("cnn", "adversarial")
 HONEST = ("Ours: exact gradient and BPDA, fixed and fresh noise, several losses and starts, at least 100 steps, the "
           "worst for each image, judged anew.")

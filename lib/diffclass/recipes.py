@@ -17,9 +17,9 @@ from diffclass.noise import NoiseBank, Weighting
 TEACHER, STUDENT = "digits-teacher.safetensors", "digits-student.safetensors"
 MODELS = {
     "digits": {"student": STUDENT, "teacher": TEACHER},
-    "cifar10": {name: f"cifar10-{name}.safetensors"
-                for name in ("student", "contrastive", "teacher", "prototype", "edm")},
+    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype", "edm")},
 }
+CONTRASTIVE = {world: f"{world}-contrastive.safetensors" for world in MODELS}  # trained to tell classes apart
 HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}  # trained on attacked images
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
@@ -76,6 +76,11 @@ def load(world: str, model: str | None = None) -> tuple[Denoiser, str]:
     """
     file = available_model(world, model)
     return loaded(assets.verified(file)), file
+
+
+def has_null(file: str) -> bool:
+    """Whether the denoiser of a weights file in `assets/` also answers without a class. Errors: those of `verified`."""
+    return json.loads(network.read_header(assets.verified(file))["architecture"]).get("has_null", True)
 
 
 def loaded(path: Path) -> Denoiser:

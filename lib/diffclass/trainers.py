@@ -67,8 +67,7 @@ class Recipe:
 
 CIFAR = dict(world="cifar10", network="UNet", mirror=True, precision="bf16", compiled=True, stored=torch.float16,
              levels=36, measured=1000, monitored=256)
-CIFAR_TEACHER, CIFAR_STUDENT, CONTRASTIVE = (
-    recipes.MODELS["cifar10"][name] for name in ("teacher", "student", "contrastive"))
+CIFAR_TEACHER, CIFAR_STUDENT = recipes.MODELS["cifar10"]["teacher"], recipes.MODELS["cifar10"]["student"]
 RECIPES = {
     recipes.TEACHER: Recipe("digits", "ConditionalDenoiser", "DigitNet", 500, 256, 2e-3),
     recipes.STUDENT: Recipe("digits", "MultiHeadDenoiser", "DigitNet", 3000, 128, 3e-3, teacher=recipes.TEACHER),
@@ -76,8 +75,10 @@ RECIPES = {
                           config=dict(widths=(96, 192, 192), layers=2, dropout=0.1), **CIFAR),
     CIFAR_STUDENT: Recipe(kind="MultiHeadDenoiser", steps=12_000, batch=512, rate=1e-3, ema=0.999,
                           config=dict(widths=(32, 64, 96), layers=2, attention=False), teacher=CIFAR_TEACHER, **CIFAR),
-    CONTRASTIVE: Recipe(kind="MultiHeadDenoiser", steps=4000, batch=128, rate=2e-3, ema=0.998, contrastive=True,
-                        **{**CIFAR, "network": "PatchNet", "levels": 12}),
+    recipes.CONTRASTIVE["digits"]: Recipe("digits", "MultiHeadDenoiser", "DigitNet", 1000, 128, 3e-3, contrastive=True),
+    recipes.CONTRASTIVE["cifar10"]: Recipe(
+        kind="MultiHeadDenoiser", steps=4000, batch=128, rate=2e-3, ema=0.998, contrastive=True,
+        **{**CIFAR, "network": "PatchNet", "levels": 12}),
     recipes.HARDENED["digits"]: Recipe(
         "digits", "MultiHeadDenoiser", "DigitNet", 400, 64, 1e-3, ema=0.98, start=recipes.STUDENT,
         hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE)),

@@ -39,6 +39,16 @@ class _Parts:
         command = f"diffclass train {self.world} --method adversarial-dc"
         return self.classifier(recipes.loaded(_trained(recipes.HARDENED[self.world], command)))
 
+    def contrastive(self) -> nn.Module:
+        """The diffusion classifier whose denoiser was trained to tell the classes apart."""
+        command = f"diffclass train {self.world} --method contrastive"
+        return self.classifier(recipes.loaded(_trained(recipes.CONTRASTIVE[self.world], command)))
+
+    def unconditional(self) -> Denoiser:
+        """A denoiser that also answers without a class, for purifiers."""
+        return self.bayes().denoiser if self.world == "plane" else recipes.loaded(
+            assets.verified(_unconditional(self.world)))
+
     def classifier(self, denoiser: Denoiser) -> nn.Module:
         """The course's diffusion classifier of this world, with another denoiser."""
         return recipes.CLASSIFIERS[self.world][0](denoiser, seed=self.seed)
@@ -57,36 +67,42 @@ class _Parts:
         file = _trained(_translator(self.world), f"diffclass train {self.world} --method idc")
         return translation.TranslationClassifier(translation.load_translator(file)[0], seed=self.seed)
 
-    def purified(self, make: Callable[..., nn.Module], classifier: nn.Module, *options) -> nn.Module:
+    def purified(self, classifier: str, make: Callable[..., nn.Module], *steps: int) -> nn.Module:
         """A purifier before a classifier; its seed is another one, as the same would repeat the classifier's noise."""
-        first = make(self.bayes().denoiser, *options, exact=self.exact, seed=self.seed + 1)
-        return Defended(first, classifier)
+        options = (self.budget(), *steps) if steps else ()
+        first = make(self.unconditional(), *options, exact=self.exact, seed=self.seed + 1)
+        return Defended(first, _PLAIN[classifier](self))
 
 
-_DEFENCES: dict[str, Callable[[_Parts], nn.Module]] = {
-    "dc": lambda parts: parts.bayes(),
-    "lm-cnn": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.baseline("cnn"), parts.budget(), 5),
-    "rdc1": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.bayes(), parts.budget(), 1),
-    "rdc5": lambda parts: parts.purified(LikelihoodMaximisation.paper, parts.bayes(), parts.budget(), 5),
-    "rdc-released": lambda parts: parts.purified(LikelihoodMaximisation.released, parts.bayes()),
-    "diffpure": lambda parts: parts.purified(Purification, parts.baseline("cnn")),
+_PLAIN: dict[str, Callable[[_Parts], nn.Module]] = {
+    "dc": _Parts.bayes,
     "cnn": lambda parts: parts.baseline("cnn"),
     "adversarial": lambda parts: parts.baseline("adversarial"),
-    "adversarial-dc": lambda parts: parts.hardened(),
-    "idc": lambda parts: parts.translation(),
-    "vote": lambda parts: parts.vote(),
+    "adversarial-dc": _Parts.hardened,
+    "contrastive": _Parts.contrastive,
+    "idc": _Parts.translation,
+    "vote": _Parts.vote,
+}
+_PURIFIED = {  # the classifier behind the purifier, the purifier, and its steps where it is asked for a number
+    "lm-cnn": ("cnn", LikelihoodMaximisation.paper, 5),
+    "rdc1": ("dc", LikelihoodMaximisation.paper, 1),
+    "rdc5": ("dc", LikelihoodMaximisation.paper, 5),
+    "rdc-released": ("dc", LikelihoodMaximisation.released),
+    "rdc-contrastive": ("contrastive", LikelihoodMaximisation.paper, 5),
+    "diffpure": ("cnn", Purification),
 }
 _EXACT = ("dc", "rdc1", "rdc5", "rdc-released", "vote")  # what a world without trained networks has
-NAMES = {"digits": tuple(_DEFENCES), "cifar10": tuple(_DEFENCES), "plane": _EXACT}
+NAMES = {"digits": (*_PLAIN, *_PURIFIED), "cifar10": (*_PLAIN, *_PURIFIED), "plane": _EXACT}
 
 
 def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
             fresh: torch.Generator | None = None) -> nn.Module:
     """A defence by name, from pixels to logits, ready to be asked and attacked.
 
-    dc is the diffusion classifier, adversarial-dc the same trained on attacked images; lm-cnn, rdc1, rdc5 and
-    rdc-released maximise the likelihood before the plain network or before dc (in the paper's way with 1 or 5 steps, or
-    as the code does it); diffpure noises and denoises before the plain network; vote is the majority of 11 fresh noises
+    dc is the diffusion classifier, adversarial-dc the same trained on attacked images, contrastive the same trained to
+    tell classes apart; lm-cnn, rdc1, rdc5, rdc-released and rdc-contrastive maximise the likelihood before the plain
+    network or one of these (in the paper's way with 1 or 5 steps, or as the code does it); diffpure noises and denoises
+    before the plain network; vote is the majority of 11 fresh noises
     Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]
     Randomness  one fixed noise, from `seed`; drawn anew at every call from `fresh`, where it is given
     Errors      ValueError for a world or name that does not exist, a generator that a defence has no use for, or a
@@ -95,7 +111,8 @@ def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
     """
     kind, law = _world(world)
     name = recipes.chosen(name, NAMES[kind], f"the defence of {kind}")
-    made = _DEFENCES[name](_Parts(kind, law, exact, seed))
+    parts = _Parts(kind, law, exact, seed)
+    made = _PLAIN[name](parts) if name in _PLAIN else parts.purified(*_PURIFIED[name])
     if fresh is None:
         return made
     if not hasattr(made, "with_fresh_noise"):
@@ -108,11 +125,12 @@ def checkpoints(world: str, name: str) -> dict[str, str]:
     kind, _ = _world(world)
     if kind == "plane":
         return {}
-    plain = name in ("cnn", "adversarial")
-    own = {"idc": _translator(kind), "adversarial-dc": recipes.HARDENED[kind]}
-    files = [] if plain else [own.get(name) or recipes.available_model(kind, None)]
-    if plain or name in ("lm-cnn", "diffpure"):
-        files.append(baselines.FILES[kind]["adversarial" if name == "adversarial" else "cnn"])
+    own = {"idc": _translator(kind), "adversarial-dc": recipes.HARDENED[kind], "contrastive": recipes.CONTRASTIVE[kind],
+           **baselines.FILES[kind]}
+    classifier = _PURIFIED[name][0] if name in _PURIFIED else name
+    files = [own.get(classifier) or recipes.available_model(kind, None)]
+    if name in _PURIFIED and _unconditional(kind) not in files:
+        files.append(_unconditional(kind))
     return {file: assets.fingerprint(file) for file in files}
 
 
@@ -142,12 +160,22 @@ def _world(world: str) -> tuple[str, str]:
 def _translator(kind: str) -> str:
     """The first translator of a world that is in `assets/`, else the first."""
     first, *others = translation.FILES[kind]
-    return next((file for file in (first, *others) if assets.parts(file, assets.checksums())), first)
+    return next(filter(_present, (first, *others)), first)
+
+
+def _unconditional(kind: str) -> str:
+    """The weights of a denoiser with a null class: those of dc, or the contrastive ones where they have none."""
+    file = recipes.available_model(kind, None)
+    return file if recipes.has_null(file) or not _present(recipes.CONTRASTIVE[kind]) else recipes.CONTRASTIVE[kind]
+
+
+def _present(file: str) -> bool:
+    return bool(assets.parts(file, assets.checksums()))
 
 
 def _trained(file: str, command: str):
     """The verified path of an asset that a command makes."""
-    if not assets.parts(file, assets.checksums()):
+    if not _present(file):
         raise FileNotFoundError(f"expected the weights {file} in {assets.folder().name}/, found none; train them with "
                                 f"`{command}`.")
     return assets.verified(file)

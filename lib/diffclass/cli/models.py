@@ -95,8 +95,7 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
     if only:
         raise ValueError(f"expected no --{only}-only with --method {method}, which trains one network alone.")
     if method == "contrastive":
-        recipes.chosen(world, ("cifar10",), "the world of a contrastive network")
-        return [trainers.CONTRASTIVE]
+        return [recipes.CONTRASTIVE[world]]
     if method == "adversarial-dc":
         return [recipes.HARDENED[world]]
     if method == "idc":
