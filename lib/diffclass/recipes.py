@@ -15,11 +15,12 @@ from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank, Weighting
 
 TEACHER, STUDENT = "digits-teacher.safetensors", "digits-student.safetensors"
-MODELS = {
-    "digits": {"student": STUDENT, "teacher": TEACHER},
-    "cifar10": {name: f"cifar10-{name}.safetensors" for name in ("student", "teacher", "prototype", "edm")},
+MODELS = {  # the best first
+    "digits": {"student": STUDENT, "teacher": TEACHER, "contrastive": "digits-contrastive.safetensors"},
+    "cifar10": {name: f"cifar10-{name}.safetensors"
+                for name in ("student", "teacher", "prototype", "edm", "contrastive")},
 }
-CONTRASTIVE = {world: f"{world}-contrastive.safetensors" for world in MODELS}  # trained to tell classes apart
+CONTRASTIVE = {world: models["contrastive"] for world, models in MODELS.items()}  # trained to tell classes apart
 HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}  # trained on attacked images
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)

@@ -121,7 +121,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 @app.command(epilog=EXIT_CODES)
 def classify(ctx: typer.Context, pictures: Annotated[list[str], typer.Argument(help="PNG, JPEG or WebP files.")],
              world: Annotated[str, typer.Option(help="What is in them: digits, or photographs (cifar10).")] = "digits",
-             model: Annotated[str | None, typer.Option(help="student, teacher or (cifar10) prototype, edm.")] = None,
+             model: Annotated[str | None, typer.Option(help="A network by name, such as student or contrastive.")] = None,
              json_wanted: Json = False):
     """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
     from diffclass import judging, recipes
@@ -158,7 +158,7 @@ def _judged(judge, path: str) -> dict:
 
 @app.command(epilog=EXIT_CODES)
 def sample(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to draw: cifar10.")],
-           model: Annotated[str | None, typer.Option(help="student, teacher or prototype.")] = None,
+           model: Annotated[str | None, typer.Option(help="A network by name, such as prototype.")] = None,
            per_class: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
            out: Annotated[Path | None, typer.Option(help="Folder for the picture, not assets/.")] = None,
            seed: Seed = 0, json_wanted: Json = False):
