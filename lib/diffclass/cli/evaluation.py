@@ -14,7 +14,7 @@ from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, VERSION, Json, Seed, app
 @app.command(epilog=EXIT_CODES)
 def evaluate(ctx: typer.Context,
              world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
-             model: Annotated[str | None, typer.Option(help="A network by name, such as student or contrastive.")] = None,
+             model: Annotated[str | None, typer.Option(help="A network by name, such as contrastive.")] = None,
              limit: Annotated[int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")] = None,
              levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
              weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",

@@ -121,7 +121,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 @app.command(epilog=EXIT_CODES)
 def classify(ctx: typer.Context, pictures: Annotated[list[str], typer.Argument(help="PNG, JPEG or WebP files.")],
              world: Annotated[str, typer.Option(help="What is in them: digits, or photographs (cifar10).")] = "digits",
-             model: Annotated[str | None, typer.Option(help="A network by name, such as student or contrastive.")] = None,
+             model: Annotated[str | None, typer.Option(help="A network by name, such as contrastive.")] = None,
              json_wanted: Json = False):
     """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
     from diffclass import judging, recipes
