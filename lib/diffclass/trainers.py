@@ -83,7 +83,7 @@ RECIPES = {
         "digits", "MultiHeadDenoiser", "DigitNet", 400, 64, 1e-3, ema=0.98, start=recipes.STUDENT,
         hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE)),
     recipes.HARDENED["cifar10"]: Recipe(
-        kind="MultiHeadDenoiser", steps=6000, batch=256, rate=5e-4, ema=0.998, start=CIFAR_STUDENT,
+        kind="MultiHeadDenoiser", steps=6000, batch=256, rate=5e-4, ema=0.998, start=recipes.CONTRASTIVE["cifar10"],
         hardening=Hardening(Inner(8 / 255, 2, 0.8), *recipes.CIFAR_RANGE), **CIFAR),
 }
 
