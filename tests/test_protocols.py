@@ -344,11 +344,24 @@ def test_damaged_folders_get_a_sentence(points, tmp_path):
 
 def test_perturbations_are_split_into_files_of_bounded_size(points, tmp_path, monkeypatch):
     finished(Linear(), points, few(), tmp_path / "one")
-    monkeypatch.setattr(robustness, "SHARD_BYTES", 16 * 25)  # 25 images of 4 numbers
+    monkeypatch.setattr(robustness, "SHARD_BYTES", 8 * 25)  # 25 images of 4 numbers of 16 bits
     found, _ = finished(Linear(), points, few(), tmp_path / "many", batch=16)
     again, _ = finished(Linear(), points, few(), tmp_path / "whole", batch=16)
     assert sorted(p.name for p in (tmp_path / "many").glob("d*")) == [f"deltas-{i}.safetensors" for i in range(3)]
     assert torch.equal(found.deltas, again.deltas) and len(found.deltas) == 60
+
+
+def grows(stored) -> bool:
+    """Whether what is stored of random perturbations is anywhere longer than they are, or loses a thousandth."""
+    deltas = 0.1 * (2 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 1)
+    kept = stored(deltas)
+    assert kept.dtype == deltas.dtype and torch.equal(kept, kept.half().float())
+    return bool((kept.abs() > deltas.abs()).any()) or float((kept - deltas).abs().max()) > 1e-4
+
+
+def test_what_is_stored_of_a_perturbation_is_never_longer():
+    assert not grows(robustness.storable) and float(robustness.storable(torch.tensor([8 / 255]))) <= 8 / 255
+    assert grows(lambda deltas: deltas.half().float())  # the twin that only rounds
 
 
 def convex_rivals(start: str) -> float:

@@ -173,7 +173,8 @@ class _Batch:
         self.found.rows.extend(self.rows)
 
     def keep(self, name: str, indices: list[int], deltas: Tensor, calls: int) -> None:
-        """Judge what an attack returned, and let it stand where it is stronger than what stood."""
+        """Judge what an attack returned, as it will be stored; let it stand where it is stronger than what stood."""
+        deltas = storable(deltas)
         hits, margin = self.judge(f"selection, {name}", indices, deltas)
         for place, i in enumerate(indices):
             row = self.rows[i]
@@ -189,7 +190,7 @@ class _Batch:
         known = len(self.found.rows)
         for number in range(self.part.start // shard, (self.part.stop - 1) // shard + 1):
             path = self.folder / f"deltas-{number}.safetensors"
-            own = self.found.deltas[number * shard:min((number + 1) * shard, known)].contiguous()
+            own = self.found.deltas[number * shard:min((number + 1) * shard, known)].half().contiguous()
             save_file({"deltas": own}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         storage.write(self.folder / ROWS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.found.rows))
@@ -197,7 +198,17 @@ class _Batch:
 
 def per_file(deltas: Tensor) -> int:
     """How many images' perturbations go into a file."""
-    return max(1, SHARD_BYTES // (4 * deltas[0].numel()))
+    return max(1, SHARD_BYTES // (2 * deltas[0].numel()))
+
+
+def storable(deltas: Tensor) -> Tensor:
+    """The perturbations as 16 bits hold them: a little shorter, so that no rounding leads out of a budget or of [0,1].
+
+    Why         rounding to 11 bits changes a number by at most 2^-11 of it, so a factor 1 - 2^-11 comes first; what is
+                too small for 11 bits and would grow all the same becomes zero
+    """
+    kept = (deltas * (1 - 2.0**-11)).half().to(deltas)
+    return torch.where(kept.abs() > deltas.abs(), 0, kept)
 
 
 def _attacked(batch: _Batch) -> Iterator[Progress]:
@@ -259,7 +270,7 @@ def read(folder: str | Path) -> Found:
         rows.append(row)
     shards = sorted(folder.glob("deltas-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
     try:
-        deltas = torch.cat([load_file(path)["deltas"] for path in shards])
+        deltas = torch.cat([load_file(path)["deltas"] for path in shards]).float()
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"expected perturbations in {folder}/deltas-*.safetensors, got a file without ({error}); it "
                          "was probably cut short.") from None
