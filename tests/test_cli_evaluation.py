@@ -103,11 +103,11 @@ def test_a_tampered_claim_exits_1_and_names_the_image(store):
 
 def test_an_oversize_perturbation_exits_1(store):
     path = store / "deltas-0.safetensors"
-    deltas = load_file(path)["deltas"]
-    deltas[2] = torch.full_like(deltas[2], 0.125)
+    deltas = load_file(path)["deltas"].float()
+    deltas[2] = torch.full_like(deltas[2], 0.11)
     save_file({"deltas": deltas}, path)
     done = run("verify", store)
-    assert done.exit_code == 1 and "image 2: the perturbation's linf size is 0.125" in done.stdout
+    assert done.exit_code == 1 and "image 2: the perturbation's linf size is 0.11" in done.stdout
 
 
 def test_other_weights_exit_1(store, weights):

@@ -92,7 +92,7 @@ def contrastive_loss(low: float, high: float, temperature: float = 10.0, denoisi
 
     Formula     e_k = ln(high / low) |D_k(x + sigma eps, sigma) - x|^2 / sigma^2 with ln sigma ~ U(ln low, ln high): its
                 mean is the ELBO's integral. Mean of -log softmax(-e / temperature)_y + denoising (e_y + e_null) / 2D
-    Why 10      one level is a noisy estimate: at a temperature of 1 its noise is many times the margin
+    Why 10      one level is a noisy estimate of a sum of many: colder logits would follow its noise
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     Errors      ValueError for a denoiser without a null class
     """

@@ -59,8 +59,8 @@ class MultiHeadDenoiser(_AroundNetwork):
     """One trunk, one output head for each class and one for "no class": a single call answers for all.
 
     Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma)_k
-    Source      RDC (Chen et al. 2024), multi-head diffusion; trained by distillation, because the heads of wrong
-                classes never see an image otherwise
+    Source      RDC (Chen et al. 2024), multi-head diffusion; trained by distillation or by contrast, because the
+                heads of wrong classes never see an image otherwise
     """
 
     one_call = True
