@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 import browser
@@ -69,6 +70,21 @@ def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     assert page.offsite == [], f"expected no request to another host, got {page.offsite[:3]}"
     slow = [f"hero {hero}: {p95:.0f} ms" for hero, _, p95, _, _ in rows if p95 > LIMIT_MS]
     assert not slow, f"expected p95 from slider to repaint of at most {LIMIT_MS} ms, got {slow}"
+    browser.close_notebook(page)
+
+
+def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
+    browser.open_notebook(page, lab, "09_honest_evaluation.ipynb")
+    assert browser.run_all(page) == "done"
+    hero = page.locator(".jp-OutputArea-output:has(.dc-stage)").first
+    lamps, note = hero.locator("circle[role=button]"), hero.locator(".dc-note")
+    assert lamps.count() == 36
+    for place, act in ((4, lambda lamp: lamp.click()), (7, lambda lamp: lamp.press("Enter")),
+                       (4, lambda lamp: lamp.click())):  # the first one again: a click must not be lost
+        lamp = lamps.nth(place)
+        number = lamp.get_attribute("aria-label").split()[0]
+        act(lamp)
+        note.locator("b").first.filter(has_text=re.compile(rf"^{number} ")).wait_for(timeout=5000)
     browser.close_notebook(page)
 
 
