@@ -26,7 +26,14 @@ VENV = Path(os.environ.get("DIFFCLASS_VENV") or ROOT / ".venv").expanduser().abs
 BINARY = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 BUSY = "installing"  # what VENV/.diffclass says until an installation is complete
-NETWORK = ("connection broken", "ConnectionError", "Timeout", "ProxyError", "SSLError", "from versions: none")
+NETWORK = (
+    "connection broken",
+    "ConnectionError",
+    "Timeout",
+    "ProxyError",
+    "SSLError",
+    "from versions: none",
+)
 USABLE = f"import pip, sys; sys.exit(sys.version_info[:2] not in {PYTHONS})"
 INSTALLED = """import importlib.util as u, pathlib, sys; here = u.find_spec("diffclass")
 sys.exit(not (here and pathlib.Path(here.origin).resolve().parents[1] == pathlib.Path(sys.argv[1]) and all(map(
@@ -35,58 +42,98 @@ say = functools.partial(print, flush=True)
 
 
 def works(python, *code):
-    return python.exists() and subprocess.call([str(python), "-c", *code], cwd=str(ROOT), stdout=subprocess.DEVNULL,
-                                               stderr=subprocess.DEVNULL) == 0
+    return (
+        python.exists()
+        and subprocess.call(
+            [str(python), "-c", *code],
+            cwd=str(ROOT),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        == 0
+    )
 
 
 def fingerprint():
     """What an installation depends on; another value means that it has to be repeated."""
-    parts = [str(ROOT).encode(), (ROOT / "pyproject.toml").read_bytes(), (ROOT / "lib/constraints.txt").read_bytes()]
+    parts = [
+        str(ROOT).encode(),
+        (ROOT / "pyproject.toml").read_bytes(),
+        (ROOT / "lib/constraints.txt").read_bytes(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def python_problem(version):
-    other = next(filter(shutil.which, ("python3.13", "python3.12", "python3.11")), "one from https://www.python.org")
+    other = next(
+        filter(shutil.which, ("python3.13", "python3.12", "python3.11")),
+        "one from https://www.python.org",
+    )
     return f"The course needs Python 3.11, 3.12 or 3.13, and this is Python {version[0]}.{version[1]}: use {other}."
 
 
 def make_venv(state):
     """Create the environment, or rebuild one whose installation was interrupted or whose Python has gone."""
-    if VENV.exists() and not (VENV.is_dir() and ((VENV / "pyvenv.cfg").exists() or not any(VENV.iterdir()))):
-        sys.exit(f"{VENV} is neither a virtual environment nor empty, so it is left alone: set another DIFFCLASS_VENV.")
+    if VENV.exists() and not (
+        VENV.is_dir() and ((VENV / "pyvenv.cfg").exists() or not any(VENV.iterdir()))
+    ):
+        sys.exit(
+            f"{VENV} is neither a virtual environment nor empty, so it is left alone: set another DIFFCLASS_VENV."
+        )
     sys.version_info[:2] in PYTHONS or sys.exit(python_problem(sys.version_info))
     say(f"1/2 {'Rebuilding' if state else 'Making'} the environment {VENV}")
     try:
         venv.create(str(VENV), with_pip=True, clear=True, symlinks=os.name != "nt")
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"Python could not make the environment {VENV} ({error}): it must be writable, and Debian and Ubuntu "
-                 "need `apt install python3-venv` first.")
+        sys.exit(
+            f"Python could not make the environment {VENV} ({error}): it must be writable, and Debian and Ubuntu "
+            "need `apt install python3-venv` first."
+        )
 
 
 def install(python):
     """Run pip, showing one living line instead of its two hundred; returns what went wrong, or nothing."""
-    say("2/2 Installing what pyproject.toml names, as in lib/constraints.txt: about 2 GB, 1-2 minutes and the download")
+    say(
+        "2/2 Installing what pyproject.toml names, as in lib/constraints.txt: about 2 GB, 1-2 minutes and the download"
+    )
     options = "-m pip --disable-pip-version-check --no-input install -c lib/constraints.txt -e .[test]".split()
-    pip = subprocess.Popen([str(python), *options], cwd=str(ROOT), env={**os.environ, "PIP_USER": "0"},
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    lines, start, done, terminal = ["pip starts"], time.monotonic(), threading.Event(), sys.stdout.isatty()
+    pip = subprocess.Popen(
+        [str(python), *options],
+        cwd=str(ROOT),
+        env={**os.environ, "PIP_USER": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    lines = ["pip starts"]
+    start = time.monotonic()
+    done = threading.Event()
+    terminal = sys.stdout.isatty()
     clear = "\r\033[2K" if terminal else ""
 
     def live():
         while not done.wait(1 if terminal else 20):
-            text = f"    {time.monotonic() - start:4.0f} s  {lines[-1]}"[:shutil.get_terminal_size().columns - 1]
+            text = f"    {time.monotonic() - start:4.0f} s  {lines[-1]}"[
+                : shutil.get_terminal_size().columns - 1
+            ]
             print(clear + text, end="" if terminal else "\n", flush=True)
 
     threading.Thread(target=live, daemon=True).start()
     for line in pip.stdout:
-        if line.strip() and not any(words in line for words in ("is ignored: it is", "ninstall", "existing inst")):
+        if line.strip() and not any(
+            words in line for words in ("is ignored: it is", "ninstall", "existing inst")
+        ):
             lines.append(line.strip())
     pip.wait()
     done.set()
     say(f"{clear}    pip ended after {time.monotonic() - start:.0f} s")
     if pip.returncode and any(sign in line for sign in NETWORK for line in lines):
         return "pip could not reach its package index: check the network or the proxy, then run the same command again."
-    return "\n".join([*lines[-15:], "pip could not install this: mend that and try again."] * bool(pip.returncode))
+    return "\n".join(
+        [*lines[-15:], "pip could not install this: mend that and try again."]
+        * bool(pip.returncode)
+    )
 
 
 def ready():
@@ -96,14 +143,18 @@ def ready():
         if active != VENV and works(active / BINARY, INSTALLED, str(ROOT / "lib")):
             say(f"Using the activated environment {active}")
             return active / BINARY
-    python, stamp = VENV / BINARY, VENV / ".diffclass"
-    state, problem = stamp.read_text() if stamp.exists() else "", ""
+    python = VENV / BINARY
+    stamp = VENV / ".diffclass"
+    state = stamp.read_text() if stamp.exists() else ""
+    problem = ""
     if state != fingerprint() or not works(python, INSTALLED, str(ROOT / "lib")):
         if state == BUSY or not works(python, USABLE):
             make_venv(state)
         stamp.write_text(BUSY)
         problem = install(python)
-        stamp.write_text("" if problem else fingerprint())  # pip ended in order: what it did install is whole
+        stamp.write_text(
+            "" if problem else fingerprint()
+        )  # pip ended in order: what it did install is whole
     return sys.exit(problem) if problem else python
 
 
@@ -112,37 +163,71 @@ def lab():
     home = ROOT / "build" / "lab"
     folder = home / "@jupyterlab/notebook-extension"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # cells out of sight stay alive
-    flags = [f"--LabApp.user_settings_dir={home}", f"--LabApp.workspaces_dir={home / 'workspaces'}",
-             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
+    (folder / "tracker.jupyterlab-settings").write_text(
+        '{"windowingMode": "none"}'
+    )  # cells out of sight stay alive
+    flags = [
+        f"--LabApp.user_settings_dir={home}",
+        f"--LabApp.workspaces_dir={home / 'workspaces'}",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=None",
+    ]
     flags += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
         flags.append("--no-browser")
-        say("There is no display here: open the address http://localhost:... that JupyterLab prints below in a browser "
-            "(from another machine after `ssh -L 8888:localhost:8888 THIS_MACHINE`).")
-    return ["-m", "jupyterlab", *flags, "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
+        say(
+            "There is no display here: open the address http://localhost:... that JupyterLab prints below in a browser "
+            "(from another machine after `ssh -L 8888:localhost:8888 THIS_MACHINE`)."
+        )
+    return [
+        "-m",
+        "jupyterlab",
+        *flags,
+        "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb",
+    ]
 
 
 def main(argv):
-    job, books = (argv or [""])[0], map(str, sorted(ROOT.glob("notebooks/*.ipynb")))
+    job = (argv or [""])[0]
+    books = map(str, sorted(ROOT.glob("notebooks/*.ipynb")))
     jobs = {
         "lab": lab,
         "test": lambda: "-m pytest -n 2 --dist loadfile --nbval-lax".split(),
         "bench": lambda: "-m pytest -q -s -m browser tests/test_browser.py".split(),
         "twins": lambda: "-m pytest -q -m pictures tests/test_browser.py".split(),
-        "html": lambda: [*"-m nbconvert --to html --execute --embed-images --output-dir build/html".split(), *books],
+        "html": lambda: [
+            *"-m nbconvert --to html --execute --embed-images --output-dir build/html".split(),
+            *books,
+        ],
     }
     if job not in jobs:
         return say(__doc__) or 2 * (job not in ("-h", "--help"))
     bench = "1" if job == "bench" else ""
-    threads = {"OMP_NUM_THREADS": "1"} if job == "test" else {}  # two processes of two threads fight over two cores
-    env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", **threads, **os.environ, "DIFFCLASS_BENCH": bench}
+    threads = (
+        {"OMP_NUM_THREADS": "1"} if job == "test" else {}
+    )  # two processes of two threads fight over two cores
+    env = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        **threads,
+        **os.environ,
+        "DIFFCLASS_BENCH": bench,
+    }
     if env.get("DIFFCLASS_CIFAR10"):
-        env["DIFFCLASS_CIFAR10"] = os.path.abspath(env["DIFFCLASS_CIFAR10"])  # kernels run in notebooks/
+        env["DIFFCLASS_CIFAR10"] = os.path.abspath(
+            env["DIFFCLASS_CIFAR10"]
+        )  # kernels run in notebooks/
     try:
         return subprocess.call([str(ready()), *jobs[job](), *argv[1:]], cwd=str(ROOT), env=env)
     except KeyboardInterrupt:
-        return say("\nStopped. The same command starts again and repairs an installation that was cut short.") or 130
+        return (
+            say(
+                "\nStopped. The same command starts again and repairs an installation that was cut short."
+            )
+            or 130
+        )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = Path(os.environ.get("DIFFCLASS_NOTEBOOKS") or ROOT / "notebooks")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 HANDLE = ".jp-OutputArea-output .noUi-handle"
 
 # Waits until every code cell has run, or one has failed; resolves with "done" or with the failures.
@@ -95,7 +103,9 @@ def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise RuntimeError(f"expected a running JupyterLab, but it ended with code {server.returncode}.")
+            raise RuntimeError(
+                f"expected a running JupyterLab, but it ended with code {server.returncode}."
+            )
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.1)
@@ -104,11 +114,17 @@ def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
 
 def copy_course(folder: Path) -> None:
     """Copy the notebooks and their pictures to `folder`, and write JupyterLab's settings beside them."""
-    shutil.copytree(NOTEBOOKS, folder / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        NOTEBOOKS,
+        folder / "root" / "notebooks",
+        ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
+    )
     if (ROOT / "assets").is_dir():
         shutil.copytree(ROOT / "assets", folder / "root" / "assets")
-    settings = {"notebook-extension/tracker": {"windowingMode": "none"},
-                "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+    settings = {
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
     for name, value in settings.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,16 +135,40 @@ def copy_course(folder: Path) -> None:
 def serve_lab(folder: Path):
     """Serve a copy of the course below `folder` with a JupyterLab that reads no user configuration."""
     copy_course(folder)
-    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-              "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
-               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'root'}", "--IdentityProvider.token=",
-               "--ServerApp.password=", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
-               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--allow-root",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={folder / 'root'}",
+        "--IdentityProvider.token=",
+        "--ServerApp.password=",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
     with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder / "root",
-                                  env={**os.environ, **{name: str(folder / place) for name, place in places.items()}})
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder / "root",
+            env={**os.environ, **{name: str(folder / place) for name, place in places.items()}},
+        )
         try:
             wait_for(f"http://127.0.0.1:{port}/api", server)
             yield Lab(f"http://127.0.0.1:{port}", folder / "root")
@@ -143,10 +183,17 @@ def serve_lab(folder: Path):
 def watched(page):
     """Make a page remember requests to other hosts (`offsite`) and errors in the console (`complaints`)."""
     page.set_default_timeout(60_000)
-    page.offsite, page.complaints = [], []
+    page.offsite = []
+    page.complaints = []
     here = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:")
-    page.on("request", lambda request: None if here.match(request.url) else page.offsite.append(request.url))
-    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on(
+        "request",
+        lambda request: None if here.match(request.url) else page.offsite.append(request.url),
+    )
+    page.on(
+        "console",
+        lambda message: page.complaints.append(message.text) if message.type == "error" else None,
+    )
     return page
 
 
@@ -172,19 +219,24 @@ def close_notebook(page) -> None:
 
 def heroes(page) -> list[int]:
     """For every output that holds sliders, the number of its first visible slider handle on the page."""
-    return page.evaluate("""selector => { const seen = new Set(), found = [];
+    return page.evaluate(
+        """selector => { const seen = new Set(), found = [];
         document.querySelectorAll(selector).forEach((handle, i) => {
             const area = handle.closest('.jp-OutputArea-output');
             if (handle.getClientRects().length && !seen.has(area)) { seen.add(area); found.push(i); } });
-        return found; }""", HANDLE)
+        return found; }""",
+        HANDLE,
+    )
 
 
 def press(page, index: int, timeout: float = 10_000) -> tuple[float, float]:
     """Milliseconds from a key press on handle `index` to the first and to the last repaint that it causes."""
     times = page.evaluate(PRESS, [HANDLE, index, timeout])
     if times["first"] is None:
-        raise AssertionError(f"expected slider {index} to change the figure of its output, but nothing outside the "
-                             f"slider changed within {timeout / 1000:.1f} s.")
+        raise AssertionError(
+            f"expected slider {index} to change the figure of its output, but nothing outside the "
+            f"slider changed within {timeout / 1000:.1f} s."
+        )
     return times["first"], times["last"]
 
 

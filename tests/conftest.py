@@ -4,8 +4,12 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not os.environ.get("DIFFCLASS_BENCH"):  # the benchmark measures what a reader gets, with all cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # float sums depend on the number of threads; set before torch loads
+if not os.environ.get(
+    "DIFFCLASS_BENCH"
+):  # the benchmark measures what a reader gets, with all cores
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # float sums depend on the number of threads; set before torch loads
 
 import browser as helpers
 import pytest
@@ -36,7 +40,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=helpers.CHROMIUM, headless=True, args=helpers.ARGUMENTS)
+        chromium = playwright.chromium.launch(
+            executable_path=helpers.CHROMIUM, headless=True, args=helpers.ARGUMENTS
+        )
         yield chromium
         chromium.close()
 
@@ -58,7 +64,8 @@ def interrupt(monkeypatch):
     from diffclass.training import Training
 
     def armed() -> list[int]:
-        step, begun = Training._one_step, []
+        step = Training._one_step
+        begun = []
 
         def pressed(self, steps):
             begun.append(self.step)

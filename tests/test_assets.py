@@ -25,7 +25,9 @@ def test_a_listed_file_is_found(shelf):
 def test_the_listing_is_what_sha256sum_reads_and_writes(shelf):
     digest = hashlib.sha256(b"weights").hexdigest()
     assert (shelf / assets.SUMS).read_text() == f"{digest}  net.safetensors\n"
-    (shelf / assets.SUMS).write_text(f"{digest} *net.safetensors\n\n")  # binary mode, and an empty line
+    (shelf / assets.SUMS).write_text(
+        f"{digest} *net.safetensors\n\n"
+    )  # binary mode, and an empty line
     assert assets.verified("net.safetensors").exists()
 
 
@@ -43,21 +45,30 @@ def test_recording_keeps_the_other_lines(shelf):
 @pytest.mark.parametrize("content", [b"Weights", b"weight", b""])
 def test_a_changed_file_gets_a_sentence(shelf, content):
     (shelf / "net.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"SHA-256 .*, got .* \({len(content)} bytes\); the file was changed"):
+    with pytest.raises(
+        ValueError, match=rf"SHA-256 .*, got .* \({len(content)} bytes\); the file was changed"
+    ):
         assets.verified("net.safetensors")
 
 
 def test_a_missing_file_gets_a_sentence(shelf):
     (shelf / "net.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected the asset net.* found no net.safetensors; .* again\.$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected the asset net.* found no net.safetensors; .* again\.$"
+    ):
         assets.verified("net.safetensors")
-    with pytest.raises(FileNotFoundError, match="expected net.safetensors in .* to record its checksum, found no such"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="expected net.safetensors in .* to record its checksum, found no such",
+    ):
         assets.record(["net.safetensors"])
     assert "net.safetensors" in assets.checksums(), "its line stays"
 
 
 def test_missing_weights_say_which_command_trains_them(shelf):
-    with pytest.raises(FileNotFoundError, match="found no such file; .*or make it with `diffclass train digits`"):
+    with pytest.raises(
+        FileNotFoundError, match="found no such file; .*or make it with `diffclass train digits`"
+    ):
         assets.verified("digits-net.safetensors")
 
 
@@ -73,7 +84,9 @@ def test_every_part_of_large_weights_is_verified(shelf):
     with pytest.raises(ValueError, match="expected digits-large-2-of-2.safetensors with SHA-256"):
         assets.verified("digits-large.safetensors")
     (shelf / "digits-large-2-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="found no digits-large-2-of-2.safetensors; .*train digits"):
+    with pytest.raises(
+        FileNotFoundError, match="found no digits-large-2-of-2.safetensors; .*train digits"
+    ):
         assets.verified("digits-large.safetensors")
 
 
@@ -94,12 +107,15 @@ def test_an_unlisted_file_gets_a_sentence(shelf):
         assets.verified("other.bin")
 
 
-@pytest.mark.parametrize("line", [b"one-word", b"12ab  net.safetensors", b"\xff\xfe\x00", b"0" * 64,
-                                  b"0" * 64 + b"  "])
+@pytest.mark.parametrize(
+    "line", [b"one-word", b"12ab  net.safetensors", b"\xff\xfe\x00", b"0" * 64, b"0" * 64 + b"  "]
+)
 def test_a_damaged_list_gets_a_sentence(shelf, line):
     with (shelf / assets.SUMS).open("ab") as file:
         file.write(line + b"\n")
-    damaged = "expected a SHA-256 and a file name in every line of SHA256SUMS, got .* restore it with git"
+    damaged = (
+        "expected a SHA-256 and a file name in every line of SHA256SUMS, got .* restore it with git"
+    )
     name = "net.safetensors"
     for use in (assets.checksums, lambda: assets.verified(name), lambda: assets.record([name])):
         with pytest.raises(ValueError, match=damaged):

@@ -22,7 +22,9 @@ def test_the_loss_references_are_those_of_the_library():
     for logits, y in exercises.MARGIN_LOSS.cases():
         margin = exercises.MARGIN_LOSS.reference(logits, y)
         torch.testing.assert_close(margin, attacks.margin_loss(logits, y))
-        torch.testing.assert_close(exercises.DLR_LOSS.reference(logits, y), attacks.dlr_loss(logits, y))
+        torch.testing.assert_close(
+            exercises.DLR_LOSS.reference(logits, y), attacks.dlr_loss(logits, y)
+        )
         assert torch.equal(margin > 0, logits.argmax(1) != y)
 
 
@@ -34,14 +36,27 @@ def test_so_many_draws_are_enough_and_one_fewer_is_not():
 
 
 def test_the_contraction_is_the_walk_of_the_library_on_a_gaussian():
-    sigma, rate, steps, shape = 0.5, 3.0, 4, (1, 2, 3)
+    sigma = 0.5
+    rate = 3.0
+    steps = 4
+    shape = (1, 2, 3)
     for variance in (0.04, 0.5, 2.0):
-        law = MixtureDenoiser(torch.full((1, *shape), 0.1), torch.tensor([variance**0.5]), torch.ones(1),
-                              torch.zeros(1))
-        walk = LikelihoodMaximisation(law, steps=steps, rate=rate, rule=plain_direction, band=(sigma, sigma))
+        law = MixtureDenoiser(
+            torch.full((1, *shape), 0.1),
+            torch.tensor([variance**0.5]),
+            torch.ones(1),
+            torch.zeros(1),
+        )
+        walk = LikelihoodMaximisation(
+            law, steps=steps, rate=rate, rule=plain_direction, band=(sigma, sigma)
+        )
         z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        *_, u = walk.walk(z, torch.full((steps, 1), sigma), torch.zeros(steps, 1, *shape, dtype=torch.float64))
-        factor = exercises.CONTRACTION.reference(torch.tensor([variance], dtype=torch.float64), sigma, rate, steps, 6)
+        *_, u = walk.walk(
+            z, torch.full((steps, 1), sigma), torch.zeros(steps, 1, *shape, dtype=torch.float64)
+        )
+        factor = exercises.CONTRACTION.reference(
+            torch.tensor([variance], dtype=torch.float64), sigma, rate, steps, 6
+        )
         torch.testing.assert_close(u - 0.1, factor * (z - 0.1), rtol=1e-5, atol=1e-6)
 
 

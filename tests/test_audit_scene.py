@@ -26,7 +26,9 @@ def test_every_lamp_is_in_the_row_of_its_group(scene):
     assert [row["label"] for row in panel["rows"]] == list(audit.GROUPS)
     group_of = {one.number: one.group for one in scene.audits["honest"]}
     shown = [(int(name), row["label"]) for row in panel["rows"] for name, _, _ in row["lamps"]]
-    assert [number for number, _ in shown] == scene.numbers() and sorted(scene.numbers()) == list(range(1, 37))
+    assert [number for number, _ in shown] == scene.numbers() and sorted(scene.numbers()) == list(
+        range(1, 37)
+    )
     assert all(group_of[number] == label for number, label in shown)
     assert scene.numbers()[panel["chosen"]] == 3
 
@@ -34,7 +36,11 @@ def test_every_lamp_is_in_the_row_of_its_group(scene):
 def test_lamps_differ_without_their_colours(scene):
     assert len(set(SIGN.values())) == len(audit.LIGHTS)
     for name in scene.audits:
-        signs = {int(n): sign for row in scene.at(name, 1)["panels"][0]["rows"] for n, sign, _ in row["lamps"]}
+        signs = {
+            int(n): sign
+            for row in scene.at(name, 1)["panels"][0]["rows"]
+            for n, sign, _ in row["lamps"]
+        }
         assert signs == {one.number: SIGN[one.light] for one in scene.audits[name]}
 
 
@@ -44,11 +50,16 @@ def test_the_frame_tells_what_the_chosen_check_found(scene):
             note = scene.at(name, made.number)["note"]
             assert f"<b>{made.number} {made.name}</b> is <b>{made.light}</b>" in note
             assert ("What to do" in note) == (made.light == "red")
-        assert set(planted.FAULTS[fault][1]) <= {made.number for made in scene.audits[name] if made.light == "red"}
+        assert set(planted.FAULTS[fault][1]) <= {
+            made.number for made in scene.audits[name] if made.light == "red"
+        }
 
 
 def test_curves_are_drawn_over_numbers_and_bars_over_names(scene):
-    kinds = {number: scene.at("mystery 2", number)["panels"][1]["kind"] for number in (1, 9, 15, 19, 20, 25)}
+    kinds = {
+        number: scene.at("mystery 2", number)["panels"][1]["kind"]
+        for number in (1, 9, 15, 19, 20, 25)
+    }
     assert kinds == {1: "bars", 9: "curves", 15: "bars", 19: "curves", 20: "bars", 25: "bars"}
     drawn = next(made for made in scene.audits["mystery 2"] if made.number == 20).picture
     panel = scene.at("mystery 2", 20)["panels"][1]

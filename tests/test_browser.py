@@ -32,7 +32,11 @@ W.VBox([slider, image])
 
 def write(lab, name, *cells):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(notebook, lab.folder / "notebooks" / name)
 
 
@@ -50,16 +54,28 @@ def time_sliders(page, name, capsys):
         times = [browser.press(page, handle) for _ in range(WARM_UP + PRESSES)][WARM_UP:]
         first, last = ([pair[i] for pair in times] for i in (0, 1))
         shoot(page, f"{name}-{hero}")
-        rows.append((hero, browser.quantile(first, 0.5), browser.quantile(first, 0.95), max(first),
-                     browser.quantile(last, 0.95)))
+        rows.append(
+            (
+                hero,
+                browser.quantile(first, 0.5),
+                browser.quantile(first, 0.95),
+                max(first),
+                browser.quantile(last, 0.95),
+            )
+        )
     with capsys.disabled():
         for hero, *figures in rows if BENCH else []:
-            print(f"\n{name:28} hero {hero}  {PRESSES} presses   median {figures[0]:4.0f} ms   p95 {figures[1]:4.0f} ms"
-                  f"   max {figures[2]:4.0f} ms   p95 to the last repaint {figures[3]:4.0f} ms", end="")
+            print(
+                f"\n{name:28} hero {hero}  {PRESSES} presses   median {figures[0]:4.0f} ms   p95 {figures[1]:4.0f} ms"
+                f"   max {figures[2]:4.0f} ms   p95 to the last repaint {figures[3]:4.0f} ms",
+                end="",
+            )
     return rows
 
 
-@pytest.mark.parametrize("path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     browser.open_notebook(page, lab, path.name)
     assert browser.run_all(page) == "done"
@@ -77,10 +93,14 @@ def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
     browser.open_notebook(page, lab, "09_honest_evaluation.ipynb")
     assert browser.run_all(page) == "done"
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage)").first
-    lamps, note = hero.locator("circle[role=button]"), hero.locator(".dc-note")
+    lamps = hero.locator("circle[role=button]")
+    note = hero.locator(".dc-note")
     assert lamps.count() == 36
-    for place, act in ((4, lambda lamp: lamp.click()), (7, lambda lamp: lamp.press("Enter")),
-                       (4, lambda lamp: lamp.click())):  # the first one again: a click must not be lost
+    for place, act in (
+        (4, lambda lamp: lamp.click()),
+        (7, lambda lamp: lamp.press("Enter")),
+        (4, lambda lamp: lamp.click()),
+    ):  # the first one again: a click must not be lost
         lamp = lamps.nth(place)
         number = lamp.get_attribute("aria-label").split()[0]
         act(lamp)
@@ -89,7 +109,9 @@ def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_draw_the_static_twin(path, lab, page):
     """Not a test of anything: writes assets/NN_hero.png, which a reader without a kernel sees in the notebook."""
     browser.open_notebook(page, lab, path.name)
@@ -107,10 +129,17 @@ def test_draw_the_static_twin(path, lab, page):
 
 
 def test_the_stopwatch_sees_a_slow_figure_and_a_dead_slider(lab, page):
-    write(lab, "stopwatch.ipynb", *(SLIDER.replace("DELAY", delay) for delay in ("0.0", "0.4")), "W.IntSlider()")
+    write(
+        lab,
+        "stopwatch.ipynb",
+        *(SLIDER.replace("DELAY", delay) for delay in ("0.0", "0.4")),
+        "W.IntSlider()",
+    )
     browser.open_notebook(page, lab, "stopwatch.ipynb")
     assert browser.run_all(page) == "done"
-    page.wait_for_function("selector => document.querySelectorAll(selector).length === 3", arg=browser.HANDLE)
+    page.wait_for_function(
+        "selector => document.querySelectorAll(selector).length === 3", arg=browser.HANDLE
+    )
     quick, slow, dead = browser.heroes(page)
     fast = [browser.press(page, quick)[0] for _ in range(5)]
     late = [browser.press(page, slow)[0] for _ in range(5)]
@@ -128,5 +157,7 @@ def test_a_failing_cell_is_reported_with_its_number(lab, page):
 
 
 def test_a_request_to_another_host_is_noticed(lab, page):
-    page.set_content(f'<img src="{lab.url}/favicon.ico"><img src="http://elsewhere.invalid/picture.png">')
+    page.set_content(
+        f'<img src="{lab.url}/favicon.ico"><img src="http://elsewhere.invalid/picture.png">'
+    )
     assert page.offsite == ["http://elsewhere.invalid/picture.png"]

@@ -29,7 +29,9 @@ def test_lower_bound_covers(p, alpha):
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_counts_times_ten_breaks_coverage(p):
     """The published shortcut (a tenth of the votes, times ten) fails more than 100 times as often as it says."""
-    rate, _ = failure_rate(lambda s, n, a: certificates.lower_bound(10 * s, 10 * n, a), p, 1000, 0.001)
+    rate, _ = failure_rate(
+        lambda s, n, a: certificates.lower_bound(10 * s, 10 * n, a), p, 1000, 0.001
+    )
     assert rate > 0.1
     honest, se = failure_rate(certificates.lower_bound, p, 1000, 0.001)
     assert honest <= 0.001 + 4 * se
@@ -40,12 +42,16 @@ def test_upper_bound_covers_and_mirrors_the_lower(p):
     counts = np.random.default_rng(1).binomial(1000, p, REPETITIONS)
     upper = certificates.upper_bound(counts, 1000, 0.05)
     assert (upper < p).mean() <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / REPETITIONS)
-    np.testing.assert_allclose(upper, 1 - certificates.lower_bound(1000 - counts, 1000, 0.05), atol=1e-12)
+    np.testing.assert_allclose(
+        upper, 1 - certificates.lower_bound(1000 - counts, 1000, 0.05), atol=1e-12
+    )
 
 
 def test_half_alpha_slip_is_not_our_bound():
     """Twin: a two-sided interval's lower end is valid but spends half of alpha; the twin is visibly more cautious."""
-    s, n, alpha = 9900, 10_000, 0.001
+    s = 9900
+    n = 10_000
+    alpha = 0.001
     two_sided = stats.binomtest(s, n).proportion_ci(1 - alpha, "exact").low
     one_sided = stats.binomtest(s, n, alternative="greater").proportion_ci(1 - alpha, "exact").low
     ours = certificates.lower_bound(s, n, alpha)
@@ -67,44 +73,70 @@ def test_interval_agrees_with_scipy(s):
 
 @pytest.mark.parametrize(
     ("n", "p", "radii"),
-    [(100, 0.93325, (0.375, 0.750, 1.500)), (1000, 0.99312, (0.616, 1.232, 2.463)),
-     (10_000, 0.999309, (0.800, 1.599, 3.199)), (100_000, 0.999931, (0.953, 1.906, 3.811))],
+    [
+        (100, 0.93325, (0.375, 0.750, 1.500)),
+        (1000, 0.99312, (0.616, 1.232, 2.463)),
+        (10_000, 0.999309, (0.800, 1.599, 3.199)),
+        (100_000, 0.999931, (0.953, 1.906, 3.811)),
+    ],
 )
 def test_unanimous_votes(n, p, radii):
     assert certificates.lower_bound(n, n, 0.001) == 0.001 ** (1 / n)
     assert certificates.lower_bound(n, n, 0.001) == pytest.approx(p, abs=6e-6)
-    assert [certificates.largest_radius(n, s) for s in (0.25, 0.5, 1.0)] == pytest.approx(radii, abs=6e-4)
+    assert [certificates.largest_radius(n, s) for s in (0.25, 0.5, 1.0)] == pytest.approx(
+        radii, abs=6e-4
+    )
 
 
 def test_votes_needed_is_the_smallest_count():
-    table = {0.25: [8526, 9818, 9997, None], 0.5: [7058, 8526, 9409, 9818], 1.0: [6139, 7058, 7863, 8526]}
+    table = {
+        0.25: [8526, 9818, 9997, None],
+        0.5: [7058, 8526, 9409, 9818],
+        1.0: [6139, 7058, 7863, 8526],
+    }
     for sigma, wanted in table.items():
-        assert [certificates.votes_needed(r, 10_000, sigma) for r in (0.25, 0.5, 0.75, 1.0)] == wanted
+        assert [
+            certificates.votes_needed(r, 10_000, sigma) for r in (0.25, 0.5, 0.75, 1.0)
+        ] == wanted
     for count, enough in ((9408, False), (9409, True)):
         votes = Votes((10, 0), (count, 10_000 - count), 0.5)
         assert (certificates.smoothing_radius(votes).radius >= 0.75) is enough
     assert certificates.votes_needed(certificates.largest_radius(500, 0.25), 500, 0.25) == 500
     assert certificates.votes_needed(0.0, 1000, 0.25) == next(
-        s for s in range(1001) if certificates.lower_bound(s, 1000, 0.001) >= 0.5)
+        s for s in range(1001) if certificates.lower_bound(s, 1000, 0.001) >= 0.5
+    )
 
 
 def test_radius_grows_with_votes_and_stays_below_the_largest():
     n = 2000
-    found = [certificates.smoothing_radius(Votes((5, 1), (s, n - s), 0.5)) for s in range(0, n + 1, 20)]
+    found = [
+        certificates.smoothing_radius(Votes((5, 1), (s, n - s), 0.5)) for s in range(0, n + 1, 20)
+    ]
     radii = np.array([c.radius for c in found])
-    assert (np.diff(radii) >= 0).all() and radii[0] == 0 and radii[-1] == certificates.largest_radius(n, 0.5)
+    assert (
+        (np.diff(radii) >= 0).all()
+        and radii[0] == 0
+        and radii[-1] == certificates.largest_radius(n, 0.5)
+    )
     assert all((c.prediction is None) == (c.p_lower < 0.5) for c in found)
     assert found[0].prediction is None and found[-1].prediction == 0
 
 
 def test_linear_classifier_radius_is_sound_and_tight():
     """w.x + b under noise sigma votes for its class with probability Phi(d / sigma), d the true radius."""
-    rng, sigma, alpha = np.random.default_rng(2), 0.5, 0.01
+    rng = np.random.default_rng(2)
+    sigma = 0.5
+    alpha = 0.01
     for distance in (0.1, 0.3, 0.6):
-        p, gaps = stats.norm.cdf(distance / sigma), []
+        p = stats.norm.cdf(distance / sigma)
+        gaps = []
         for n in (100, 1000, 100_000):
-            radius = sigma * stats.norm.ppf(certificates.lower_bound(rng.binomial(n, p, REPETITIONS), n, alpha))
-            assert (radius > distance).mean() <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / REPETITIONS)
+            radius = sigma * stats.norm.ppf(
+                certificates.lower_bound(rng.binomial(n, p, REPETITIONS), n, alpha)
+            )
+            assert (radius > distance).mean() <= alpha + 4 * math.sqrt(
+                alpha * (1 - alpha) / REPETITIONS
+            )
             gaps.append(distance - np.maximum(radius, 0).mean())
         assert gaps[0] > gaps[1] > gaps[2] > 0 and gaps[2] < 0.02
 
@@ -117,7 +149,9 @@ def test_selection_votes_choose_and_estimation_votes_judge():
 
 def test_certificate_says_what_it_is_worth():
     text = str(certificates.smoothing_radius(Votes((90, 10), (9900, 100), 0.5)))
-    assert text.startswith("certified: no L2 perturbation below r=1.106 changes the smoothed prediction 0")
+    assert text.startswith(
+        "certified: no L2 perturbation below r=1.106 changes the smoothed prediction 0"
+    )
     for part in ("n=10000", "alpha=0.001", "sigma=0.5", "lower bound 0.9865"):
         assert part in text
 
@@ -136,19 +170,24 @@ def test_certificates_cannot_be_inflated():
 
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(lambda: Votes((1, 2), (3, -1), 0.5), "counts >= 0"),
-     (lambda: Votes((1, 2), (3, 1, 2), 0.5), "as many selection as estimation"),
-     (lambda: Votes((1, 2), (0, 0), 0.5), "at least one vote"),
-     (lambda: Votes((1, 2), (0.5, 0.5), 0.5), "whole numbers"),
-     (lambda: Votes((1, 2), (3, 1), 0.0), "sigma_pixel > 0"),
-     (lambda: Votes((1,), (3,), 0.5), "at least two classes"),
-     (lambda: certificates.lower_bound(5, 4, 0.1), "from 0 to 4"),
-     (lambda: certificates.lower_bound(0.97, 4, 0.1), "shares instead of counts"),
-     (lambda: certificates.lower_bound(1, 0, 0.1), "at least one trial"),
-     (lambda: certificates.smoothing_radius(Votes((1, 2), (3, 1), 0.5), alpha=1.0), "alpha between 0 and 1"),
-     (lambda: certificates.interval(1, 2, level=95), "between 0 and 1"),
-     (lambda: certificates.votes_needed(-1, 10, 0.5), "radius >= 0"),
-     (lambda: certificates.prediction_changed((1, 2), 2), "among 0..1")],
+    [
+        (lambda: Votes((1, 2), (3, -1), 0.5), "counts >= 0"),
+        (lambda: Votes((1, 2), (3, 1, 2), 0.5), "as many selection as estimation"),
+        (lambda: Votes((1, 2), (0, 0), 0.5), "at least one vote"),
+        (lambda: Votes((1, 2), (0.5, 0.5), 0.5), "whole numbers"),
+        (lambda: Votes((1, 2), (3, 1), 0.0), "sigma_pixel > 0"),
+        (lambda: Votes((1,), (3,), 0.5), "at least two classes"),
+        (lambda: certificates.lower_bound(5, 4, 0.1), "from 0 to 4"),
+        (lambda: certificates.lower_bound(0.97, 4, 0.1), "shares instead of counts"),
+        (lambda: certificates.lower_bound(1, 0, 0.1), "at least one trial"),
+        (
+            lambda: certificates.smoothing_radius(Votes((1, 2), (3, 1), 0.5), alpha=1.0),
+            "alpha between 0 and 1",
+        ),
+        (lambda: certificates.interval(1, 2, level=95), "between 0 and 1"),
+        (lambda: certificates.votes_needed(-1, 10, 0.5), "radius >= 0"),
+        (lambda: certificates.prediction_changed((1, 2), 2), "among 0..1"),
+    ],
 )
 def test_impossible_inputs_are_named(build, message):
     with pytest.raises(ValueError, match=message):
@@ -158,7 +197,8 @@ def test_impossible_inputs_are_named(build, message):
 @pytest.mark.parametrize("law", [(0.5, 0.5), (0.34, 0.33, 0.33), (0.1,) * 10])
 def test_prediction_changed_raises_few_false_alarms(law):
     """The hardest truth to leave alone: the original class still wins, by nothing."""
-    alpha, repetitions = 0.05, 4000
+    alpha = 0.05
+    repetitions = 4000
     draws = np.random.default_rng(3).multinomial(400, law, repetitions)
     rate = np.mean([certificates.prediction_changed(c, 0, alpha) for c in draws])
     assert rate <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / repetitions)

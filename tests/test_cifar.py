@@ -52,7 +52,9 @@ def pictures(name):
 
 def of_split(split):
     images, labels = zip(*map(pictures, NAMES[5:] if split == "test" else NAMES[:5]), strict=True)
-    return torch.from_numpy(np.concatenate(images)).float() / 255, torch.from_numpy(np.concatenate(labels))
+    return torch.from_numpy(np.concatenate(images)).float() / 255, torch.from_numpy(
+        np.concatenate(labels)
+    )
 
 
 def write_batches(folder, monkeypatch) -> Path:
@@ -60,7 +62,9 @@ def write_batches(folder, monkeypatch) -> Path:
     folder.mkdir(parents=True)
     for name in NAMES:
         images, labels = pictures(name)
-        content = pickled({"batch_label": name, "labels": labels.tolist(), "data": images.reshape(COUNT, -1)})
+        content = pickled(
+            {"batch_label": name, "labels": labels.tolist(), "data": images.reshape(COUNT, -1)}
+        )
         (folder / name).write_bytes(content)
         monkeypatch.setitem(cifar.BATCH_MD5, name, hashlib.md5(content).hexdigest())
     return folder
@@ -71,7 +75,9 @@ def write_archive(folder, monkeypatch) -> Path:
     with tarfile.open(folder / cifar.ARCHIVE, "w:gz") as archive:
         for name in reversed(NAMES):
             archive.add(batches / name, f"cifar-10-batches-py/{name}")
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5((folder / cifar.ARCHIVE).read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        cifar, "ARCHIVE_MD5", hashlib.md5((folder / cifar.ARCHIVE).read_bytes()).hexdigest()
+    )
     return folder / cifar.ARCHIVE
 
 
@@ -87,7 +93,9 @@ def write_tiles(folder, monkeypatch) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         images, labels = of_split(split)
-        tiles = images.mul(255).round().byte().numpy().reshape(-1, COUNT, 3, 32, 32)  # [rows,columns,3,32,32]
+        tiles = (
+            images.mul(255).round().byte().numpy().reshape(-1, COUNT, 3, 32, 32)
+        )  # [rows,columns,3,32,32]
         sheet = tiles.transpose(0, 3, 1, 4, 2).reshape(len(tiles) * 32, COUNT * 32, 3)
         Image.fromarray(sheet).save(folder / f"{split}-00.webp", lossless=True, exact=True)
         np.save(folder / f"{split}-labels.npy", labels.numpy().astype(np.uint8))
@@ -112,18 +120,24 @@ def home(tmp_path, monkeypatch):
 
 
 @every_layout
-@pytest.mark.parametrize("split, limit", [("test", None), ("train", None), ("train", 2 * COUNT + 3), ("test", 3)])
+@pytest.mark.parametrize(
+    "split, limit", [("test", None), ("train", None), ("train", 2 * COUNT + 3), ("test", 3)]
+)
 def test_every_layout_gives_the_same_pictures(home, monkeypatch, layout, split, limit):
     WRITERS[layout](home, monkeypatch)
     images, labels = cifar.cifar10(split, limit, progress=False)
     expected_images, expected_labels = of_split(split)
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
-    assert torch.equal(images, expected_images[:limit]) and torch.equal(labels, expected_labels[:limit])
+    assert torch.equal(images, expected_images[:limit]) and torch.equal(
+        labels, expected_labels[:limit]
+    )
     assert cifar.cifar10_available()[0] and str(home) in cifar.cifar10_available()[1]
 
 
 @every_layout
-def test_the_official_files_may_be_named_directly_or_lie_in_the_cache(tmp_path, monkeypatch, layout):
+def test_the_official_files_may_be_named_directly_or_lie_in_the_cache(
+    tmp_path, monkeypatch, layout
+):
     cifar.cifar10_cache().mkdir(parents=True)
     place = WRITERS[layout](cifar.cifar10_cache(), monkeypatch)
     assert len(cifar.cifar10(limit=2, progress=False)[0]) == 2  # found in the cache
@@ -144,10 +158,18 @@ def test_sheets_of_a_thousand_follow_each_other(home):
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    images = np.repeat(np.repeat(rng.integers(0, 256, (1003, 3, 1, 1), dtype=np.uint8), 32, 2), 32, 3)
+    images = np.repeat(
+        np.repeat(rng.integers(0, 256, (1003, 3, 1, 1), dtype=np.uint8), 32, 2), 32, 3
+    )
     for sheet, (rows, columns, part) in enumerate([(25, 40, images[:1000]), (1, 3, images[1000:])]):
-        tiles = part.reshape(rows, columns, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(rows * 32, columns * 32, 3)
-        Image.fromarray(tiles).save(home / f"test-{sheet:02d}.webp", lossless=True, exact=True, method=0)
+        tiles = (
+            part.reshape(rows, columns, 3, 32, 32)
+            .transpose(0, 3, 1, 4, 2)
+            .reshape(rows * 32, columns * 32, 3)
+        )
+        Image.fromarray(tiles).save(
+            home / f"test-{sheet:02d}.webp", lossless=True, exact=True, method=0
+        )
     np.save(home / "test-labels.npy", (np.arange(1003) % 10).astype(np.uint8))
     write_sums(home)
     found, labels = cifar.cifar10(progress=False)
@@ -159,7 +181,12 @@ def test_missing_data_say_what_to_do(home):
     with pytest.raises(FileNotFoundError) as caught:
         cifar.cifar10(progress=False)
     for text in (sentence, str(caught.value)):
-        for word in (str(home), str(cifar.cifar10_cache()), cifar.OFFICIAL_URL, "DIFFCLASS_CIFAR10"):
+        for word in (
+            str(home),
+            str(cifar.cifar10_cache()),
+            cifar.OFFICIAL_URL,
+            "DIFFCLASS_CIFAR10",
+        ):
             assert word in text
     assert not available
 
@@ -182,17 +209,26 @@ def test_asking_for_more_than_there_is_is_refused(home, monkeypatch):
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 12] ^= 1  # in the archive: inside the first of six members, the test batch
+    content[len(content) // 12] ^= (
+        1  # in the archive: inside the first of six members, the test batch
+    )
     path.write_bytes(content)
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 12])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 12])
 
 
 @pytest.mark.parametrize("damage", [flip, cut])
-@pytest.mark.parametrize("layout, file", [("batches", "cifar-10-batches-py/test_batch"), ("archive", cifar.ARCHIVE),
-                                          ("tiles", "test-00.webp"), ("tiles", "test-labels.npy")])
+@pytest.mark.parametrize(
+    "layout, file",
+    [
+        ("batches", "cifar-10-batches-py/test_batch"),
+        ("archive", cifar.ARCHIVE),
+        ("tiles", "test-00.webp"),
+        ("tiles", "test-labels.npy"),
+    ],
+)
 def test_damaged_files_are_named_and_refused(home, monkeypatch, damage, layout, file):
     WRITERS[layout](home, monkeypatch)
     damage(home / file)
@@ -203,7 +239,9 @@ def test_damaged_files_are_named_and_refused(home, monkeypatch, damage, layout, 
 def test_unlisted_or_missing_tiles_are_refused(home, monkeypatch):
     write_tiles(home, monkeypatch)
     sums = (home / "SHA256SUMS").read_text()
-    (home / "SHA256SUMS").write_text("".join(line for line in sums.splitlines(True) if "test-00" not in line))
+    (home / "SHA256SUMS").write_text(
+        "".join(line for line in sums.splitlines(True) if "test-00" not in line)
+    )
     with pytest.raises(ValueError, match="test-00.webp with sha256 listed in SHA256SUMS"):
         cifar.cifar10(progress=False)
     (home / "SHA256SUMS").unlink()
@@ -213,7 +251,10 @@ def test_unlisted_or_missing_tiles_are_refused(home, monkeypatch):
 
 def test_labels_of_other_pictures_are_refused(home, monkeypatch):
     write_tiles(home, monkeypatch)
-    for labels, message in ((np.zeros(3, np.uint8), "expected 3 tiles"), (np.full(COUNT, 10, np.uint8), "0 to 9")):
+    for labels, message in (
+        (np.zeros(3, np.uint8), "expected 3 tiles"),
+        (np.full(COUNT, 10, np.uint8), "0 to 9"),
+    ):
         np.save(home / "test-labels.npy", labels)
         write_sums(home)
         with pytest.raises(ValueError, match=message):
@@ -232,10 +273,13 @@ class Payload:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_malicious_pickle_runs_nothing(home, tmp_path, monkeypatch, protocol):
-    folder, victim = write_batches(home, monkeypatch), tmp_path / "victim"
+    folder = write_batches(home, monkeypatch)
+    victim = tmp_path / "victim"
     content = pickle.dumps({b"data": Payload(str(victim)), b"labels": []}, protocol=protocol)
     (folder / "test_batch").write_bytes(content)
-    monkeypatch.setitem(cifar.BATCH_MD5, "test_batch", hashlib.md5(content).hexdigest())  # the worst case: md5 forged
+    monkeypatch.setitem(
+        cifar.BATCH_MD5, "test_batch", hashlib.md5(content).hexdigest()
+    )  # the worst case: md5 forged
     with pytest.raises(ValueError, match=r"refused .*mkdir|refused .*_codecs"):
         cifar.cifar10(progress=False)
     assert not victim.exists()
@@ -243,10 +287,18 @@ def test_a_malicious_pickle_runs_nothing(home, tmp_path, monkeypatch, protocol):
     assert victim.exists()  # the payload was live
 
 
-@pytest.mark.parametrize("value", [{"data": np.zeros((2, 5), np.uint8), "labels": [0, 0]},
-                                   {"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, {"labels": [0]}, [1, 2]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"data": np.zeros((2, 5), np.uint8), "labels": [0, 0]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
+        {"labels": [0]},
+        [1, 2],
+    ],
+)
 def test_a_pickle_of_something_else_is_refused(home, monkeypatch, value):
-    folder, content = write_batches(home, monkeypatch), pickled(value)
+    folder = write_batches(home, monkeypatch)
+    content = pickled(value)
     (folder / "test_batch").write_bytes(content)
     monkeypatch.setitem(cifar.BATCH_MD5, "test_batch", hashlib.md5(content).hexdigest())
     with pytest.raises(ValueError, match="expected test_batch to"):
@@ -263,7 +315,8 @@ def test_an_archive_without_the_batch_is_refused(home):
 def test_an_archive_member_that_is_a_link_is_refused(home):
     with tarfile.open(home / cifar.ARCHIVE, "w:gz") as archive:
         link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        link.type = tarfile.SYMTYPE
+        link.linkname = "/etc/passwd"
         archive.addfile(link)
     with pytest.raises(ValueError, match="no ordinary file"):
         cifar.cifar10(progress=False)
@@ -277,9 +330,14 @@ class RangeHandler(BaseHTTPRequestHandler):
     """Serves `server.content` with ranges; `server.stop_after` closes the line early, `server.ranges` logs requests."""
 
     def do_GET(self):
-        content, wanted = self.server.content, self.headers.get("Range")
+        content = self.server.content
+        wanted = self.headers.get("Range")
         self.server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.knows_ranges else 0
+        start = (
+            int(wanted.removeprefix("bytes=").rstrip("-"))
+            if wanted and self.server.knows_ranges
+            else 0
+        )
         if start >= len(content):
             self.send_error(416)
             return
@@ -288,7 +346,7 @@ class RangeHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(content[start:][:self.server.stop_after])
+        self.wfile.write(content[start:][: self.server.stop_after])
         self.close_connection = True
 
     def log_message(self, *_):
@@ -300,7 +358,10 @@ def server(tmp_path, monkeypatch):
     (tmp_path / "origin").mkdir()
     archive = write_archive(tmp_path / "origin", monkeypatch)
     with ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
-        server.content, server.stop_after, server.ranges, server.knows_ranges = archive.read_bytes(), None, [], True
+        server.content = archive.read_bytes()
+        server.stop_after = None
+        server.ranges = []
+        server.knows_ranges = True
         server.url = f"http://127.0.0.1:{server.server_port}/{cifar.ARCHIVE}"
         thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
         thread.start()
@@ -312,7 +373,9 @@ def server(tmp_path, monkeypatch):
 def interrupted(server, tmp_path):
     """A download that breaks half way; returns the .part file."""
     server.stop_after = len(server.content) // 2
-    with pytest.raises(ConnectionError, match=f"{server.stop_after} bytes are kept and the next call resumes"):
+    with pytest.raises(
+        ConnectionError, match=f"{server.stop_after} bytes are kept and the next call resumes"
+    ):
         cifar.download_cifar10(tmp_path / "new", server.url, progress=False)
     server.stop_after = None
     return tmp_path / "new" / (cifar.ARCHIVE + ".part")
@@ -339,7 +402,10 @@ def test_an_interrupted_download_resumes(server, tmp_path, knows_ranges):
 def test_a_complete_part_is_only_verified(server, tmp_path):
     part = interrupted(server, tmp_path)
     part.write_bytes(server.content)
-    assert cifar.download_cifar10(tmp_path / "new", server.url, progress=False).read_bytes() == server.content
+    assert (
+        cifar.download_cifar10(tmp_path / "new", server.url, progress=False).read_bytes()
+        == server.content
+    )
 
 
 def test_an_interrupted_download_is_mentioned(server, tmp_path, monkeypatch):
@@ -372,13 +438,29 @@ def test_offline_says_what_to_do(tmp_path):
 # The real thing, where there is one
 
 
-@pytest.mark.skipif(not REAL, reason="set DIFFCLASS_CIFAR10 to a folder with CIFAR-10 to test the real files")
+@pytest.mark.skipif(
+    not REAL, reason="set DIFFCLASS_CIFAR10 to a folder with CIFAR-10 to test the real files"
+)
 def test_the_real_files(monkeypatch):
     monkeypatch.setenv("DIFFCLASS_CIFAR10", REAL or "")
     images, labels = cifar.cifar10("test", progress=False)
     assert images.shape == (10_000, 3, 32, 32) and torch.bincount(labels).tolist() == [1000] * 10
-    assert [cifar.CIFAR10_CLASSES[k] for k in labels[:5]] == ["cat", "ship", "ship", "airplane", "frog"]
+    assert [cifar.CIFAR10_CLASSES[k] for k in labels[:5]] == [
+        "cat",
+        "ship",
+        "ship",
+        "airplane",
+        "frog",
+    ]
     images, labels = cifar.cifar10("train", 10_000, progress=False)
-    assert labels[:5].tolist() == [6, 9, 9, 4, 1]  # the published means and deviations are those of all 50 000
-    assert torch.allclose(images.mean((0, 2, 3)), torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.005)
+    assert labels[:5].tolist() == [
+        6,
+        9,
+        9,
+        4,
+        1,
+    ]  # the published means and deviations are those of all 50 000
+    assert torch.allclose(
+        images.mean((0, 2, 3)), torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.005
+    )
     assert torch.allclose(images.std((0, 2, 3)), torch.tensor([0.2470, 0.2435, 0.2616]), atol=0.005)

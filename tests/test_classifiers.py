@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 from diffclass import data, likelihood, noise, units
-from diffclass.classifiers import BayesClassifier, ExactClassifier, NoisedBayesClassifier, check_prior
+from diffclass.classifiers import (
+    BayesClassifier,
+    ExactClassifier,
+    NoisedBayesClassifier,
+    check_prior,
+)
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
@@ -16,7 +21,9 @@ LEVELS = noise.log_levels(0.02, 20, 24)
 
 def pixels(name: str = "overlapping", count: int = 4, seed: int = 1):
     """Points of a law in pixel space, float64."""
-    return data.PLANE_LAWS[name]().sample(count, torch.Generator().manual_seed(seed), torch.float64)[0]
+    return data.PLANE_LAWS[name]().sample(
+        count, torch.Generator().manual_seed(seed), torch.float64
+    )[0]
 
 
 def classifier(name: str = "overlapping", samples: int = 4, **options) -> BayesClassifier:
@@ -27,8 +34,12 @@ def classifier(name: str = "overlapping", samples: int = 4, **options) -> BayesC
 
 def noised(name: str = "overlapping", **options) -> NoisedBayesClassifier:
     """The classifier of points that carry noise 0.2, in float64."""
-    made = NoisedBayesClassifier(MixtureDenoiser.of_law(data.PLANE_LAWS[name]()), 0.2, samples=4, **options)
-    made.bank = NoiseBank.fixed(noise.noised_levels(0.4, 5.0, 8, 0.25), SHAPE, 4, dtype=torch.float64)
+    made = NoisedBayesClassifier(
+        MixtureDenoiser.of_law(data.PLANE_LAWS[name]()), 0.2, samples=4, **options
+    )
+    made.bank = NoiseBank.fixed(
+        noise.noised_levels(0.4, 5.0, 8, 0.25), SHAPE, 4, dtype=torch.float64
+    )
     return made
 
 
@@ -52,7 +63,8 @@ def test_the_posterior_is_that_of_the_law():
 
 def test_the_exact_classifier_is_the_law_clean_and_noised():
     law = data.imbalanced()
-    denoiser, x = MixtureDenoiser.of_law(law), pixels("imbalanced", 10)
+    denoiser = MixtureDenoiser.of_law(law)
+    x = pixels("imbalanced", 10)
     clean = ExactClassifier(denoiser, law.priors.tolist())
     assert torch.allclose(torch.softmax(clean(x), 1), law.posterior(x), atol=1e-12)
     smoothed = ExactClassifier(denoiser, sigma_pixel=0.25)(x + 5)  # noise leaves [0,1]
@@ -66,7 +78,9 @@ def check_temperature(model_of=classifier):
     log_odds = [model_of(temperature=t)(x).diff(dim=1) for t in (1.0, 0.5)]
     assert torch.allclose(log_odds[1], 2 * log_odds[0], rtol=1e-9)
     evidence = likelihood.elbo(model_of().denoiser, units.to_model(x), model_of().bank)
-    assert torch.allclose(log_odds[0], evidence.diff(dim=1), rtol=1e-9), "at temperature 1 they are nats"
+    assert torch.allclose(log_odds[0], evidence.diff(dim=1), rtol=1e-9), (
+        "at temperature 1 they are nats"
+    )
 
 
 def test_temperature():
@@ -75,9 +89,12 @@ def test_temperature():
 
 def check_prior_shift(model_of=classifier):
     """A prior moves the logits by its logarithm, once, whatever the temperature."""
-    x, prior = pixels(), [0.7, 0.2, 0.1]
+    x = pixels()
+    prior = [0.7, 0.2, 0.1]
     for temperature in (1.0, 3.0):
-        shift = model_of(prior=prior, temperature=temperature)(x) - model_of(temperature=temperature)(x)
+        shift = model_of(prior=prior, temperature=temperature)(x) - model_of(
+            temperature=temperature
+        )(x)
         wanted = torch.tensor(prior, dtype=torch.float64).log() - math.log(1 / 3)
         assert torch.allclose(shift, wanted.expand_as(shift), atol=1e-9)
 
@@ -87,12 +104,17 @@ def test_prior():
 
 
 def test_losses_can_be_reweighted_for_nothing():
-    model, x = classifier(), pixels()
+    model = classifier()
+    x = pixels()
     assert torch.allclose(model.logits_of(model.losses(x)), model(x), rtol=1e-12)
     assert tuple(model.losses(x).shape) == (4, 3, 24)
-    shared = model.losses(x) + torch.rand(4, 1, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shared = model.losses(x) + torch.rand(
+        4, 1, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     moved = torch.softmax(model.logits_of(shared), 1)
-    assert torch.allclose(moved, model.posterior(x), atol=1e-9), "what the classes share does not matter"
+    assert torch.allclose(moved, model.posterior(x), atol=1e-9), (
+        "what the classes share does not matter"
+    )
 
 
 def test_the_end_term_is_added_and_helps():
@@ -105,8 +127,14 @@ def test_the_end_term_is_added_and_helps():
     x = pixels("gaussians")
     truth = ExactClassifier(denoiser)(x).diff(dim=1)
     with torch.no_grad():
-        off = [float((BayesClassifier(denoiser, antithetic, moments=m)(x).diff(dim=1) - truth).abs().max())
-               for m in (None, moments)]
+        off = [
+            float(
+                (BayesClassifier(denoiser, antithetic, moments=m)(x).diff(dim=1) - truth)
+                .abs()
+                .max()
+            )
+            for m in (None, moments)
+        ]
     assert off[1] < 0.01 < 0.03 < off[0], off
 
 
@@ -114,16 +142,22 @@ def test_the_end_term_is_added_and_helps():
 # Gradients
 
 
-def check_gradient(model, x, gradient_of=lambda model, x: torch.autograd.grad(model(x).select(1, 0).sum(), x)[0]):
+def check_gradient(
+    model, x, gradient_of=lambda model, x: torch.autograd.grad(model(x).select(1, 0).sum(), x)[0]
+):
     """Autograd against central differences in float64, 1e-6 relative to the largest component."""
     x = x.clone().requires_grad_(True)
-    got, step, wanted = gradient_of(model, x), 1e-5, torch.zeros_like(x)
+    got = gradient_of(model, x)
+    step = 1e-5
+    wanted = torch.zeros_like(x)
     with torch.no_grad():
         for index in range(x[0].numel()):
             push = torch.zeros_like(x).flatten(1)
             push[:, index] = step
             push = push.reshape(x.shape)
-            wanted.flatten(1)[:, index] = (model(x + push)[:, 0] - model(x - push)[:, 0]) / (2 * step)
+            wanted.flatten(1)[:, index] = (model(x + push)[:, 0] - model(x - push)[:, 0]) / (
+                2 * step
+            )
     assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-6
 
 
@@ -153,7 +187,9 @@ def test_chunks_change_neither_logits_nor_gradient(make):
 
 def test_gradients_reach_the_network_too():
     denoiser = network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1)
-    model = BayesClassifier(denoiser, NoiseBank.fixed(noise.log_levels(0.1, 3, 4), (1, 8, 8)), chunk=8)
+    model = BayesClassifier(
+        denoiser, NoiseBank.fixed(noise.log_levels(0.1, 3, 4), (1, 8, 8)), chunk=8
+    )
     model(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))[:, 0].sum().backward()
     assert float(denoiser.network.leave[-1].weight.grad.abs().max()) > 0
 
@@ -164,35 +200,45 @@ def test_gradients_reach_the_network_too():
 
 @pytest.mark.parametrize("make", [classifier, noised])
 def test_logits_do_not_depend_on_the_batch(make):
-    model, x = make("mixtures"), pixels("mixtures", 5)
+    model = make("mixtures")
+    x = pixels("mixtures", 5)
     every = model(x)
     assert torch.allclose(torch.cat([model(one[None]) for one in x]), every, rtol=1e-12)
     assert torch.allclose(model(x.flip(0)).flip(0), every, rtol=1e-12)
 
 
 def test_permuting_the_classes_permutes_the_logits():
-    law, order = data.mixtures(), torch.tensor([2, 0, 1])  # old class -> new class
-    renamed = MixtureDenoiser(law.means[:, :, None, None], law.scales, law.weights, order[law.labels])
+    law = data.mixtures()  # old class -> new class
+    order = torch.tensor([2, 0, 1])
+    renamed = MixtureDenoiser(
+        law.means[:, :, None, None], law.scales, law.weights, order[law.labels]
+    )
     bank = classifier("mixtures").bank
-    x, prior = pixels("mixtures"), torch.tensor([0.5, 0.3, 0.2])
+    x = pixels("mixtures")
+    prior = torch.tensor([0.5, 0.3, 0.2])
     moved = BayesClassifier(renamed, bank, prior=prior.tolist())(x)[:, order]
     plain = BayesClassifier(MixtureDenoiser.of_law(law), bank, prior=prior[order].tolist())(x)
     assert torch.allclose(moved, plain, atol=1e-9)
 
 
 def test_two_identical_classes_differ_by_exactly_nothing():
-    means = torch.tensor([[0.3, 0.1], [0.3, 0.1], [-0.4, 0.2]], dtype=torch.float64)[:, :, None, None]
+    means = torch.tensor([[0.3, 0.1], [0.3, 0.1], [-0.4, 0.2]], dtype=torch.float64)[
+        :, :, None, None
+    ]
     twins = MixtureDenoiser(means, [0.1] * 3, [1.0] * 3, [0, 1, 2])
     for bank in (classifier().bank, NoiseBank.fixed(LEVELS, SHAPE, 3, seed=8)):
         x = pixels().to(bank.noise.dtype)
         logits = BayesClassifier(twins, bank)(x)
-        assert torch.equal(logits[:, 0], logits[:, 1]) and not torch.equal(logits[:, 0], logits[:, 2])
+        assert torch.equal(logits[:, 0], logits[:, 1]) and not torch.equal(
+            logits[:, 0], logits[:, 2]
+        )
         fresh = BayesClassifier(twins, bank).with_fresh_noise(torch.Generator().manual_seed(0))(x)
         assert torch.equal(fresh[:, 0], fresh[:, 1])
 
 
 def test_train_and_eval_are_one_function():
-    model, x = classifier(), pixels()
+    model = classifier()
+    x = pixels()
     assert torch.equal(model.train()(x), model.eval()(x))
 
 
@@ -201,16 +247,19 @@ def test_train_and_eval_are_one_function():
 
 
 def test_the_fixed_bank_is_deterministic_and_touches_no_global_state():
-    model, x = classifier(), pixels()
+    model = classifier()
+    x = pixels()
     before = torch.get_rng_state()
     assert model.deterministic and torch.equal(model(x), model(x))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fresh_noise_differs_by_call_and_image_and_repeats_with_the_generator():
-    model, x = classifier(), pixels()[:1].expand(3, -1, -1, -1)
+    model = classifier()
+    x = pixels()[:1].expand(3, -1, -1, -1)
     random = model.with_fresh_noise(torch.Generator().manual_seed(4))
-    first, second = random(x), random(x)
+    first = random(x)
+    second = random(x)
     again = model.with_fresh_noise(torch.Generator().manual_seed(4))(x)
     assert not random.deterministic and model.deterministic, "the original stays deterministic"
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -220,7 +269,8 @@ def test_fresh_noise_differs_by_call_and_image_and_repeats_with_the_generator():
 
 def test_fresh_noise_scatters_around_the_truth():
     """The mean of many random classifiers is the exact log-odds, within 4.5 standard errors plus the levels' cut."""
-    law, x = data.overlapping(), pixels()[:1]
+    law = data.overlapping()
+    x = pixels()[:1]
     denoiser = MixtureDenoiser.of_law(law)
     bank = NoiseBank.fixed(noise.log_levels(0.002, 100, 64), SHAPE, 1, dtype=torch.float64)
     random = BayesClassifier(denoiser, bank).with_fresh_noise(torch.Generator().manual_seed(0))
@@ -241,11 +291,13 @@ def test_the_noised_classifier_draws_its_own_noise_for_each_vote():
 
 
 def test_the_noised_classifier_is_bayes_rule_on_noised_points():
-    law, generator = data.gaussians(), torch.Generator().manual_seed(2)
+    law = data.gaussians()
+    generator = torch.Generator().manual_seed(2)
     x = pixels("gaussians", 60)
     x_tau = x + 0.2 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    model = NoisedBayesClassifier(MixtureDenoiser.of_law(law), 0.2, levels=48, high=50.0, samples=48,
-                                  prior=[0.2, 0.3, 0.5])
+    model = NoisedBayesClassifier(
+        MixtureDenoiser.of_law(law), 0.2, levels=48, high=50.0, samples=48, prior=[0.2, 0.3, 0.5]
+    )
     truth = ExactClassifier(MixtureDenoiser.of_law(law), [0.2, 0.3, 0.5], sigma_pixel=0.2)
     with torch.no_grad():
         off = torch.softmax(model(x_tau.float()), 1) - torch.softmax(truth(x_tau), 1)
@@ -256,13 +308,16 @@ def test_the_noised_classifier_is_bayes_rule_on_noised_points():
 # Bad input
 
 
-@pytest.mark.parametrize("prior, sentence", [
-    ([0.5, 0.5], r"expected a prior over 3 classes, got \[2\]"),
-    ([0.5, 0.5, 0.5], "sum to 1, got .* with sum 1.5; divide it by its sum"),
-    ([1.0, 0.5, -0.5], "positive probabilities"),
-    ([1.0, 0.0, 0.0], "positive probabilities"),
-    ([math.nan, 0.5, 0.5], "positive probabilities"),
-])
+@pytest.mark.parametrize(
+    "prior, sentence",
+    [
+        ([0.5, 0.5], r"expected a prior over 3 classes, got \[2\]"),
+        ([0.5, 0.5, 0.5], "sum to 1, got .* with sum 1.5; divide it by its sum"),
+        ([1.0, 0.5, -0.5], "positive probabilities"),
+        ([1.0, 0.0, 0.0], "positive probabilities"),
+        ([math.nan, 0.5, 0.5], "positive probabilities"),
+    ],
+)
 def test_impossible_priors_get_a_sentence(prior, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_prior(prior, 3)
@@ -271,18 +326,23 @@ def test_impossible_priors_get_a_sentence(prior, sentence):
             make(prior=prior)
 
 
-@pytest.mark.parametrize("change, error, sentence", [
-    (lambda x: x * 255, ValueError, "divide by 255"),
-    (lambda x: x * 2 - 1, ValueError, "model space"),
-    (lambda x: x[0], ValueError, r"add the batch axis"),
-    (lambda x: x[:, :1], ValueError, r"expected images of shape \[B,2,1,1\]"),
-    (lambda x: x * math.nan, ValueError, "expected finite images"),
-    (lambda x: (x * 255).to(torch.uint8), TypeError, "dtype uint8; divide by 255"),
-    (lambda x: x.tolist(), TypeError, "got list"),
-])
+@pytest.mark.parametrize(
+    "change, error, sentence",
+    [
+        (lambda x: x * 255, ValueError, "divide by 255"),
+        (lambda x: x * 2 - 1, ValueError, "model space"),
+        (lambda x: x[0], ValueError, r"add the batch axis"),
+        (lambda x: x[:, :1], ValueError, r"expected images of shape \[B,2,1,1\]"),
+        (lambda x: x * math.nan, ValueError, "expected finite images"),
+        (lambda x: (x * 255).to(torch.uint8), TypeError, "dtype uint8; divide by 255"),
+        (lambda x: x.tolist(), TypeError, "got list"),
+    ],
+)
 def test_wrong_images_get_a_sentence(change, error, sentence):
     models = [classifier(), ExactClassifier(MixtureDenoiser.of_law(data.overlapping()))]
-    x = 0.99 * pixels() / pixels().max()  # spread over [0,1], so that each mistake looks like itself
+    x = (
+        0.99 * pixels() / pixels().max()
+    )  # spread over [0,1], so that each mistake looks like itself
     x[0, 0] = 0.01
     for model in models:
         with pytest.raises(error, match=sentence):
@@ -297,10 +357,16 @@ def test_impossible_temperatures_get_a_sentence(temperature):
 
 def test_parts_that_do_not_fit_get_a_sentence():
     denoiser = MixtureDenoiser.of_law(data.overlapping())
-    with pytest.raises(ValueError, match=r"expected a noise bank for images \[2, 1, 1\], got \[1, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"expected a noise bank for images \[2, 1, 1\], got \[1, 8, 8\]"
+    ):
         BayesClassifier(denoiser, NoiseBank.fixed(LEVELS, (1, 8, 8)))
-    with pytest.raises(TypeError, match="expected a denoiser with a closed-form density, got MultiHeadDenoiser"):
-        ExactClassifier(network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1))
+    with pytest.raises(
+        TypeError, match="expected a denoiser with a closed-form density, got MultiHeadDenoiser"
+    ):
+        ExactClassifier(
+            network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1)
+        )
     with pytest.raises(ValueError, match="expected a finite noise level sigma_pixel > 0, got 0"):
         NoisedBayesClassifier(denoiser, 0.0)
     with pytest.raises(ValueError, match="expected 0 < sigma_tau < high"):

@@ -10,7 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffclass import __version__, assets, cifar, cli, data, noise, recipes, results, trainers, training
+from diffclass import (
+    __version__,
+    assets,
+    cifar,
+    cli,
+    data,
+    noise,
+    recipes,
+    results,
+    trainers,
+    training,
+)
 from diffclass.denoisers import network
 from typer.testing import CliRunner
 
@@ -30,7 +41,9 @@ def networks(tmp_path_factory, small_digits):
     folder = tmp_path_factory.mktemp("networks")
     for name in recipes.MODELS["digits"].values():
         denoiser = network.build(trainers.RECIPES[name].kind, "DigitNet", 10, (1, 8, 8), seed=1)
-        network.save_denoiser(denoiser, folder / name, dict(accuracy=ACCURACY) if name == recipes.STUDENT else {})
+        network.save_denoiser(
+            denoiser, folder / name, dict(accuracy=ACCURACY) if name == recipes.STUDENT else {}
+        )
     assets.record(list(recipes.MODELS["digits"].values()), folder)
     return folder
 
@@ -82,40 +95,66 @@ def one_sentence(done, *words):
 
 
 def test_help_and_version_import_nothing_heavy():
-    code = ("import sys, time; start = time.perf_counter(); from diffclass import cli\n"
-            "try:\n    cli.app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-            "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'")
+    code = (
+        "import sys, time; start = time.perf_counter(); from diffclass import cli\n"
+        "try:\n    cli.app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules), 'heavy'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    words = ("lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate", "Exit codes", "130")
+    words = (
+        "lab",
+        "doctor",
+        "download",
+        "convert",
+        "train",
+        "classify",
+        "sample",
+        "evaluate",
+        "Exit codes",
+        "130",
+    )
     assert all(word in done.stdout for word in words)
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate"]
+)
 def test_every_help_names_the_exit_codes(name):
     done = run(name, "--help")
     assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("arguments", [("evaluate", "--levels", "0"), ("evaluate", "--limit", "-1"), ("classify",),
-                                       ("nonsense",), ("train", "digits", "--steps", "many")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--levels", "0"),
+        ("evaluate", "--limit", "-1"),
+        ("classify",),
+        ("nonsense",),
+        ("train", "digits", "--steps", "many"),
+    ],
+)
 def test_bad_options_exit_2_with_nothing_on_stdout(folder, arguments):
     done = run(*arguments)
     assert done.exit_code == 2 and done.stdout == "" and "Usage" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("--json", "evaluate", "--levels", "0"), "'--levels'"),
-    (("evaluate", "--limit", "many", "--json"), "'--limit'"),
-    (("evaluate", "--seed", "-1", "--json"), "'--seed'"),
-    (("evaluate", "--seed", str(2**64), "--json"), "'--seed'"),
-    (("evaluate", "--nonsense", "--json"), "--nonsense"),
-    (("--nonsense", "--json"), "--nonsense"),
-    (("nonsense", "--json"), "'nonsense'"),
-    (("classify", "--json"), "pictures"),
-    (("--json",), "Missing command"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--json", "evaluate", "--levels", "0"), "'--levels'"),
+        (("evaluate", "--limit", "many", "--json"), "'--limit'"),
+        (("evaluate", "--seed", "-1", "--json"), "'--seed'"),
+        (("evaluate", "--seed", str(2**64), "--json"), "'--seed'"),
+        (("evaluate", "--nonsense", "--json"), "--nonsense"),
+        (("--nonsense", "--json"), "--nonsense"),
+        (("nonsense", "--json"), "'nonsense'"),
+        (("classify", "--json"), "pictures"),
+        (("--json",), "Missing command"),
+    ],
+)
 def test_bad_options_with_json_are_in_the_document_too(folder, arguments, words):
     done = run(*arguments)
     assert done.exit_code == 2 and "Usage" in done.stderr
@@ -124,20 +163,28 @@ def test_bad_options_with_json_are_in_the_document_too(folder, arguments, words)
 
 def test_a_picture_called_json_is_a_picture(folder, picture):
     done = run("classify", "--", picture, "--json")
-    assert done.exit_code == 2 and "posterior" in done.stdout and one_sentence(done, "--json: ", "no such file")
+    assert (
+        done.exit_code == 2
+        and "posterior" in done.stdout
+        and one_sentence(done, "--json: ", "no such file")
+    )
 
 
 def test_train_idc_writes_its_network(folder, tmp_path, monkeypatch):
     from diffclass import translation
 
-    done = run("train", "digits", "--method", "idc", "--steps", 2, "--out", tmp_path / "idc", "--json")
+    done = run(
+        "train", "digits", "--method", "idc", "--steps", 2, "--out", tmp_path / "idc", "--json"
+    )
     assert done.exit_code == 0, done.stderr
     card = document(done)["models"][0]["card"]
     assert translation.load_translator(tmp_path / "idc" / "digits-idc.safetensors")[1] == card
 
 
 def test_download_without_a_network_says_what_to_do(folder, monkeypatch):
-    monkeypatch.setattr(cifar.download_cifar10, "__defaults__", (None, "http://127.0.0.1:9/none.tar.gz", False))
+    monkeypatch.setattr(
+        cifar.download_cifar10, "__defaults__", (None, "http://127.0.0.1:9/none.tar.gz", False)
+    )
     done = run("download", "cifar10", "--json")
     assert done.exit_code == 2 and one_sentence(done, "127.0.0.1:9", "by hand")
     assert document(done)["command"] == "download" and "by hand" in document(done)["error"]
@@ -151,26 +198,32 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
     assert done.exit_code == 2 and one_sentence(done, cifar.ARCHIVE)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("evaluate", "--weighting", "EDN"), ("'EDM'", "'EDN'")),
-    (("evaluate", "--model", "professor"), ("'teacher'", "'professor'")),
-    (("evaluate", "--world", "mars"), ("'plane'", "'mars'")),
-    (("evaluate", "--world", "plane:hole"), ("'moons'", "'hole'")),
-    (("evaluate", "--world", "plane"), ("'moons'", "''")),
-    (("evaluate", "--world", "digits:moons"), ("'digits:moons'",)),
-    (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
-    (("classify", "--model", "professor", "x.png"), ("'professor'",)),
-    (("train", "digits", "--method", "gan"), ("'idc'", "'gan'")),
-    (("train", "digits", "--method", "idc", "--widths", "16,32"), ("expected no widths for DigitNet",)),
-    (("train", "mars"), ("'digits'", "'cifar10'", "'mars'")),
-    (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
-    (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),
-    (("evaluate", "--precision", "fp8"), ("'bf16'", "'fp8'")),
-    (("sample", "digits"), ("'cifar10'", "'digits'")),
-    (("sample", "cifar10", "--model", "painter"), ("'teacher'", "'painter'")),
-    (("sample", "cifar10"), ("cifar10-student.safetensors", "diffclass train cifar10")),
-    (("download", "digits"), ("'cifar10'", "'digits'")),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("evaluate", "--weighting", "EDN"), ("'EDM'", "'EDN'")),
+        (("evaluate", "--model", "professor"), ("'teacher'", "'professor'")),
+        (("evaluate", "--world", "mars"), ("'plane'", "'mars'")),
+        (("evaluate", "--world", "plane:hole"), ("'moons'", "'hole'")),
+        (("evaluate", "--world", "plane"), ("'moons'", "''")),
+        (("evaluate", "--world", "digits:moons"), ("'digits:moons'",)),
+        (("evaluate", "--world", "plane:moons", "--model", "teacher"), ("exact",)),
+        (("classify", "--model", "professor", "x.png"), ("'professor'",)),
+        (("train", "digits", "--method", "gan"), ("'idc'", "'gan'")),
+        (
+            ("train", "digits", "--method", "idc", "--widths", "16,32"),
+            ("expected no widths for DigitNet",),
+        ),
+        (("train", "mars"), ("'digits'", "'cifar10'", "'mars'")),
+        (("train", "cifar10"), ("expected CIFAR-10 in", "diffclass download cifar10")),
+        (("train", "cifar10", "--widths", "wide"), ("multiples of 4", "'wide'")),
+        (("evaluate", "--precision", "fp8"), ("'bf16'", "'fp8'")),
+        (("sample", "digits"), ("'cifar10'", "'digits'")),
+        (("sample", "cifar10", "--model", "painter"), ("'teacher'", "'painter'")),
+        (("sample", "cifar10"), ("cifar10-student.safetensors", "diffclass train cifar10")),
+        (("download", "digits"), ("'cifar10'", "'digits'")),
+    ],
+)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_unknown_names_exit_2_with_one_sentence(folder, arguments, words, as_json):
     done = run(*["--json"] * as_json, *arguments)
@@ -192,7 +245,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.chdir(tmp_path)
     assert run("lab").exit_code == 0
-    (program, arguments, environment), = started
+    ((program, arguments, environment),) = started
     assert program == sys.executable and arguments[:3] == [sys.executable, "-m", "jupyterlab"]
     assert arguments[-1].endswith("00_start_here.ipynb") and environment["HF_HUB_OFFLINE"] == "1"
     assert ("--allow-root" in arguments) == (os.geteuid() == 0)
@@ -209,18 +262,32 @@ def test_lab_without_the_course_says_so(tmp_path, monkeypatch):
 
 
 def statuses(found):
-    return {check["name"]: check for group in ("device", "worlds", "assets", "packages") for check in found[group]}
+    return {
+        check["name"]: check
+        for group in ("device", "worlds", "assets", "packages")
+        for check in found[group]
+    }
 
 
 def test_doctor_is_content_and_missing_cifar_is_a_note(folder):
     done = run("doctor")
     assert done.exit_code == 0 and "The digits course can run" in done.stdout
-    assert "99.0% [97.5%, 99.7%] (396 of 400" in done.stdout and "no accuracy on its model card" in done.stdout
+    assert (
+        "99.0% [97.5%, 99.7%] (396 of 400" in done.stdout
+        and "no accuracy on its model card" in done.stdout
+    )
     for arguments in (("--json", "doctor"), ("doctor", "--json")):
         done = run(*arguments)
         checks = statuses(document(done))
-        assert done.exit_code == 0 and document(done)["ok"] is True and checks["CIFAR-10"]["status"] == "note"
-        assert checks["device"]["threads"] >= 1 and checks["device"]["type"] in checks["device"]["detail"]
+        assert (
+            done.exit_code == 0
+            and document(done)["ok"] is True
+            and checks["CIFAR-10"]["status"] == "note"
+        )
+        assert (
+            checks["device"]["threads"] >= 1
+            and checks["device"]["type"] in checks["device"]["detail"]
+        )
         needed = (*cli.files.PACKAGES, "plane", "digits", *recipes.MODELS["digits"].values())
         assert {checks[name]["status"] for name in needed} == {"ok"}
         assert checks[recipes.STUDENT]["bytes"] == (folder / recipes.STUDENT).stat().st_size
@@ -242,7 +309,11 @@ def test_doctor_finds_a_missing_asset_and_says_how_to_get_it(folder):
     (folder / recipes.STUDENT).unlink()
     done = run("--json", "doctor")
     check = statuses(document(done))[recipes.STUDENT]
-    assert done.exit_code == 1 and check["state"] == "missing" and "diffclass train digits" in check["detail"]
+    assert (
+        done.exit_code == 1
+        and check["state"] == "missing"
+        and "diffclass train digits" in check["detail"]
+    )
     assert check["bytes"] is None
 
 
@@ -259,7 +330,10 @@ def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
     done = run("--json", "doctor")
     checks = statuses(document(done))
     assert done.exit_code == 1 and checks[assets.SUMS]["status"] == "problem"
-    assert checks[recipes.TEACHER]["state"] == "unlisted" and "'one-word'" in checks[recipes.TEACHER]["detail"]
+    assert (
+        checks[recipes.TEACHER]["state"] == "unlisted"
+        and "'one-word'" in checks[recipes.TEACHER]["detail"]
+    )
     assert one_sentence(run("classify", "x.png"), "'one-word'", "restore it with git")
     shutil.rmtree(folder)
     done = run("--json", "doctor")
@@ -269,7 +343,11 @@ def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
 def test_doctor_names_a_missing_package(folder, monkeypatch):
     monkeypatch.setattr(cli.files, "PACKAGES", ("plotly", "no-such-package"))
     done = run("doctor")
-    assert done.exit_code == 1 and "no-such-package. Run" in done.stdout and "python3 -m lib lab" in done.stdout
+    assert (
+        done.exit_code == 1
+        and "no-such-package. Run" in done.stdout
+        and "python3 -m lib lab" in done.stdout
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +359,10 @@ def test_train_writes_both_networks_with_cards_and_checksums(folder, tmp_path):
     done = run("--json", "train", "digits", "--steps", 3, "--out", out, "--seed", 2)
     teacher, student = document(done)["models"]
     assert done.exit_code == 0 and "loss" in done.stderr
-    assert Path(teacher["file"]) == out / recipes.TEACHER and Path(student["file"]) == out / recipes.STUDENT
+    assert (
+        Path(teacher["file"]) == out / recipes.TEACHER
+        and Path(student["file"]) == out / recipes.STUDENT
+    )
     assert student["card"]["accuracy"]["n"] == 12 and student["card"]["settings"]["steps"] == 3
     assert student["card"]["settings"]["seed"] == 2
     os.environ["DIFFCLASS_ASSETS"] = str(out)  # the fixture restores it
@@ -296,14 +377,21 @@ def test_train_teacher_only_prints_its_accuracy(folder, tmp_path):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_interrupted_training_keeps_its_checkpoint_and_resumes(folder, tmp_path, interrupt, as_json):
+def test_interrupted_training_keeps_its_checkpoint_and_resumes(
+    folder, tmp_path, interrupt, as_json
+):
     """Ctrl-C during the second step of four: the step is finished, and the resumed run equals an unbroken one."""
     command = [*["--json"] * as_json, "train", "digits", "--steps", 4, "--teacher-only", "--out"]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
-    before, begun = signal.getsignal(signal.SIGINT), interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    begun = interrupt()
     done = run(*command, tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoints" / recipes.TEACHER
-    assert done.exit_code == 130 and one_sentence(done, str(checkpoint), "resumes") and checkpoint.exists()
+    assert (
+        done.exit_code == 130
+        and one_sentence(done, str(checkpoint), "resumes")
+        and checkpoint.exists()
+    )
     assert document(done)["models"] == [] if as_json else done.stdout == ""
     assert signal.getsignal(signal.SIGINT) is before
     assert run(*command, tmp_path / "out").exit_code == 0
@@ -320,7 +408,9 @@ def weights(folder: Path):
 
 def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, monkeypatch):
     """A KeyboardInterrupt that arises inside a step, as from a second Ctrl-C."""
-    out, step, calls = tmp_path / "out", training.Training._one_step, []
+    out = tmp_path / "out"
+    step = training.Training._one_step
+    calls = []
 
     def interrupted(self, steps):
         calls.append(type(self.denoiser).__name__)
@@ -331,7 +421,11 @@ def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, 
     monkeypatch.setattr(training.Training, "_one_step", interrupted)
     command = ("train", "digits", "--steps", 3, "--out", out)
     done = run(*command)
-    assert done.exit_code == 130 and one_sentence(done, recipes.STUDENT) and recipes.TEACHER in done.stdout
+    assert (
+        done.exit_code == 130
+        and one_sentence(done, recipes.STUDENT)
+        and recipes.TEACHER in done.stdout
+    )
     teacher = (out / recipes.TEACHER).read_bytes()
     assert run(*command).exit_code == 0
     assert calls == ["ConditionalDenoiser"] * 3 + ["MultiHeadDenoiser"] * 4
@@ -367,10 +461,16 @@ def test_classify_prints_prediction_posterior_and_losses(folder, picture, model)
     done = run("classify", "--model", model, picture)
     assert done.exit_code == 0 and done.stderr == ""
     first, posterior, losses = done.stdout.splitlines()[:3]
-    assert first.startswith(f"{picture}: ") and posterior.count("%") == 3 and losses.count(":+") == 10
-    verdict, = document(run("--json", "classify", "--model", model, picture))["pictures"]
+    assert (
+        first.startswith(f"{picture}: ") and posterior.count("%") == 3 and losses.count(":+") == 10
+    )
+    (verdict,) = document(run("--json", "classify", "--model", model, picture))["pictures"]
     assert sum(verdict["posterior"]) == pytest.approx(1, abs=1e-5) and len(verdict["losses"]) == 10
-    assert verdict["posterior"].index(max(verdict["posterior"])) == int(verdict["prediction"]) == int(first[-1])
+    assert (
+        verdict["posterior"].index(max(verdict["posterior"]))
+        == int(verdict["prediction"])
+        == int(first[-1])
+    )
     assert verdict["losses"].index(min(verdict["losses"])) == int(verdict["prediction"])
 
 
@@ -393,7 +493,11 @@ def test_a_broken_file_does_not_stop_the_others(folder, picture, tmp_path):
     assert len(errors) == 2 and str(broken) in errors[0] and "absent.png" in errors[1]
     done = run("--json", "classify", broken, picture)
     first, second = document(done)["pictures"]
-    assert done.exit_code == 2 and set(first) == {"file", "error"} and second["prediction"] in "0123456789"
+    assert (
+        done.exit_code == 2
+        and set(first) == {"file", "error"}
+        and second["prediction"] in "0123456789"
+    )
 
 
 def test_a_sentence_that_asks_keeps_its_question_mark(folder, picture, monkeypatch):
@@ -405,13 +509,17 @@ def test_a_sentence_that_asks_keeps_its_question_mark(folder, picture, monkeypat
     monkeypatch.setattr(pictures, "load_picture", refuse)
     done = run("classify", picture)
     assert done.exit_code == 2
-    assert done.stderr == f"diffclass: {picture}: expected pixels in [0,1], got 255; did you forget to divide?\n"
+    assert (
+        done.stderr
+        == f"diffclass: {picture}: expected pixels in [0,1], got 255; did you forget to divide?\n"
+    )
 
 
 def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkeypatch):
     from diffclass import pictures
 
-    load, calls = pictures.load_picture, []
+    load = pictures.load_picture
+    calls = []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -421,7 +529,9 @@ def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkey
 
     monkeypatch.setattr(pictures, "load_picture", interrupted)
     done = run("--json", "classify", picture, picture)
-    assert done.exit_code == 130 and len(document(done)["pictures"]) == 1 and "error" in document(done)
+    assert (
+        done.exit_code == 130 and len(document(done)["pictures"]) == 1 and "error" in document(done)
+    )
 
 
 @pytest.mark.parametrize("command", [("classify", "x.png"), ("evaluate",)])
@@ -438,17 +548,41 @@ def test_missing_and_changed_assets_are_one_sentence(folder, command):
 # evaluate
 
 
-def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(folder, tmp_path, small_digits):
+def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(
+    folder, tmp_path, small_digits
+):
     file = tmp_path / "records" / "results.jsonl"
-    done = run("--json", "evaluate", "--limit", 10, "--levels", 4, "--weighting", "edm", "--seed", 3, "--record", file)
-    got, = document(done)["records"]
+    done = run(
+        "--json",
+        "evaluate",
+        "--limit",
+        10,
+        "--levels",
+        4,
+        "--weighting",
+        "edm",
+        "--seed",
+        3,
+        "--record",
+        file,
+    )
+    (got,) = document(done)["records"]
     denoiser = recipes.load_digits_denoiser()
-    classifier = recipes.digit_classifier(denoiser, noise.log_levels(0.1, 3.0, 4), seed=3, weighting=noise.edm_weight)
-    wanted = recipes.accuracy(classifier, small_digits.test_images[:10], small_digits.test_labels[:10])
-    assert done.exit_code == 0 and got["value"] == wanted / 10 and got["n"] == 10 and got["low"] < got["high"]
+    classifier = recipes.digit_classifier(
+        denoiser, noise.log_levels(0.1, 3.0, 4), seed=3, weighting=noise.edm_weight
+    )
+    wanted = recipes.accuracy(
+        classifier, small_digits.test_images[:10], small_digits.test_labels[:10]
+    )
+    assert (
+        done.exit_code == 0
+        and got["value"] == wanted / 10
+        and got["n"] == 10
+        and got["low"] < got["high"]
+    )
     assert got["checkpoint"] == results.sha256_of(folder / recipes.STUDENT) and got["seed"] == 3
     assert got["settings"]["weighting"] == "EDM" and got["settings"]["levels"] == 4
-    written, = results.read(file)
+    (written,) = results.read(file)
     assert written.value == got["value"] and written.settings == got["settings"]
     run("evaluate", "--limit", 2, "--levels", 2, "--model", "teacher", "--record", file)
     assert len(results.read(file)) == 2
@@ -461,15 +595,26 @@ def test_evaluate_the_plane_next_to_the_optimum(folder):
     import torch
 
     x, y = law.sample(200, torch.Generator().manual_seed(0))
-    assert optimal["value"] == pytest.approx(float((law.posterior(x).argmax(1) == y).double().mean()))
-    assert diffusion["value"] == pytest.approx(optimal["value"], abs=0.05) and diffusion["checkpoint"] is None
+    assert optimal["value"] == pytest.approx(
+        float((law.posterior(x).argmax(1) == y).double().mean())
+    )
+    assert (
+        diffusion["value"] == pytest.approx(optimal["value"], abs=0.05)
+        and diffusion["checkpoint"] is None
+    )
     text = run("evaluate", "--world", "plane:overlapping", "--limit", 50)
-    assert text.exit_code == 0 and text.stdout.count("95 % Clopper-Pearson") == 2 and "50/50" in text.stderr
+    assert (
+        text.exit_code == 0
+        and text.stdout.count("95 % Clopper-Pearson") == 2
+        and "50/50" in text.stderr
+    )
 
 
 def test_an_evaluation_is_shown_even_if_its_record_cannot_be_written(folder, tmp_path):
     done = run("--json", "evaluate", "--world", "plane:moons", "--limit", 20, "--record", tmp_path)
-    assert done.exit_code == 2 and document(done)["records"][0]["n"] == 20 and document(done)["error"]
+    assert (
+        done.exit_code == 2 and document(done)["records"][0]["n"] == 20 and document(done)["error"]
+    )
 
 
 def test_an_interrupted_evaluation_exits_130(folder, monkeypatch):

@@ -41,28 +41,50 @@ def one_sentence(done, *words) -> bool:
 def test_train_writes_network_card_and_checksum(tmp_path, world, method):
     done = run("--json", "train", world, "--method", method.upper(), "--steps", 2, *TINY)
     assert done.exit_code == 0 and "loss" in done.stderr, done.stderr
-    model, = json.loads(done.stdout)["models"]
+    (model,) = json.loads(done.stdout)["models"]
     classifier, card = baselines.load(assets.verified(baselines.FILES[world][method]))
     assert model == dict(file=str(tmp_path / "assets" / baselines.FILES[world][method]), card=card)
-    assert classifier.widths == (8, 16) and classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
-    assert card["settings"]["seed"] == 1 and card["settings"]["steps"] == 2 and card["images_seen"] == 32
+    assert (
+        classifier.widths == (8, 16)
+        and classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
+    )
+    assert (
+        card["settings"]["seed"] == 1
+        and card["settings"]["steps"] == 2
+        and card["images_seen"] == 32
+    )
     assert (card["recipe"]["inner"] is None) == (method == "cnn") and card["accuracy"]["n"] == 4
     assert card["command"] == f"diffclass train {world} --method {method}"
     assert not list((tmp_path / "assets" / "checkpoints").iterdir())
 
 
 def test_train_says_both_accuracies(tmp_path):
-    done = run("train", "digits", "--method", "cnn", "--steps", 1, "--out", tmp_path / "out", *TINY[:4])
+    done = run(
+        "train", "digits", "--method", "cnn", "--steps", 1, "--out", tmp_path / "out", *TINY[:4]
+    )
     assert done.exit_code == 0 and done.stdout.count("of 8, 95 % Clopper-Pearson") == 2
     assert "at most" in done.stdout and "under PGD-20 in linf 0.1, 16 images in" in done.stdout
     assert not (tmp_path / "assets" / baselines.FILES["digits"]["cnn"]).exists()
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(tmp_path, interrupt, as_json):
+def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
+    tmp_path, interrupt, as_json
+):
     """Ctrl-C during the second step of four, beside the checkpoint of another network."""
-    name, out = baselines.FILES["digits"]["adversarial"], tmp_path / "out"
-    command = [*["--json"] * as_json, "train", "digits", "--method", "adversarial", "--steps", 4, *TINY, "--out"]
+    name = baselines.FILES["digits"]["adversarial"]
+    out = tmp_path / "out"
+    command = [
+        *["--json"] * as_json,
+        "train",
+        "digits",
+        "--method",
+        "adversarial",
+        "--steps",
+        4,
+        *TINY,
+        "--out",
+    ]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / baselines.FILES["cifar10"]["cnn"]).write_text("of another run")
@@ -71,7 +93,9 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(tmp_
     assert done.exit_code == 130 and one_sentence(done, str(out / "checkpoints" / name), "resumes")
     assert (out / "checkpoints" / name).exists() and not (out / name).exists()
     assert run(*command, out).exit_code == 0 and begun == [0, 1, 2, 3]
-    one, other = (baselines.load(folder / name)[0].state_dict() for folder in (out, tmp_path / "unbroken"))
+    one, other = (
+        baselines.load(folder / name)[0].state_dict() for folder in (out, tmp_path / "unbroken")
+    )
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert [p.name for p in (out / "checkpoints").iterdir()] == [baselines.FILES["cifar10"]["cnn"]]
 
@@ -84,19 +108,32 @@ def test_minutes_pause_and_the_same_command_goes_on(tmp_path):
     assert run(*command).exit_code == 0 and not kept.exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("digits", "--method", "cnn", "--teacher-only"), ("--teacher-only", "--method cnn", "one network")),
-    (("cifar10", "--method", "adversarial", "--student-only"), ("--student-only", "--method adversarial")),
-    (("digits", "--method", "idc", "--teacher-only"), ("--teacher-only", "--method idc")),
-    (("digits", "--method", "gan"), ("'cnn'", "'adversarial'", "'gan'")),
-    (("mars", "--method", "cnn"), ("'digits'", "'cifar10'", "'mars'")),
-    (("digits", "--method", "cnn", "--widths", "wide"), ("multiples of 4", "'wide'")),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ("digits", "--method", "cnn", "--teacher-only"),
+            ("--teacher-only", "--method cnn", "one network"),
+        ),
+        (
+            ("cifar10", "--method", "adversarial", "--student-only"),
+            ("--student-only", "--method adversarial"),
+        ),
+        (("digits", "--method", "idc", "--teacher-only"), ("--teacher-only", "--method idc")),
+        (("digits", "--method", "gan"), ("'cnn'", "'adversarial'", "'gan'")),
+        (("mars", "--method", "cnn"), ("'digits'", "'cifar10'", "'mars'")),
+        (("digits", "--method", "cnn", "--widths", "wide"), ("multiples of 4", "'wide'")),
+    ],
+)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_options_that_do_not_apply_get_a_sentence(arguments, words, as_json):
     done = run(*["--json"] * as_json, "train", *arguments, "--steps", 1)
     assert done.exit_code == 2 and one_sentence(done, *words)
-    assert all(word in json.loads(done.stdout)["error"] for word in words) if as_json else done.stdout == ""
+    assert (
+        all(word in json.loads(done.stdout)["error"] for word in words)
+        if as_json
+        else done.stdout == ""
+    )
 
 
 def test_another_recipe_does_not_resume(tmp_path):

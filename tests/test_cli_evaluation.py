@@ -9,18 +9,22 @@ from diffclass import assets, baselines, cli, data, protocols, results, robustne
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-CNN, TRAINED = "digits-cnn.safetensors", ("--world", "digits", "--defence", "cnn", "--limit", 6)
+CNN = "digits-cnn.safetensors"
+TRAINED = ("--world", "digits", "--defence", "cnn", "--limit", 6)
 
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """A plain classifier of digits after a second of training, listed in its folder."""
-    folder, world = tmp_path_factory.mktemp("networks"), data.digits()
+    folder = tmp_path_factory.mktemp("networks")
+    world = data.digits()
     model = baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=1)
     optimiser = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(world.train_images[:400]), world.train_labels[:400]).backward()
+        torch.nn.functional.cross_entropy(
+            model(world.train_images[:400]), world.train_labels[:400]
+        ).backward()
         optimiser.step()
     baselines.save(model, folder / CNN)
     assets.record([CNN], folder)
@@ -35,7 +39,9 @@ def weights(tmp_path, networks, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="diffclass")
+    return CliRunner().invoke(
+        cli.app, [str(argument) for argument in arguments], prog_name="diffclass"
+    )
 
 
 def sentence(done) -> str:
@@ -54,26 +60,60 @@ def store(weights, tmp_path):
 
 
 def test_an_attack_is_stored_recorded_and_verified(weights, tmp_path):
-    store, file = tmp_path / "run", tmp_path / "all.jsonl"
-    done = run("--json", "evaluate", "--attack", "paper", *TRAINED, "--norm", "l2", "--epsilon", 0.05, "--store",
-               store, "--record", file)
+    store = tmp_path / "run"
+    file = tmp_path / "all.jsonl"
+    done = run(
+        "--json",
+        "evaluate",
+        "--attack",
+        "paper",
+        *TRAINED,
+        "--norm",
+        "l2",
+        "--epsilon",
+        0.05,
+        "--store",
+        store,
+        "--record",
+        file,
+    )
     content = json.loads(done.stdout)
     clean, bound, *alone = content["records"]
     assert done.exit_code == 0 and "6/6" in done.stderr
-    assert "paper protocol, l2 0.05" in bound["what"] and "upper bound" in bound["what"] and len(alone) == 1
+    assert (
+        "paper protocol, l2 0.05" in bound["what"]
+        and "upper bound" in bound["what"]
+        and len(alone) == 1
+    )
     assert bound["settings"]["chosen"] == repr(protocols.paper("cnn", "l2", 0.05))
-    assert bound["checkpoint"] == results.sha256_of(weights / CNN) and 0 < bound["value"] <= clean["value"]
-    assert [r.what for r in results.read(file)] == [r.what for r in results.read(store / "records.jsonl")]
+    assert (
+        bound["checkpoint"] == results.sha256_of(weights / CNN)
+        and 0 < bound["value"] <= clean["value"]
+    )
+    assert [r.what for r in results.read(file)] == [
+        r.what for r in results.read(store / "records.jsonl")
+    ]
     assert robustness.read(store).finished == 6
     done = run("--json", "verify", store)
     content = json.loads(done.stdout)
-    assert done.exit_code == 0 and content["stands"] and content["images"] == 6 and content["faults"] == []
+    assert (
+        done.exit_code == 0
+        and content["stands"]
+        and content["images"] == 6
+        and content["faults"] == []
+    )
     done = run("verify", store)
-    assert done.exit_code == 0 and "stands: 6 of 6 pictures" in done.stdout and bound["what"] in done.stdout
+    assert (
+        done.exit_code == 0
+        and "stands: 6 of 6 pictures" in done.stdout
+        and bound["what"] in done.stdout
+    )
 
 
 def test_the_budget_of_the_world_is_the_default_and_a_run_resumes(store):
-    before = {path.name: path.read_bytes() for path in store.glob("*s*") if path.name != "records.jsonl"}
+    before = {
+        path.name: path.read_bytes() for path in store.glob("*s*") if path.name != "records.jsonl"
+    }
     assert robustness.read(store).protocol.epsilon == zoo.budget("digits", "linf")
     shutil.copy(store / "rows.jsonl", store / "whole")
     (store / "records.jsonl").unlink()
@@ -84,10 +124,22 @@ def test_the_budget_of_the_world_is_the_default_and_a_run_resumes(store):
 
 def test_the_plane_is_attacked_without_weights(tmp_path):
     options = ("--world", "plane:moons", "--limit", 2, "--store")
-    done = run("evaluate", "--attack", "honest", "--defence", "DC", *options, tmp_path / "run", "--epsilon", 0.01)
+    done = run(
+        "evaluate",
+        "--attack",
+        "honest",
+        "--defence",
+        "DC",
+        *options,
+        tmp_path / "run",
+        "--epsilon",
+        0.01,
+    )
     assert done.exit_code == 0 and "worst of 10 draws" in done.stdout
     assert run("verify", tmp_path / "run").exit_code == 0
-    assert "at least 3 classes" in sentence(run("evaluate", "--attack", "paper", *options, tmp_path / "paper"))
+    assert "at least 3 classes" in sentence(
+        run("evaluate", "--attack", "paper", *options, tmp_path / "paper")
+    )
 
 
 def test_a_tampered_claim_exits_1_and_names_the_image(store):
@@ -96,7 +148,11 @@ def test_a_tampered_claim_exits_1_and_names_the_image(store):
     rows[4]["hits"] = 1 - rows[4]["hits"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("verify", store)
-    assert done.exit_code == 1 and "WRONG      image 4: perturbed" in done.stdout and "does not stand" in done.stdout
+    assert (
+        done.exit_code == 1
+        and "WRONG      image 4: perturbed" in done.stdout
+        and "does not stand" in done.stdout
+    )
     content = json.loads(run("--json", "verify", store).stdout)
     assert not content["stands"] and any(fault.startswith("image 4") for fault in content["faults"])
 
@@ -131,8 +187,20 @@ def test_bad_input_gets_a_sentence(weights, tmp_path, store):
     assert "the norm" in sentence(run(*attack, *new, "--norm", "l1"))
     assert "the attack" in sentence(run("evaluate", "--attack", "pgd", *TRAINED, *new))
     assert "the defence of digits" in sentence(run(*attack, *new, "--defence", "gan"))
-    assert "got 'vote'" in sentence(run("evaluate", "--attack", "paper", "--world", "plane:moons", "--limit", 2,
-                                        "--defence", "vote", *new))
+    assert "got 'vote'" in sentence(
+        run(
+            "evaluate",
+            "--attack",
+            "paper",
+            "--world",
+            "plane:moons",
+            "--limit",
+            2,
+            "--defence",
+            "vote",
+            *new,
+        )
+    )
     assert "--method adversarial" in sentence(run(*attack, *new, "--defence", "adversarial"))
     assert "the defence's name decides" in sentence(run(*attack, *new, "--levels", 4))
     assert "'seed'] differ" in sentence(run(*attack, "--store", store, "--seed", 1))

@@ -27,7 +27,9 @@ def patterned(net: torch.nn.Module) -> torch.nn.Module:
 def released(net: nets.SongUNet) -> dict[str, torch.Tensor]:
     """The state dict as EDM writes it: with a prefix, and a filter beside every layer that resamples."""
     state = {f"model.{name}": value.detach() for name, value in net.state_dict().items()}
-    for name in [name for name in state if name.endswith(("_up.conv0.weight", "_down.conv0.weight"))]:
+    for name in [
+        name for name in state if name.endswith(("_up.conv0.weight", "_down.conv0.weight"))
+    ]:
         state[name.replace("weight", "resample_filter")] = torch.full((1, 1, 2, 2), 0.25)
     return state
 
@@ -39,16 +41,26 @@ def released(net: nets.SongUNet) -> dict[str, torch.Tensor]:
 def outputs(net) -> torch.Tensor:
     ramp = torch.arange(2 * 3 * 16 * 16, dtype=torch.float64)
     with torch.no_grad():
-        return net(torch.cos(0.3 * ramp).float().reshape(2, 3, 16, 16), torch.tensor([-1.5, 0.8]), torch.tensor([1, 3]))
+        return net(
+            torch.cos(0.3 * ramp).float().reshape(2, 3, 16, 16),
+            torch.tensor([-1.5, 0.8]),
+            torch.tensor([1, 3]),
+        )
 
 
 def test_the_network_is_the_published_one():
     """The values were computed once by another implementation of the same paper, the one in nvidia-modulus 0.5.0."""
-    published = torch.tensor([[0.1313697, 0.2827886, 0.3562617], [-0.0792318, 0.1005246, 0.2056282]])
-    assert torch.allclose(outputs(patterned(nets.SongUNet(**SMALL)))[:, :, 5, 7], published, atol=2e-6)
+    published = torch.tensor(
+        [[0.1313697, 0.2827886, 0.3562617], [-0.0792318, 0.1005246, 0.2056282]]
+    )
+    assert torch.allclose(
+        outputs(patterned(nets.SongUNet(**SMALL)))[:, :, 5, 7], published, atol=2e-6
+    )
 
 
-@pytest.mark.parametrize("slip", ["norm eps", "no root of two", "label scale", "level scale", "resampling"])
+@pytest.mark.parametrize(
+    "slip", ["norm eps", "no root of two", "label scale", "level scale", "resampling"]
+)
 def test_slips_in_the_network_are_caught(slip, monkeypatch):
     net = patterned(nets.SongUNet(**SMALL))
     honest = outputs(net)
@@ -76,7 +88,9 @@ def test_a_state_dict_says_what_it_is(tmp_path, labels):
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     c_skip, c_out, c_in = network.edm_scalings(torch.tensor(0.7))
     with torch.no_grad():
-        wanted = c_skip * x + c_out * net(c_in * x, torch.tensor([0.7, 0.7]).log(), torch.tensor([2, 2]))
+        wanted = c_skip * x + c_out * net(
+            c_in * x, torch.tensor([0.7, 0.7]).log(), torch.tensor([2, 2])
+        )
         got = denoiser(x, 0.7, [2] if labels else [0])[:, 0]
     assert torch.allclose(got, wanted, atol=1e-6)
 
@@ -88,12 +102,15 @@ def test_the_size_of_the_released_network():
     assert sum(weight.numel() for weight in net.parameters()) == pytest.approx(55.7e6, rel=0.002)
 
 
-@pytest.mark.parametrize("extra, words", [
-    ({"map_noise.freqs": torch.zeros(4)}, "expected a DDPM"),
-    ({"enc.8x8_aux_residual.weight": torch.zeros(4)}, "aux_residual"),
-    ({"model.enc.8x8_down.conv0.resample_filter": torch.zeros(1, 1, 4, 4)}, "resample_filter"),
-    ({"surplus.weight": torch.zeros(4)}, "surplus.weight"),
-])
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ({"map_noise.freqs": torch.zeros(4)}, "expected a DDPM"),
+        ({"enc.8x8_aux_residual.weight": torch.zeros(4)}, "aux_residual"),
+        ({"model.enc.8x8_down.conv0.resample_filter": torch.zeros(1, 1, 4, 4)}, "resample_filter"),
+        ({"surplus.weight": torch.zeros(4)}, "surplus.weight"),
+    ],
+)
 def test_other_architectures_are_refused(tmp_path, extra, words):
     save_file(released(nets.SongUNet(**SMALL)) | extra, tmp_path / "edm.safetensors")
     with pytest.raises(ValueError, match=words):
@@ -120,12 +137,20 @@ def persistence(monkeypatch):
 
     class Persistent:
         def __init__(self, part, kind=None):
-            self.part, self.kind = part, kind or type(part).__name__
+            self.part = part
+            self.kind = kind or type(part).__name__
 
         def __reduce__(self):
             state = {**self.part.__dict__, "_modules": persistent(self.part._modules)}
-            return _reconstruct_persistent_obj, (dict(type="class", version=6, class_name=self.kind, state=state,
-                                                      module_src="raise SystemExit('the code in the file was run')"),)
+            return _reconstruct_persistent_obj, (
+                dict(
+                    type="class",
+                    version=6,
+                    class_name=self.kind,
+                    state=state,
+                    module_src="raise SystemExit('the code in the file was run')",
+                ),
+            )
 
     def persistent(parts):
         """The parts as EDM has them: torch's containers are pickled as they are, all else with its source code."""
@@ -166,7 +191,9 @@ def test_files_that_ask_for_code_are_refused(persistence, tmp_path, monkeypatch)
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps(dict(ema=Malicious())))
     torch.save(Malicious(), tmp_path / "bad.pt")
     for name in ("bad.pkl", "bad.pt"):
-        with pytest.raises(ValueError, match=f"expected {name} to hold the tensors of a network.*refused"):
+        with pytest.raises(
+            ValueError, match=f"expected {name} to hold the tensors of a network.*refused"
+        ):
             conversion.from_edm(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
     pickled(persistence, tmp_path / "vp.pkl", kind="VPPrecond")
@@ -192,5 +219,7 @@ def test_the_command_writes_weights_that_the_course_loads(tmp_path, monkeypatch)
     assert done.exit_code == 0 and "4 classes" in done.stdout
     loaded, card = network.load_denoiser(assets.verified(recipes.MODELS["cifar10"]["edm"]))
     assert torch.equal(outputs(loaded.network), outputs(net)) and len(card["source_sha256"]) == 64
-    done = CliRunner().invoke(app, ["convert", str(tmp_path / "edm.safetensors"), str(tmp_path / "out.pkl")])
+    done = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "edm.safetensors"), str(tmp_path / "out.pkl")]
+    )
     assert done.exit_code == 2 and "ends in .safetensors" in done.stderr

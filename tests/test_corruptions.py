@@ -9,8 +9,11 @@ from diffclass.corruptions import SEVERITIES, corrupted
 def photos(n=4) -> torch.Tensor:
     """Smooth colour pictures between 0.2 and 0.7, which no corruption but brightness clips."""
     grid = torch.linspace(0, 3, 32)
-    waves = [torch.sin((k + 1) * grid)[:, None] * torch.cos((c + 1) * grid + k)[None]
-             for k in range(n) for c in range(3)]
+    waves = [
+        torch.sin((k + 1) * grid)[:, None] * torch.cos((c + 1) * grid + k)[None]
+        for k in range(n)
+        for c in range(3)
+    ]
     return 0.45 + 0.25 * torch.stack(waves).reshape(n, 3, 32, 32)
 
 
@@ -33,7 +36,8 @@ def test_each_is_worse_at_every_severity_and_stays_a_picture(name):
 def test_noise_and_photons_have_their_variance():
     x = torch.full((8, 3, 32, 32), 0.5)
     for severity in range(1, 6):
-        deviation, photons = SEVERITIES["noise"][severity - 1], SEVERITIES["shot"][severity - 1]
+        deviation = SEVERITIES["noise"][severity - 1]
+        photons = SEVERITIES["shot"][severity - 1]
         noisy, shot = (corrupted(x, name, severity, generator(1)) - x for name in ("noise", "shot"))
         assert float(noisy.std()) == pytest.approx(deviation, rel=0.03)
         assert float(shot.var()) == pytest.approx(0.5 / photons, rel=0.05)
@@ -64,15 +68,18 @@ def test_contrast_and_brightness_move_pixels_as_they_say():
 
 
 def test_digits_can_be_corrupted_and_evaluated_by_name():
-    clean, worse = recipes.evaluation("digits", limit=50), recipes.evaluation("digits:noise-5", limit=50)
+    clean = recipes.evaluation("digits", limit=50)
+    worse = recipes.evaluation("digits:noise-5", limit=50)
     assert worse.settings["world"] == "digits:noise-5" and torch.equal(clean.labels, worse.labels)
     wanted = corrupted(data.digits().test_images[:50], "noise", 5, generator())
     assert torch.equal(worse.images, wanted) and not torch.equal(worse.images, clean.images)
-    record, = recipes.records(worse, 40, 0)
+    (record,) = recipes.records(worse, 40, 0)
     assert "50 test digits" in record.what and "noise" in record.what
 
 
-@pytest.mark.parametrize("world", ["digits:noise", "digits:fog-3", "digits:noise-6", "digits:noise-x"])
+@pytest.mark.parametrize(
+    "world", ["digits:noise", "digits:fog-3", "digits:noise-6", "digits:noise-x"]
+)
 def test_unknown_corruptions_get_a_sentence(world):
     with pytest.raises(ValueError, match="expected .*noise, shot, blur.* at a severity of 1 to 5"):
         recipes.evaluation(world, limit=5)

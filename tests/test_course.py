@@ -30,9 +30,16 @@ def test_pass_prints_one_line(capsys):
 
 @pytest.mark.parametrize(
     ("got", "want"),
-    [(1.0, 1), (True, True), ([1, 2], np.array([1.0, 2.0])), (WANT.float(), WANT.float().tolist()),
-     (torch.ones(3, requires_grad=True), 1.0), (torch.ones(1), 1.0), (-math.inf, -math.inf),
-     (torch.ones(2, dtype=torch.bfloat16), torch.ones(2))],
+    [
+        (1.0, 1),
+        (True, True),
+        ([1, 2], np.array([1.0, 2.0])),
+        (WANT.float(), WANT.float().tolist()),
+        (torch.ones(3, requires_grad=True), 1.0),
+        (torch.ones(1), 1.0),
+        (-math.inf, -math.inf),
+        (torch.ones(2, dtype=torch.bfloat16), torch.ones(2)),
+    ],
 )
 def test_kinds_that_can_be_equal(got, want):
     check("same", got, want, tol=0)
@@ -42,7 +49,9 @@ def test_kinds_that_can_be_equal(got, want):
 def test_failure_names_the_worst_place():
     got = WANT.clone()
     got[1, 2] += 0.5
-    with pytest.raises(CheckFailed, match=r"loss: max\|Δ\| = 0.5 > 1e-06 at \[1, 2\]: got 0.9, wanted 0.4"):
+    with pytest.raises(
+        CheckFailed, match=r"loss: max\|Δ\| = 0.5 > 1e-06 at \[1, 2\]: got 0.9, wanted 0.4"
+    ):
         check("loss", got, WANT, tol=1e-6)
 
 
@@ -60,8 +69,16 @@ def test_relative_divides_by_the_wanted_value():
         check("zero", [1e-9, 1.0], [0.0, 1.0], tol=1e-5, relative=True)
 
 
-@pytest.mark.parametrize(("got", "want"), [(math.nan, math.nan), ([1.0, math.nan], [1.0, 2.0]), ([1.0], math.nan),
-                                           (math.inf, -math.inf), (math.inf, 1.0)])
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (math.nan, math.nan),
+        ([1.0, math.nan], [1.0, 2.0]),
+        ([1.0], math.nan),
+        (math.inf, -math.inf),
+        (math.inf, 1.0),
+    ],
+)
 def test_nan_and_infinity_never_pass(got, want):
     with pytest.raises(CheckFailed):
         check("n", got, want, tol=1e300)
@@ -89,12 +106,25 @@ def test_transposed_shape_is_recognised():
 
 @pytest.mark.parametrize(
     ("got", "cause"),
-    [(2 * WANT, "factor 1/2 missing"), (WANT / 2, "factor 1/2 too many"), (4 * WANT, "model units is four times"),
-     (WANT / 4, "quarter"), (-WANT, "sign is flipped"), (math.sqrt(2) * WANT, r"sqrt\(2\)"),
-     (WANT**2, "square of what is wanted"), (WANT**0.5, "square root"), (1 / WANT, "reciprocal"),
-     (WANT.log(), "is the logarithm"), (WANT.exp(), "is the exponential"), (WANT + 0.7, "same constant 0.7"),
-     (3072 * WANT, "3072 times too large: a sum where a mean"), (WANT / 48, "48 times too small: a mean where a sum"),
-     (1.37 * WANT, "factor 1.37"), (WANT.flip(1), "another order"), (WANT * 1.0001, "three digits")],
+    [
+        (2 * WANT, "factor 1/2 missing"),
+        (WANT / 2, "factor 1/2 too many"),
+        (4 * WANT, "model units is four times"),
+        (WANT / 4, "quarter"),
+        (-WANT, "sign is flipped"),
+        (math.sqrt(2) * WANT, r"sqrt\(2\)"),
+        (WANT**2, "square of what is wanted"),
+        (WANT**0.5, "square root"),
+        (1 / WANT, "reciprocal"),
+        (WANT.log(), "is the logarithm"),
+        (WANT.exp(), "is the exponential"),
+        (WANT + 0.7, "same constant 0.7"),
+        (3072 * WANT, "3072 times too large: a sum where a mean"),
+        (WANT / 48, "48 times too small: a mean where a sum"),
+        (1.37 * WANT, "factor 1.37"),
+        (WANT.flip(1), "another order"),
+        (WANT * 1.0001, "three digits"),
+    ],
 )
 def test_likely_cause(got, cause):
     with pytest.raises(CheckFailed, match=cause):
@@ -117,7 +147,9 @@ def test_no_cause_is_invented():
     assert str(caught.value).endswith("wanted 0.7.")
 
 
-@pytest.mark.parametrize("arguments", [{}, {"tol": 1.0, "se": 1.0}, {"tol": -1.0}, {"tol": math.nan}, {"tol": True}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"tol": 1.0, "se": 1.0}, {"tol": -1.0}, {"tol": math.nan}, {"tol": True}]
+)
 def test_one_honest_criterion(arguments):
     with pytest.raises(ValueError, match="tol"):
         check("x", 1.0, 1.0, **arguments)
@@ -140,7 +172,9 @@ def test_nothing_is_not_checked():
 def test_four_standard_errors(capsys):
     check("mean", 1.039, 1.0, se=0.01)
     assert "|z| = 3.90 ≤ 4" in capsys.readouterr().out
-    with pytest.raises(CheckFailed, match=r"\|z\| = 4.10 > 4: got 1.041, wanted 1, standard error 0.01"):
+    with pytest.raises(
+        CheckFailed, match=r"\|z\| = 4.10 > 4: got 1.041, wanted 1, standard error 0.01"
+    ):
         check("mean", 1.041, 1.0, se=0.01)
 
 
@@ -152,7 +186,8 @@ def test_each_value_has_its_own_standard_error():
 
 def test_averages_of_real_noise_pass_about_as_often_as_they_should():
     noise = np.random.default_rng(0).normal(1.0, 1.0, (3000, 400))
-    mean, se = noise.mean(1), noise.std(1, ddof=1) / 20
+    mean = noise.mean(1)
+    se = noise.std(1, ddof=1) / 20
     failures = 0
     for m, s in zip(mean, se, strict=True):
         try:
@@ -196,7 +231,9 @@ def test_check_true():
         check_true("sorted", False, "edges ascend")
 
 
-@pytest.mark.parametrize("condition", [torch.tensor([True, True]), 1, None, "yes", torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "condition", [torch.tensor([True, True]), 1, None, "yes", torch.tensor(1.0)]
+)
 def test_check_true_wants_one_truth_value(condition):
     with pytest.raises(ValueError, match="True or False"):
         check_true("x", condition, "y")
@@ -207,11 +244,15 @@ def test_check_less_prints_the_margin(capsys):
     assert capsys.readouterr().out == "✓ bound   smallest margin = 0.1 at [1]\n"
     check_less("scalar", 0.0, [0.0, 1.0])
     check_less("noise", 1.05, 1.0, slack=0.1)
-    with pytest.raises(CheckFailed, match=r"margin = -0.05; the bound is broken by 0.05, and 0 is allowed"):
+    with pytest.raises(
+        CheckFailed, match=r"margin = -0.05; the bound is broken by 0.05, and 0 is allowed"
+    ):
         check_less("noise", 1.05, 1.0)
 
 
-@pytest.mark.parametrize(("small", "large"), [(math.nan, 1.0), ([1.0, 1.0, 1.0], [2.0, 2.0]), (math.inf, math.inf)])
+@pytest.mark.parametrize(
+    ("small", "large"), [(math.nan, 1.0), ([1.0, 1.0, 1.0], [2.0, 2.0]), (math.inf, math.inf)]
+)
 def test_check_less_fails_on_what_cannot_be_compared(small, large):
     with pytest.raises(CheckFailed), np.errstate(invalid="ignore"):
         check_less("bound", small, large)
@@ -243,7 +284,8 @@ def test_ledger_lists_each_check_once_and_its_last_result():
 
 
 def widgets_of(prediction, kind):
-    found, waiting = [], [prediction.box]
+    found = []
+    waiting = [prediction.box]
     while waiting:
         widget = waiting.pop()
         waiting.extend(getattr(widget, "children", ()))
@@ -264,8 +306,10 @@ def test_choice_by_click(capsys):
     assert radio.value == "ELBO"
     course.reveal(guess, "EDM")
     assert capsys.readouterr().out.splitlines() == [
-        "You made no prediction; the answer is EDM.", "You predicted EDM: right.",
-        "You predicted ELBO, actual EDM: have another look at why."]
+        "You made no prediction; the answer is EDM.",
+        "You predicted EDM: right.",
+        "You predicted ELBO, actual EDM: have another look at why.",
+    ]
 
 
 def test_number_counts_only_once_committed(capsys):
@@ -277,20 +321,31 @@ def test_number_counts_only_once_committed(capsys):
     button.click()
     assert guess.value == 500.0
     course.reveal(guess, torch.tensor(1000))
-    assert capsys.readouterr().out == "You predicted 500 votes, actual 1000 votes: too low by a factor 2.\n"
+    assert (
+        capsys.readouterr().out
+        == "You predicted 500 votes, actual 1000 votes: too low by a factor 2.\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("guess", "actual", "words"),
-    [(3.0, 1.0, "too high by a factor 3"), (1.0, 1.01, "right on the spot"), (-1.0, 2.0, "off by 3; the sign differs"),
-     (0.0, 2.0, "off by 2"), (-4.0, -2.0, "too high by a factor 2"), (1.0, math.nan, "not finite")],
+    [
+        (3.0, 1.0, "too high by a factor 3"),
+        (1.0, 1.01, "right on the spot"),
+        (-1.0, 2.0, "off by 3; the sign differs"),
+        (0.0, 2.0, "off by 2"),
+        (-4.0, -2.0, "too high by a factor 2"),
+        (1.0, math.nan, "not finite"),
+    ],
 )
 def test_distance_in_words(guess, actual, words, capsys):
     course.reveal(course.predict("?", answer=guess), actual)
     assert capsys.readouterr().out.rstrip().endswith(f"{words}.")
 
 
-@pytest.mark.parametrize("actual", [None, "text", [1, 2], np.ones(3), torch.ones(2, 2), math.inf, True, 0])
+@pytest.mark.parametrize(
+    "actual", [None, "text", [1, 2], np.ones(3), torch.ones(2, 2), math.inf, True, 0]
+)
 @pytest.mark.parametrize("prediction", [None, 3, "ELBO", "number", "choice"])
 def test_reveal_never_raises(prediction, actual, capsys):
     if prediction == "number":
@@ -304,16 +359,21 @@ def test_reveal_never_raises(prediction, actual, capsys):
 def test_reveal_writes_under_the_question():
     guess = course.predict("?", ["a <", "b"], answer="a <")
     course.reveal(guess, "a <")
-    assert any("You predicted a &lt;: right." in w.value and "aria-live" in w.value
-               for w in widgets_of(guess, ipywidgets.HTML))
+    assert any(
+        "You predicted a &lt;: right." in w.value and "aria-live" in w.value
+        for w in widgets_of(guess, ipywidgets.HTML)
+    )
 
 
 def test_prediction_shows_itself_as_core_widgets_without_output():
     guess = course.predict("Is 1 < 2?", ["yes", "no"])
     bundle = guess._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in (bundle[0] if isinstance(bundle, tuple) else bundle)
+    assert "application/vnd.jupyter.widget-view+json" in (
+        bundle[0] if isinstance(bundle, tuple) else bundle
+    )
     assert "1 &lt; 2" in widgets_of(guess, ipywidgets.HTML)[-1].value or any(
-        "1 &lt; 2" in w.value for w in widgets_of(guess, ipywidgets.HTML))
+        "1 &lt; 2" in w.value for w in widgets_of(guess, ipywidgets.HTML)
+    )
     assert not widgets_of(guess, ipywidgets.Output)
 
 

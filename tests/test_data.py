@@ -26,13 +26,17 @@ def textbook(law, k, sigma, add=torch.hypot):
     """The law of class k plus noise, built from torch.distributions; `add` joins the two standard deviations."""
     m = law.labels == k
     spread = add(law.scales[m], torch.tensor(sigma, dtype=torch.float64))[:, None].expand(-1, 2)
-    return MixtureSameFamily(Categorical(law.weights[m]), Independent(Normal(law.means[m], spread), 1))
+    return MixtureSameFamily(
+        Categorical(law.weights[m]), Independent(Normal(law.means[m], spread), 1)
+    )
 
 
 def with_std_added(law):
     """The mutated twin: a convolution that adds standard deviations instead of variances."""
-    return lambda x, sigma: torch.stack([textbook(law, k, sigma, torch.add).log_prob(x.flatten(1))
-                                         for k in range(law.num_classes)], 1)
+    return lambda x, sigma: torch.stack(
+        [textbook(law, k, sigma, torch.add).log_prob(x.flatten(1)) for k in range(law.num_classes)],
+        1,
+    )
 
 
 def worst_z(log_density, law, sigma, generator, n=100_000):
@@ -44,8 +48,10 @@ def worst_z(log_density, law, sigma, generator, n=100_000):
     worst = 0.0
     for k in range(law.num_classes):
         for centre in law.means[law.labels == k][:2]:
+
             def bump(points, centre=centre):
                 return torch.exp(-((points.flatten(1) - centre) ** 2).sum(1) / (2 * 0.15**2))
+
             values = bump(noisy[y == k])
             gap = float(values.mean() - (density[:, k] * bump(grid)).sum() * area)
             worst = max(worst, abs(gap) / float(values.std() / len(values) ** 0.5))
@@ -68,10 +74,16 @@ def test_density_integrates_to_one(law, sigma):
 @every_sigma
 def test_density_equals_the_textbook_mixture(law, sigma, generator):
     x = 2 * torch.rand(50, 2, 1, 1, dtype=torch.float64, generator=generator) - 1
-    expected = torch.stack([textbook(law, k, sigma).log_prob(x.flatten(1)) for k in range(law.num_classes)], 1)
+    expected = torch.stack(
+        [textbook(law, k, sigma).log_prob(x.flatten(1)) for k in range(law.num_classes)], 1
+    )
     torch.testing.assert_close(law.log_density(x, sigma), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(law.log_density(x, torch.full((50,), sigma)), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(MixtureDenoiser.of_law(law).log_density(x, sigma), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        law.log_density(x, torch.full((50,), sigma)), expected, rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        MixtureDenoiser.of_law(law).log_density(x, sigma), expected, rtol=1e-10, atol=1e-10
+    )
 
 
 @every_law
@@ -86,15 +98,20 @@ def test_each_point_may_have_its_own_sigma(generator):
     law = data.mixtures()
     x = torch.randn(3, 2, 1, 1, generator=generator)
     sigma = torch.tensor([0.0, 0.2, 1.0])
-    each = torch.cat([law.log_density(x[i:i + 1], sigma[i]) for i in range(3)])
+    each = torch.cat([law.log_density(x[i : i + 1], sigma[i]) for i in range(3)])
     torch.testing.assert_close(law.log_density(x, sigma), each)
 
 
 @every_law
 def test_posterior_is_bayes_rule(law, generator):
     x = torch.rand(200, 2, 1, 1, dtype=torch.float64, generator=generator)
-    joint = torch.stack([law.priors[k] * textbook(law, k, 0.0).log_prob(2 * x.flatten(1) - 1).exp()
-                         for k in range(law.num_classes)], 1)
+    joint = torch.stack(
+        [
+            law.priors[k] * textbook(law, k, 0.0).log_prob(2 * x.flatten(1) - 1).exp()
+            for k in range(law.num_classes)
+        ],
+        1,
+    )
     seen = joint.sum(1) > 1e-200
     torch.testing.assert_close(law.posterior(x)[seen], (joint / joint.sum(1, keepdim=True))[seen])
 
@@ -104,7 +121,9 @@ def test_samples_agree_with_priors_and_posterior(law, generator):
     n = 40_000
     x, y = law.sample(n, generator, torch.float64)
     frequency = torch.bincount(y, minlength=law.num_classes) / n
-    assert bool(((frequency - law.priors).abs() < 4 * (law.priors * (1 - law.priors) / n).sqrt()).all())
+    assert bool(
+        ((frequency - law.priors).abs() < 4 * (law.priors * (1 - law.priors) / n).sqrt()).all()
+    )
     posterior = law.posterior(x)
     gap = (posterior.argmax(1) == y).double() - posterior.amax(1)  # calibrated: its mean is 0
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / n**0.5
@@ -116,9 +135,15 @@ def test_samples_agree_with_priors_and_posterior(law, generator):
 def test_samples_are_images_and_repeat(law):
     draws = [law.sample(500, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
     x, y = draws[0]
-    assert x.shape == (500, *law.image_shape) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert (
+        x.shape == (500, *law.image_shape) and x.dtype == torch.float32 and y.dtype == torch.int64
+    )
     assert float(x.min()) >= 0 and float(x.max()) <= 1 and len(law.class_names) == law.num_classes
-    assert torch.equal(x, draws[1][0]) and torch.equal(y, draws[1][1]) and not torch.equal(x, draws[2][0])
+    assert (
+        torch.equal(x, draws[1][0])
+        and torch.equal(y, draws[1][1])
+        and not torch.equal(x, draws[2][0])
+    )
 
 
 @every_law
@@ -134,7 +159,12 @@ def test_outside_points_are_drawn_again(monkeypatch, generator):
     monkeypatch.setattr(data, "LARGEST_TAIL", 1.1)
     law = data.MixtureLaw("wide", [[0.9, 0.0]], [0.5], [1.0], [0], [1.0])
     x, _ = law.sample(2000, generator)
-    assert law.tail > 0.3 and float(x.min()) >= 0 and float(x.max()) <= 1 and float(x[:, 0].mean()) < 0.9
+    assert (
+        law.tail > 0.3
+        and float(x.min()) >= 0
+        and float(x.max()) <= 1
+        and float(x[:, 0].mean()) < 0.9
+    )
 
 
 def test_density_has_a_gradient(generator):
@@ -143,23 +173,27 @@ def test_density_has_a_gradient(generator):
     assert torch.autograd.gradcheck(lambda z: law.log_density(z, 0.3), x)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(weights=torch.tensor([0.5, 1.0, 1.0])), "weights that sum to 1 within each class"),
-    (dict(priors=torch.tensor([0.5, 0.3, 0.3])), "priors that sum to 1"),
-    (dict(scales=torch.tensor([0.1, 0.0, 0.1])), "scales > 0"),
-    (dict(labels=torch.tensor([0, 2, 3])), "labels 0 to 2 with no gap"),
-    (dict(means=torch.zeros(2, 2)), "means of shape [3, 2]"),
-    (dict(means=torch.full((3, 2), torch.nan)), "finite"),
-    (dict(scales=torch.tensor([0.1, 0.5, 0.1])), "outside [-1,1]^2"),
-    (dict(weights=torch.tensor([1.0, 1.0, -1.0])), "weights >= 0"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weights=torch.tensor([0.5, 1.0, 1.0])), "weights that sum to 1 within each class"),
+        (dict(priors=torch.tensor([0.5, 0.3, 0.3])), "priors that sum to 1"),
+        (dict(scales=torch.tensor([0.1, 0.0, 0.1])), "scales > 0"),
+        (dict(labels=torch.tensor([0, 2, 3])), "labels 0 to 2 with no gap"),
+        (dict(means=torch.zeros(2, 2)), "means of shape [3, 2]"),
+        (dict(means=torch.full((3, 2), torch.nan)), "finite"),
+        (dict(scales=torch.tensor([0.1, 0.5, 0.1])), "outside [-1,1]^2"),
+        (dict(weights=torch.tensor([1.0, 1.0, -1.0])), "weights >= 0"),
+    ],
+)
 def test_a_broken_law_is_refused(change, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("^", r"\^")):
         dataclasses.replace(data.gaussians(), **change)
 
 
 def test_wrong_questions_are_refused(generator):
-    law, x = data.gaussians(), torch.zeros(2, 2, 1, 1)
+    law = data.gaussians()
+    x = torch.zeros(2, 2, 1, 1)
     for bad in (-0.1, torch.tensor([0.1, 0.2, 0.3]), float("nan")):
         with pytest.raises(ValueError, match="sigma"):
             law.log_density(x, bad)
@@ -176,16 +210,28 @@ def test_wrong_questions_are_refused(generator):
 def test_digits_are_split_once_and_for_all():
     from sklearn.datasets import load_digits
 
-    world, source = data.digits(), load_digits()
+    world = data.digits()
+    source = load_digits()
     assert world.train_images.shape == (1397, 1, 8, 8) and world.test_images.shape == (400, 1, 8, 8)
-    assert world.image_shape == (1, 8, 8) and world.num_classes == 10 and world.class_names == tuple("0123456789")
+    assert (
+        world.image_shape == (1, 8, 8)
+        and world.num_classes == 10
+        and world.class_names == tuple("0123456789")
+    )
     assert world.train_images.dtype == torch.float32 and world.train_labels.dtype == torch.int64
     assert float(world.train_images.min()) == 0 and float(world.train_images.max()) == 1
-    rows = [(*image.flatten().mul(16).int().tolist(), int(label)) for images, labels in (
-        (world.train_images, world.train_labels), (world.test_images, world.test_labels))
-        for image, label in zip(images, labels, strict=True)]
+    rows = [
+        (*image.flatten().mul(16).int().tolist(), int(label))
+        for images, labels in (
+            (world.train_images, world.train_labels),
+            (world.test_images, world.test_labels),
+        )
+        for image, label in zip(images, labels, strict=True)
+    ]
     whole = np.column_stack([source.data, source.target]).astype(int).tolist()
-    assert sorted(rows) == sorted(map(tuple, whole))  # every picture once, with its label: the two parts are disjoint
+    assert sorted(rows) == sorted(
+        map(tuple, whole)
+    )  # every picture once, with its label: the two parts are disjoint
     assert torch.bincount(world.test_labels).min() >= 30
 
 

@@ -19,40 +19,55 @@ from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
 
-SHAPE, SPREAD, MEAN = (1, 2, 2), 0.3, 0.1
+SHAPE = (1, 2, 2)
+SPREAD = 0.3
+MEAN = 0.1
 KINDS = ["plain", "released", "paper", "SDE", "ODE"]
 
 
 class Gaussian(Denoiser):
     """The exact denoiser of N(mean, diag(variances)) without classes, twice differentiable."""
 
-    has_null, num_classes, sigma_range = True, 1, (1e-3, 1e3)
+    has_null = True
+    num_classes = 1
+    sigma_range = (1e-3, 1e3)
 
     def __init__(self, variances, mean=0.0):
         super().__init__()
         self.image_shape = tuple(variances.shape)
-        self.variances, self.mean = variances, mean
+        self.variances = variances
+        self.mean = mean
 
     def estimate(self, x_sigma, sigma, classes):
         """mean + s^2 / (s^2 + sigma^2) (x - mean)."""
         keep = self.variances / (self.variances + sigma[:, None, None, None] ** 2)
-        return (self.mean + keep * (x_sigma - self.mean))[:, None].expand(-1, len(classes), -1, -1, -1)
+        return (self.mean + keep * (x_sigma - self.mean))[:, None].expand(
+            -1, len(classes), -1, -1, -1
+        )
 
 
 class Waves(Denoiser):
     """Some smooth function of image and level, unlike any linear one: gradients have nothing to cancel by luck."""
 
-    has_null, num_classes, image_shape, sigma_range = True, 2, SHAPE, (1e-3, 1e3)
+    has_null = True
+    num_classes = 2
+    image_shape = SHAPE
+    sigma_range = (1e-3, 1e3)
 
     def estimate(self, x_sigma, sigma, classes):
         """Neighbours bend each other."""
         bent = x_sigma + 0.3 * (3 * x_sigma.roll(1, -1) + sigma[:, None, None, None]).sin()
-        return bent[:, None].expand(-1, len(classes), -1, -1, -1) * torch.ones(len(classes))[:, None, None, None]
+        return (
+            bent[:, None].expand(-1, len(classes), -1, -1, -1)
+            * torch.ones(len(classes))[:, None, None, None]
+        )
 
 
 def gaussian(shape=SHAPE, spread=SPREAD):
     """N(MEAN, SPREAD^2 I) as a mixture with one component."""
-    return MixtureDenoiser(torch.full((1, *shape), MEAN), torch.tensor([spread]), torch.ones(1), torch.zeros(1))
+    return MixtureDenoiser(
+        torch.full((1, *shape), MEAN), torch.tensor([spread]), torch.ones(1), torch.zeros(1)
+    )
 
 
 def pixels(count=5, shape=SHAPE, seed=0):
@@ -65,7 +80,9 @@ def purifier(kind, denoiser=None, **options):
     """A purifier by name, on `Waves` unless a denoiser is given."""
     denoiser = denoiser or Waves()
     return {
-        "plain": lambda: LikelihoodMaximisation(denoiser, rule=plain_direction, rate=0.5, **options),
+        "plain": lambda: LikelihoodMaximisation(
+            denoiser, rule=plain_direction, rate=0.5, **options
+        ),
         "released": lambda: LikelihoodMaximisation.released(denoiser, **options),
         "paper": lambda: LikelihoodMaximisation.paper(denoiser, **options),
         "SDE": lambda: Purification(denoiser, steps=4, **options),
@@ -84,9 +101,15 @@ def contracted(model, z, *noise):
 
 def check_contraction(purify=contracted):
     """On N(mu, s^2 I) without noise, n steps contract to mu by (1 - 2 (rate/D) sigma^4 / (s^2 + sigma^2)^2)^n."""
-    z, sigma, rate, steps = 2 * pixels() - 1, 0.5, 0.7, 4
-    model = LikelihoodMaximisation(gaussian(), steps=steps, rate=rate * 4, rule=plain_direction, band=(sigma, sigma))
-    levels, silence = torch.full((steps, 1), sigma), torch.zeros(steps, 1, *SHAPE, dtype=torch.float64)
+    z = 2 * pixels() - 1
+    sigma = 0.5
+    rate = 0.7
+    steps = 4
+    model = LikelihoodMaximisation(
+        gaussian(), steps=steps, rate=rate * 4, rule=plain_direction, band=(sigma, sigma)
+    )
+    levels = torch.full((steps, 1), sigma)
+    silence = torch.zeros(steps, 1, *SHAPE, dtype=torch.float64)
     factor = 1 - 2 * rate * sigma**4 / (SPREAD**2 + sigma**2) ** 2
     wanted = MEAN + factor**steps * (z - MEAN)
     assert torch.allclose(purify(model, z, levels, silence), wanted, rtol=1e-6) and factor < 0.5
@@ -98,7 +121,8 @@ def test_likelihood_maximisation_contracts_a_gaussian():
 
 def test_a_walk_shows_every_step_and_ends_where_the_purifier_does():
     for kind in ("plain", "released", "paper"):
-        model, z = purifier(kind), 2 * pixels(2) - 1
+        model = purifier(kind)
+        z = 2 * pixels(2) - 1
         film = list(model.walk(z, *model.noise(z)))
         assert len(film) == model.steps and torch.equal(film[-1], model.purify(z, *model.noise(z)))
         shorter = list(model.walk(z, *(part[:2] for part in model.noise(z))))
@@ -109,13 +133,18 @@ def test_a_walk_shows_every_step_and_ends_where_the_purifier_does():
 
 def test_averaged_over_the_noise_the_step_is_the_same():
     """E over eps of one step's gradient is 2/D (sigma^2 / (s^2 + sigma^2))^2 (z - mu): noise adds no bias."""
-    model, sigma, draws = LikelihoodMaximisation(gaussian()), 0.5, 40_000
+    model = LikelihoodMaximisation(gaussian())
+    sigma = 0.5
+    draws = 40_000
     z = (2 * pixels(1) - 1).expand(draws, -1, -1, -1)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
     slopes = model.slope(z, torch.tensor([sigma], dtype=z.dtype), eps)
     wanted = 2 / 4 * (sigma**2 / (SPREAD**2 + sigma**2)) ** 2 * (z[0] - MEAN)
     error = slopes.std(0) / draws**0.5
-    assert bool(((slopes.mean(0) - wanted).abs() < 4 * error).all()) and float(error.max()) < 0.1 * wanted.abs().max()
+    assert (
+        bool(((slopes.mean(0) - wanted).abs() < 4 * error).all())
+        and float(error.max()) < 0.1 * wanted.abs().max()
+    )
 
 
 def check_adam(direction=adam_direction):
@@ -123,7 +152,8 @@ def check_adam(direction=adam_direction):
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(6)]
     theirs = torch.zeros(2, *SHAPE, dtype=torch.float64, requires_grad=True)
-    optimiser, ours = torch.optim.Adam([theirs], lr=0.1), torch.zeros(2, *SHAPE, dtype=torch.float64)
+    optimiser = torch.optim.Adam([theirs], lr=0.1)
+    ours = torch.zeros(2, *SHAPE, dtype=torch.float64)
     for count in range(1, 7):
         theirs.grad = gradients[count - 1].clone()
         optimiser.step()
@@ -136,21 +166,38 @@ def test_adam_is_adam():
 
 
 def test_the_two_variants_differ_in_how_far_they_may_move():
-    denoiser, x = gaussian(spread=0.01), 0.9 * torch.ones(1, *SHAPE, dtype=torch.float64)
+    denoiser = gaussian(spread=0.01)
+    x = 0.9 * torch.ones(1, *SHAPE, dtype=torch.float64)
     paper = LikelihoodMaximisation.paper(denoiser)
-    assert abs(float((paper(x) - x).abs().max()) - 8 / 255) < 1e-9, "the budget is reached, and not passed"
+    assert abs(float((paper(x) - x).abs().max()) - 8 / 255) < 1e-9, (
+        "the budget is reached, and not passed"
+    )
     released = LikelihoodMaximisation.released(denoiser)
-    assert (released.steps, released.rate, released.budget, released.band) == (5, 0.1, None, (0.4, 0.6))
-    assert 0.2 < float((x - released(x)).max()) < 0.26, "five steps of 0.1 in model space are 0.25 in pixels"
-    assert float(released(torch.ones(1, *SHAPE)).max()) <= 1 and float(released(torch.zeros(1, *SHAPE)).min()) >= 0
+    assert (released.steps, released.rate, released.budget, released.band) == (
+        5,
+        0.1,
+        None,
+        (0.4, 0.6),
+    )
+    assert 0.2 < float((x - released(x)).max()) < 0.26, (
+        "five steps of 0.1 in model space are 0.25 in pixels"
+    )
+    assert (
+        float(released(torch.ones(1, *SHAPE)).max()) <= 1
+        and float(released(torch.zeros(1, *SHAPE)).min()) >= 0
+    )
 
 
 def test_it_raises_the_likelihood():
     law = data.mixtures()
     denoiser = MixtureDenoiser.of_law(law)
     x, _ = law.sample(50, torch.Generator().manual_seed(0), torch.float64)
-    x = (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)).clamp(0, 1)
-    model = LikelihoodMaximisation(denoiser, rule=plain_direction, rate=0.2, steps=20, band=(0.15, 0.25))
+    x = (
+        x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    ).clamp(0, 1)
+    model = LikelihoodMaximisation(
+        denoiser, rule=plain_direction, rate=0.2, steps=20, band=(0.15, 0.25)
+    )
 
     def evidence(images):
         return denoiser.log_density(2 * images - 1, 0.15, [3]).mean()
@@ -165,13 +212,15 @@ def test_it_raises_the_likelihood():
 def check_exact_gradient(gradient_of=None):
     """The gradient through every step is that of central differences, to 1e-6 relative; eight random directions."""
     generator = torch.Generator().manual_seed(0)
-    x, out = pixels(2), torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
+    x = pixels(2)
+    out = torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
     for kind in KINDS:
         model = purifier(kind)
         leaf = x.clone().requires_grad_()
         exact = (gradient_of or plain_gradient)(model, leaf, out)
         for _ in range(8):
-            v, h = torch.randn(x.shape, generator=generator, dtype=x.dtype), 1e-6
+            v = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            h = 1e-6
             difference = ((model(x + h * v) - model(x - h * v)) * out).sum() / (2 * h)
             error = abs(float((exact * v).sum() - difference))
             assert error < 1e-6 * float(exact.norm() * v.norm()), (kind, error)
@@ -188,7 +237,8 @@ def test_the_exact_gradient_is_exact():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_through_the_identity_changes_the_gradient_alone(kind):
-    exact, x = purifier(kind), pixels(3)
+    exact = purifier(kind)
+    x = pixels(3)
     straight = exact.with_gradient(False)
     out = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     leaf = x.clone().requires_grad_()
@@ -201,7 +251,8 @@ def test_backward_through_the_identity_changes_the_gradient_alone(kind):
 def test_recomputing_changes_no_gradient(kind, monkeypatch):
     from diffclass import defences
 
-    leaf, out = pixels(2).requires_grad_(), torch.ones(2, *SHAPE, dtype=torch.float64)
+    leaf = pixels(2).requires_grad_()
+    out = torch.ones(2, *SHAPE, dtype=torch.float64)
     recomputed = plain_gradient(purifier(kind), leaf, out)
     monkeypatch.setattr(defences, "_recomputed", lambda function, *arguments: function(*arguments))
     assert torch.allclose(recomputed, plain_gradient(purifier(kind), leaf, out), rtol=1e-12)
@@ -210,20 +261,28 @@ def test_recomputing_changes_no_gradient(kind, monkeypatch):
 @pytest.mark.parametrize("rate, cosine", [(0.1, 0.947), (0.4, 0.721)])
 def test_five_steps_turn_the_gradient_away_from_the_identity(rate, cosine):
     """On N(0, diag(0.05, 1)) the Jacobian is prod (1 - 2 rate sigma^4/(s^2 + sigma^2)^2): BPDA misses what it turns."""
-    variances, sigma = torch.tensor([0.05, 1.0], dtype=torch.float64).reshape(2, 1, 1), 0.5
+    variances = torch.tensor([0.05, 1.0], dtype=torch.float64).reshape(2, 1, 1)
+    sigma = 0.5
     denoiser = Gaussian(variances)
-    model = LikelihoodMaximisation(denoiser, rule=plain_direction, rate=2 * rate, band=(sigma, sigma))
+    model = LikelihoodMaximisation(
+        denoiser, rule=plain_direction, rate=2 * rate, band=(sigma, sigma)
+    )
     factors = (1 - 2 * rate * (sigma**2 / (variances + sigma**2)) ** 2) ** 5
-    leaf, out = pixels(1, (2, 1, 1)).requires_grad_(), torch.ones(1, 2, 1, 1, dtype=torch.float64)
+    leaf = pixels(1, (2, 1, 1)).requires_grad_()
+    out = torch.ones(1, 2, 1, 1, dtype=torch.float64)
     exact = plain_gradient(model, leaf, out)
     straight = plain_gradient(model.with_gradient(False), leaf, out)
     assert torch.allclose(exact[0], factors, rtol=1e-6)
-    assert abs(float(torch.cosine_similarity(exact.flatten(), straight.flatten(), 0)) - cosine) < 5e-4
+    assert (
+        abs(float(torch.cosine_similarity(exact.flatten(), straight.flatten(), 0)) - cosine) < 5e-4
+    )
 
 
 def test_a_vanished_gradient_is_not_infinite():
     """Where the loss is flat Adam divides 0 by 0 and a root by itself: the gradient stays finite."""
-    flat = Gaussian(torch.full(SHAPE, 1e30, dtype=torch.float64))  # keeps every image as it is: D(x) = x
+    flat = Gaussian(
+        torch.full(SHAPE, 1e30, dtype=torch.float64)
+    )  # keeps every image as it is: D(x) = x
     model = LikelihoodMaximisation(flat, band=(0.5, 0.5))
     leaf = pixels(1).requires_grad_()
     assert torch.allclose(model(leaf), leaf)
@@ -241,12 +300,15 @@ def walked(model, z, eps):
 
 def check_walk(purify=walked):
     """From N(mu, s^2 I) and level sigma the ODE scales x - mu by s / sqrt(s^2 + sigma^2), the SDE samples p(x0 | x)."""
-    sigma, count = 0.5, 4000
+    sigma = 0.5
+    count = 4000
     total = SPREAD**2 + sigma**2
     z = (2 * pixels(1) - 1).expand(count, -1, -1, -1)
     generator = torch.Generator().manual_seed(0)
-    for stochastic, shrink, extra in ((False, SPREAD / total**0.5, 0.0),
-                                      (True, SPREAD**2 / total, SPREAD * sigma / total**0.5)):
+    for stochastic, shrink, extra in (
+        (False, SPREAD / total**0.5, 0.0),
+        (True, SPREAD**2 / total, SPREAD * sigma / total**0.5),
+    ):
         model = Purification(gaussian(), sigma, steps=60, stochastic=stochastic, low=0.002)
         eps = model.draw(count, generator)[0].double()
         out = purify(model, z, eps)
@@ -263,11 +325,20 @@ def test_one_fixed_noise_or_fresh_noise():
     x = pixels(2)[:1].repeat(2, 1, 1, 1)
     for kind in KINDS:
         fixed = purifier(kind)
-        assert fixed.deterministic and torch.equal(fixed(x), fixed(x)) and torch.equal(fixed(x)[0], fixed(x)[1])
+        assert (
+            fixed.deterministic
+            and torch.equal(fixed(x), fixed(x))
+            and torch.equal(fixed(x)[0], fixed(x)[1])
+        )
         assert not torch.equal(fixed(x), purifier(kind, seed=1)(x))
         random = fixed.with_fresh_noise(torch.Generator().manual_seed(0))
-        first, second = random(x), random(x)
-        assert not random.deterministic and not torch.equal(first, second) and not torch.equal(first[0], first[1])
+        first = random(x)
+        second = random(x)
+        assert (
+            not random.deterministic
+            and not torch.equal(first, second)
+            and not torch.equal(first[0], first[1])
+        )
         again = fixed.with_fresh_noise(torch.Generator().manual_seed(0))
         assert torch.equal(again(x), first) and fixed.deterministic
 
@@ -290,7 +361,9 @@ def test_what_predicts_is_what_is_attacked():
         with torch.no_grad():
             silent = model(x)
         assert torch.equal(silent, model(x.clone().requires_grad_()).detach())
-        assert torch.equal(silent, model.eval()(x)) and torch.allclose(silent[2:3], model(x[2:3]), rtol=1e-9)
+        assert torch.equal(silent, model.eval()(x)) and torch.allclose(
+            silent[2:3], model(x[2:3]), rtol=1e-9
+        )
         with torch.inference_mode():
             assert torch.equal(silent, model(1 * x))
         assert (model.num_classes, model.image_shape, model.deterministic) == (3, (2, 1, 1), True)
@@ -306,18 +379,25 @@ def test_fresh_noise_reaches_both_parts():
     assert not random.purifier.deterministic and not random.classifier.deterministic
     assert not torch.equal(random(x), random(x)) and torch.equal(fixed(x), fixed(x))
     assert not Defended(fixed.purifier, random.classifier).deterministic
-    assert not random.with_gradient(False).deterministic and not random.with_gradient(False).purifier.exact
+    assert (
+        not random.with_gradient(False).deterministic
+        and not random.with_gradient(False).purifier.exact
+    )
 
 
 def test_an_attack_goes_through_the_purifier():
     """With the exact gradient PGD lowers the margin at least as far as through the identity, on average."""
     law = data.gaussians()
     x, y = law.sample(40, torch.Generator().manual_seed(0), torch.float64)
-    model, reached = plane("ODE"), {}
+    model = plane("ODE")
+    reached = {}
     for exact in (True, False):
         *_, last = attacks.pgd(model.with_gradient(exact), x, y, 0.08, norm="l2", steps=10)
         reached[exact] = float(attacks.margin_loss(model(last.x), y).mean())
-    assert reached[True] > float(attacks.margin_loss(model(x), y).mean()) + 1 and reached[True] > reached[False] - 1e-9
+    assert (
+        reached[True] > float(attacks.margin_loss(model(x), y).mean()) + 1
+        and reached[True] > reached[False] - 1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,7 +406,9 @@ def test_attack_libraries_go_through_the_purifier_too(kind):
     import torchattacks
 
     class Tilted(torch.nn.Module):
-        num_classes, image_shape, deterministic = 2, SHAPE, True
+        num_classes = 2
+        image_shape = SHAPE
+        deterministic = True
 
         def forward(self, x):
             """Two classes, split by the second row against the first."""
@@ -339,18 +421,23 @@ def test_attack_libraries_go_through_the_purifier_too(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = torchattacks.PGD(view, eps=0.05, alpha=0.01, steps=4, random_start=False)(x, y)
-    *_, last = attacks.pgd(view, x, y, 0.05, steps=4, step_size=0.01, loss=attacks.cross_entropy_loss)
+    *_, last = attacks.pgd(
+        view, x, y, 0.05, steps=4, step_size=0.01, loss=attacks.cross_entropy_loss
+    )
     assert torch.allclose(theirs.to(x), last.x, atol=1e-6) and float(last.size.min()) > 0.02
 
 
 class Coin(torch.nn.Module):
     """Says class 1 with probability `share`, else class 0."""
 
-    num_classes, image_shape, deterministic = 2, SHAPE, False
+    num_classes = 2
+    image_shape = SHAPE
+    deterministic = False
 
     def __init__(self, share):
         super().__init__()
-        self.share, self.generator = share, torch.Generator().manual_seed(0)
+        self.share = share
+        self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x):
         """Logits of one throw for each image."""
@@ -363,7 +450,8 @@ def check_votes(vote=MajorityVote):
     from scipy import stats
 
     counts = vote(Coin(0.6), 101)(pixels(1).expand(1000, -1, -1, -1))
-    wins, wanted = float((counts.argmax(1) == 1).double().mean()), float(stats.binom.sf(50, 101, 0.6))
+    wins = float((counts.argmax(1) == 1).double().mean())
+    wanted = float(stats.binom.sf(50, 101, 0.6))
     assert abs(wins - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 1000)
     assert bool((counts.sum(1) == 101).all()) and abs(float(counts[:, 1].mean()) / 101 - 0.6) < 0.01
 
@@ -376,20 +464,48 @@ def test_majority_votes():
 # Bad input
 
 
-@pytest.mark.parametrize("make, error, sentence", [
-    (lambda: LikelihoodMaximisation(gaussian(), steps=0), ValueError, "expected steps >= 1, rate > 0"),
-    (lambda: LikelihoodMaximisation(gaussian(), band=(0.6, 0.4)), ValueError, "expected .* and 0 < low <= high"),
-    (lambda: LikelihoodMaximisation.paper(gaussian(), 8), ValueError, "did you mean 8/255"),
-    (lambda: Purification(gaussian(), 0.0), ValueError, "expected a finite noise level sigma > 0"),
-    (lambda: Purification(gaussian(), 0.01), ValueError, "expected at least 2 steps between levels"),
-    (lambda: MajorityVote(ExactClassifier(gaussian()), 5), ValueError, "pass classifier.with_fresh_noise"),
-    (lambda: MajorityVote(Coin(0.5), 0), ValueError, "expected at least one vote, got 0"),
-    (lambda: purifier("SDE")(2 * pixels() - 1), ValueError, "pass units.to_pixel"),
-    (lambda: purifier("SDE")(255 * pixels()), ValueError, "divide by 255"),
-    (lambda: purifier("SDE")(pixels(1) * math.nan), ValueError, "expected finite images"),
-    (lambda: Defended(purifier("SDE"), ExactClassifier(MixtureDenoiser.of_law(data.gaussians()))), ValueError,
-     "expected a purifier and a classifier of the same images"),
-])
+@pytest.mark.parametrize(
+    "make, error, sentence",
+    [
+        (
+            lambda: LikelihoodMaximisation(gaussian(), steps=0),
+            ValueError,
+            "expected steps >= 1, rate > 0",
+        ),
+        (
+            lambda: LikelihoodMaximisation(gaussian(), band=(0.6, 0.4)),
+            ValueError,
+            "expected .* and 0 < low <= high",
+        ),
+        (lambda: LikelihoodMaximisation.paper(gaussian(), 8), ValueError, "did you mean 8/255"),
+        (
+            lambda: Purification(gaussian(), 0.0),
+            ValueError,
+            "expected a finite noise level sigma > 0",
+        ),
+        (
+            lambda: Purification(gaussian(), 0.01),
+            ValueError,
+            "expected at least 2 steps between levels",
+        ),
+        (
+            lambda: MajorityVote(ExactClassifier(gaussian()), 5),
+            ValueError,
+            "pass classifier.with_fresh_noise",
+        ),
+        (lambda: MajorityVote(Coin(0.5), 0), ValueError, "expected at least one vote, got 0"),
+        (lambda: purifier("SDE")(2 * pixels() - 1), ValueError, "pass units.to_pixel"),
+        (lambda: purifier("SDE")(255 * pixels()), ValueError, "divide by 255"),
+        (lambda: purifier("SDE")(pixels(1) * math.nan), ValueError, "expected finite images"),
+        (
+            lambda: Defended(
+                purifier("SDE"), ExactClassifier(MixtureDenoiser.of_law(data.gaussians()))
+            ),
+            ValueError,
+            "expected a purifier and a classifier of the same images",
+        ),
+    ],
+)
 def test_what_cannot_be_meant_gets_a_sentence(make, error, sentence):
     with pytest.raises(error, match=sentence):
         make()

@@ -26,7 +26,9 @@ def noisy_points(law, count: int = 12, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     z = units.to_model(law.sample(count, generator, torch.float64)[0])
     sigma = torch.logspace(-1.5, 0.7, count, dtype=torch.float64)
-    return z + sigma[:, None, None, None] * torch.randn(z.shape, generator=generator, dtype=torch.float64), sigma
+    return z + sigma[:, None, None, None] * torch.randn(
+        z.shape, generator=generator, dtype=torch.float64
+    ), sigma
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,11 +37,14 @@ def noisy_points(law, count: int = 12, seed: int = 0):
 
 def optimal_noise(z_t, abar: float, images, temperature=lambda spread: 2 * spread**2):
     """Theorem 3.2: eps* = sum_i s_i (z_t - sqrt(abar) x_i) / sqrt(1 - abar), by an explicit softmax over the images."""
-    signal, spread = math.sqrt(abar), math.sqrt(1 - abar)
+    signal = math.sqrt(abar)
+    spread = math.sqrt(1 - abar)
     scores = [-float(((z_t - signal * x) ** 2).sum()) / temperature(spread) for x in images]
     top = max(scores)
     shares = [math.exp(s - top) for s in scores]
-    return sum(w / sum(shares) * (z_t - signal * x) / spread for w, x in zip(shares, images, strict=True))
+    return sum(
+        w / sum(shares) * (z_t - signal * x) / spread for w, x in zip(shares, images, strict=True)
+    )
 
 
 def check_theorem_3_2(noise_of=optimal_noise):
@@ -49,23 +54,30 @@ def check_theorem_3_2(noise_of=optimal_noise):
     z_t = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     worst = 0.0
     for abar in (0.95, 0.6, 0.2, 0.02):
-        signal, spread = math.sqrt(abar), math.sqrt(1 - abar)
+        signal = math.sqrt(abar)
+        spread = math.sqrt(1 - abar)
         denoised = denoiser(z_t / signal, spread / signal)[0]
         for k in range(3):
             got = (z_t[0] - signal * denoised[k]) / spread
-            worst = max(worst, float((got - noise_of(z_t[0], abar, images[labels == k])).abs().max()))
+            worst = max(
+                worst, float((got - noise_of(z_t[0], abar, images[labels == k])).abs().max())
+            )
     assert worst < 1e-12, worst
 
 
 def residual(z, x_sigma, sigma, images):
     """Corollary 3.3, one draw: || sum_i s_i (z - x_i) ||^2, the square of the sum."""
-    shares = torch.softmax(torch.stack([-((x_sigma - x) ** 2).sum() / (2 * sigma**2) for x in images]), 0)
+    shares = torch.softmax(
+        torch.stack([-((x_sigma - x) ** 2).sum() / (2 * sigma**2) for x in images]), 0
+    )
     return float((sum(s * (z - x) for s, x in zip(shares, images, strict=True)) ** 2).sum())
 
 
 def sum_of_squares(z, x_sigma, sigma, images):
     """RDC's released slip: sum_i || s_i (z - x_i) ||^2, the sum of the squares."""
-    shares = torch.softmax(torch.stack([-((x_sigma - x) ** 2).sum() / (2 * sigma**2) for x in images]), 0)
+    shares = torch.softmax(
+        torch.stack([-((x_sigma - x) ** 2).sum() / (2 * sigma**2) for x in images]), 0
+    )
     return float(sum(((s * (z - x)) ** 2).sum() for s, x in zip(shares, images, strict=True)))
 
 
@@ -80,7 +92,9 @@ def check_corollary_3_3(residual_of=residual):
     for k in range(3):
         for t, sigma in enumerate(bank.sigma.tolist()):
             for s in range(3):
-                wanted = residual_of(z[0], z[0] + sigma * bank.noise[t, s, 0], sigma, images[labels == k])
+                wanted = residual_of(
+                    z[0], z[0] + sigma * bank.noise[t, s, 0], sigma, images[labels == k]
+                )
                 assert abs(float(got[0, k, t, s]) - wanted) < 1e-12, (k, t, s)
 
 
@@ -131,7 +145,10 @@ def check_tweedie(denoise=MixtureDenoiser.forward, sign: float = 1.0):
         for k in range(law.num_classes):
             score = torch.autograd.grad(logs[:, k].sum(), x_sigma, retain_graph=True)[0]
             wanted = x_sigma + sign * sigma[:, None, None, None] ** 2 * score
-            assert float((denoise(denoiser, x_sigma, sigma)[:, k] - wanted).detach().abs().max()) < 1e-8
+            assert (
+                float((denoise(denoiser, x_sigma, sigma)[:, k] - wanted).detach().abs().max())
+                < 1e-8
+            )
 
 
 def test_the_denoiser_is_the_posterior_mean():
@@ -148,7 +165,10 @@ def test_density_agrees_with_the_law_at_every_level(name):
     law = data.PLANE_LAWS[name]()
     denoiser = MixtureDenoiser.of_law(law)
     x_sigma, sigma = noisy_points(law)
-    assert float((denoiser.log_density(x_sigma, sigma) - law.log_density(x_sigma, sigma)).abs().max()) < 1e-10
+    assert (
+        float((denoiser.log_density(x_sigma, sigma) - law.log_density(x_sigma, sigma)).abs().max())
+        < 1e-10
+    )
     axis = torch.linspace(-3, 3, 300, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2, 1, 1)
     mass = denoiser.log_density(grid, 0.3).exp().sum(0) * (axis[1] - axis[0]) ** 2
@@ -160,7 +180,9 @@ def test_no_class_is_the_prior_mixture_of_the_classes():
     denoiser = MixtureDenoiser.of_law(law)
     x_sigma, sigma = noisy_points(law)
     joint = denoiser.log_density(x_sigma, sigma) + law.priors.log()
-    assert torch.allclose(denoiser.log_density(x_sigma, sigma, [3])[:, 0], joint.logsumexp(1), atol=1e-12)
+    assert torch.allclose(
+        denoiser.log_density(x_sigma, sigma, [3])[:, 0], joint.logsumexp(1), atol=1e-12
+    )
     mean = (joint.softmax(1)[:, :, None, None, None] * denoiser(x_sigma, sigma)).sum(1)
     assert torch.allclose(denoiser.unconditional(x_sigma, sigma), mean, atol=1e-12)
 
@@ -170,10 +192,16 @@ def test_a_finite_set_is_denoised_by_a_softmax_over_its_images():
     denoiser = MixtureDenoiser.of_images(images, labels)
     assert torch.allclose(denoiser.log_priors.exp(), torch.tensor([4, 3]).double() / 7)
     near = images[3][None] + 0.01
-    assert torch.allclose(denoiser(near, 0.01)[0, 1], images[3], atol=1e-6), "low noise: the nearest image of the class"
+    assert torch.allclose(denoiser(near, 0.01)[0, 1], images[3], atol=1e-6), (
+        "low noise: the nearest image of the class"
+    )
     far = denoiser(near, 1e4)[0]
-    assert torch.allclose(far[0], images[labels == 0].mean(0), atol=1e-6), "high noise: the mean of the class"
-    at = images[3][None].clone().requires_grad_(True)  # exactly on a training image, where a distance has a kink
+    assert torch.allclose(far[0], images[labels == 0].mean(0), atol=1e-6), (
+        "high noise: the mean of the class"
+    )
+    at = (
+        images[3][None].clone().requires_grad_(True)
+    )  # exactly on a training image, where a distance has a kink
     assert bool(torch.isfinite(torch.autograd.grad(denoiser(at, 0.5).sum(), at)[0]).all())
 
 
@@ -183,18 +211,40 @@ def test_float32_in_float32_out_with_float64_inside():
     x_sigma, sigma = noisy_points(law)
     short = denoiser(x_sigma.float(), sigma.float())
     assert short.dtype == torch.float32
-    assert torch.allclose(short.double(), denoiser(x_sigma.float().double(), sigma.float().double()), atol=1e-6)
+    assert torch.allclose(
+        short.double(), denoiser(x_sigma.float().double(), sigma.float().double()), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda m, s, w, y: MixtureDenoiser(m[:, 0], s, w, y), r"component means of shape \[M,C,H,W\], got \[4, 1, 1\]"),
-    (lambda m, s, w, y: MixtureDenoiser(m, s, w / 2, y), "weights that sum to 1 within each class"),
-    (lambda m, s, w, y: MixtureDenoiser(m, s, w, y, [0.7, 0.7]), "priors that sum to 1, got .* and 1.4"),
-    (lambda m, s, w, y: MixtureDenoiser(m, s, w, y * 2), r"one component for each class, got counts \[2, 0, 2\]"),
-])
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (
+            lambda m, s, w, y: MixtureDenoiser(m[:, 0], s, w, y),
+            r"component means of shape \[M,C,H,W\], got \[4, 1, 1\]",
+        ),
+        (
+            lambda m, s, w, y: MixtureDenoiser(m, s, w / 2, y),
+            "weights that sum to 1 within each class",
+        ),
+        (
+            lambda m, s, w, y: MixtureDenoiser(m, s, w, y, [0.7, 0.7]),
+            "priors that sum to 1, got .* and 1.4",
+        ),
+        (
+            lambda m, s, w, y: MixtureDenoiser(m, s, w, y * 2),
+            r"one component for each class, got counts \[2, 0, 2\]",
+        ),
+    ],
+)
 def test_impossible_mixtures_get_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make(torch.zeros(4, 2, 1, 1), torch.ones(4), torch.full((4,), 0.5), torch.tensor([0, 0, 1, 1]))
+        make(
+            torch.zeros(4, 2, 1, 1),
+            torch.ones(4),
+            torch.full((4,), 0.5),
+            torch.tensor([0, 0, 1, 1]),
+        )
 
 
 def test_a_finite_set_has_no_density_without_noise():
@@ -215,7 +265,9 @@ def check_scalings(scalings=network.edm_scalings):
     target = (1 - c_skip) ** 2 * variance + c_skip**2 * sigma**2  # Var(x0 - c_skip x_sigma)
     assert torch.allclose(target, c_out**2, rtol=1e-12)
     for shift in (-1e-3, 1e-3):
-        assert bool(((1 - c_skip - shift) ** 2 * variance + (c_skip + shift) ** 2 * sigma**2 > target).all())
+        assert bool(
+            ((1 - c_skip - shift) ** 2 * variance + (c_skip + shift) ** 2 * sigma**2 > target).all()
+        )
 
 
 def test_edm_scalings():
@@ -249,16 +301,21 @@ def build(case: str, seed: int = 0, awake: bool = True):
 def test_networks_answer_for_all_classes_for_some_and_for_none(case):
     denoiser = build(case)
     generator = torch.Generator().manual_seed(1)
-    x, sigma = torch.randn(3, *SHAPE, generator=generator), torch.tensor([0.05, 0.5, 5.0])
+    x = torch.randn(3, *SHAPE, generator=generator)
+    sigma = torch.tensor([0.05, 0.5, 5.0])
     with torch.no_grad():
         every = denoiser(x, sigma)
         assert tuple(every.shape) == (3, 4, *SHAPE) and bool(torch.isfinite(every).all())
-        assert float((every[:, 0] - every[:, 1]).abs().max()) > 1e-4, "the class makes no difference"
+        assert float((every[:, 0] - every[:, 1]).abs().max()) > 1e-4, (
+            "the class makes no difference"
+        )
         assert torch.allclose(denoiser(x, sigma, [2, 0, 2]), every[:, [2, 0, 2]], atol=1e-5)
         assert torch.allclose(denoiser(x, sigma, [0, 1, 2, 3]), every, atol=1e-5)
         assert torch.allclose(denoiser(x, sigma, range(5))[:, :4], every, atol=1e-5)
-        assert torch.allclose(denoiser.unconditional(x, sigma), denoiser(x, sigma, [4])[:, 0], atol=1e-6)
-        alone = torch.cat([denoiser(x[i:i + 1], float(sigma[i])) for i in range(3)])
+        assert torch.allclose(
+            denoiser.unconditional(x, sigma), denoiser(x, sigma, [4])[:, 0], atol=1e-6
+        )
+        alone = torch.cat([denoiser(x[i : i + 1], float(sigma[i])) for i in range(3)])
         assert torch.allclose(alone, every, atol=1e-5), "an image's answer depends on its batch"
 
 
@@ -286,8 +343,11 @@ def test_a_network_that_says_nothing_gives_the_skip_connection():
 
 def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay_where_they_are():
     """With patches of one pixel nothing changes; with larger ones a far pixel is answered by its own patch's cell."""
-    x, sigma = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 2.0])
-    one = network.build("MultiHeadDenoiser", "PatchNet", 4, SHAPE, width=16, blocks=1, patch=1, seed=3)
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.3, 2.0])
+    one = network.build(
+        "MultiHeadDenoiser", "PatchNet", 4, SHAPE, width=16, blocks=1, patch=1, seed=3
+    )
     other = network.build("MultiHeadDenoiser", "DigitNet", 4, SHAPE, width=16, blocks=1, seed=3)
     for net in (one.network.inner, other.network):
         torch.nn.init.normal_(net.leave[-1].weight, generator=torch.Generator().manual_seed(1))
@@ -295,29 +355,48 @@ def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay
     patched = build("patches multi-head")
     with torch.no_grad():
         patched.network.inner.leave[-1].weight.zero_()
-        patched.network.inner.leave[-1].bias.copy_(torch.arange(5 * 4).float())  # head k, pixel (i, j): 4 k + 2 i + j
+        patched.network.inner.leave[-1].bias.copy_(
+            torch.arange(5 * 4).float()
+        )  # head k, pixel (i, j): 4 k + 2 i + j
         heads = patched.network(x, sigma.log(), None)
-    assert [heads[0, k, i, j].item() for k in (0, 4) for i in (2, 3) for j in (4, 5)] == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert [heads[0, k, i, j].item() for k in (0, 4) for i in (2, 3) for j in (4, 5)] == [
+        0,
+        1,
+        2,
+        3,
+        16,
+        17,
+        18,
+        19,
+    ]
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    ((torch.zeros(2, *SHAPE), 0.0), "expected a finite noise level sigma > 0, got 0"),
-    ((torch.zeros(2, *SHAPE), -1.0), "got -1"),
-    ((torch.zeros(2, *SHAPE), math.nan), "got nan"),
-    ((torch.zeros(2, *SHAPE), torch.ones(3)), r"one for each of 2, got sigma of shape \[3\]"),
-    ((torch.zeros(2, 3, 8, 8), 1.0), r"expected images of shape \[B,1,8,8\]"),
-    ((torch.full((2, *SHAPE), math.nan), 1.0), "expected finite images"),
-    ((torch.zeros(2, *SHAPE), 1.0, [5]), r"expected classes between 0 and 4 \(4 = no class\), got \[5\]"),
-    ((torch.zeros(2, *SHAPE), 1.0, [-1]), r"got \[-1\]; this denoiser was made for 4 classes"),
-    ((torch.zeros(2, *SHAPE), 1.0, []), r"got \[\]"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ((torch.zeros(2, *SHAPE), 0.0), "expected a finite noise level sigma > 0, got 0"),
+        ((torch.zeros(2, *SHAPE), -1.0), "got -1"),
+        ((torch.zeros(2, *SHAPE), math.nan), "got nan"),
+        ((torch.zeros(2, *SHAPE), torch.ones(3)), r"one for each of 2, got sigma of shape \[3\]"),
+        ((torch.zeros(2, 3, 8, 8), 1.0), r"expected images of shape \[B,1,8,8\]"),
+        ((torch.full((2, *SHAPE), math.nan), 1.0), "expected finite images"),
+        (
+            (torch.zeros(2, *SHAPE), 1.0, [5]),
+            r"expected classes between 0 and 4 \(4 = no class\), got \[5\]",
+        ),
+        ((torch.zeros(2, *SHAPE), 1.0, [-1]), r"got \[-1\]; this denoiser was made for 4 classes"),
+        ((torch.zeros(2, *SHAPE), 1.0, []), r"got \[\]"),
+    ],
+)
 def test_wrong_questions_get_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         build("digits multi-head")(*arguments)
 
 
 def test_unknown_architectures_get_a_sentence():
-    with pytest.raises(ValueError, match="expected one of .* around one of .*, got 'Oracle' around 'DigitNet'"):
+    with pytest.raises(
+        ValueError, match="expected one of .* around one of .*, got 'Oracle' around 'DigitNet'"
+    ):
         network.build("Oracle", "DigitNet", 4, SHAPE)
 
 
@@ -328,27 +407,41 @@ def test_unknown_architectures_get_a_sentence():
 @pytest.mark.parametrize("case", list(CASES))
 def test_weights_travel_bit_for_bit(case, tmp_path):
     denoiser = build(case)
-    network.save_denoiser(denoiser, tmp_path / "deep" / "w.safetensors", {"data": "none", "images": 0})
+    network.save_denoiser(
+        denoiser, tmp_path / "deep" / "w.safetensors", {"data": "none", "images": 0}
+    )
     loaded, card = network.load_denoiser(tmp_path / "deep" / "w.safetensors")
     assert type(loaded) is type(denoiser) and card == {"data": "none", "images": 0}
-    assert loaded.sigma_range == denoiser.sigma_range and loaded.num_classes == 4 and loaded.image_shape == SHAPE
+    assert (
+        loaded.sigma_range == denoiser.sigma_range
+        and loaded.num_classes == 4
+        and loaded.image_shape == SHAPE
+    )
     assert all(torch.equal(v, loaded.state_dict()[n]) for n, v in denoiser.state_dict().items())
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded(x, 0.3), denoiser(x, 0.3))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"], "a partial file was left behind"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"], (
+        "a partial file was left behind"
+    )
 
 
 def test_missing_weights_get_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected weights at none.*, found none; run `diffclass doctor`"):
+    with pytest.raises(
+        FileNotFoundError, match="expected weights at none.*, found none; run `diffclass doctor`"
+    ):
         network.load_denoiser(tmp_path / "none.safetensors")
 
 
 def test_the_exact_denoiser_has_second_derivatives():
     """Exact gradients through likelihood maximisation differentiate a gradient; finite differences of it agree."""
     generator = torch.Generator().manual_seed(0)
-    exact = MixtureDenoiser(torch.randn(4, 1, 2, 2, generator=generator), torch.full((4,), 0.3), torch.full((4,), 0.5),
-                            torch.tensor([0, 0, 1, 1]))
+    exact = MixtureDenoiser(
+        torch.randn(4, 1, 2, 2, generator=generator),
+        torch.full((4,), 0.3),
+        torch.full((4,), 0.5),
+        torch.tensor([0, 0, 1, 1]),
+    )
     x = torch.randn(1, 1, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda z: exact(z, 0.5)[:, 1].square().sum(), (x,))
 
@@ -356,8 +449,12 @@ def test_the_exact_denoiser_has_second_derivatives():
 def test_a_network_of_another_kind_gets_a_sentence(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors", {"architecture": '{"bridge": 4}'})
-    with pytest.raises(ValueError, match=r"expected other.safetensors to hold a denoiser, got .*\['bridge'\]"):
+    save_file(
+        {"w": torch.zeros(1)}, tmp_path / "other.safetensors", {"architecture": '{"bridge": 4}'}
+    )
+    with pytest.raises(
+        ValueError, match=r"expected other.safetensors to hold a denoiser, got .*\['bridge'\]"
+    ):
         network.load_denoiser(tmp_path / "other.safetensors")
 
 
@@ -366,7 +463,9 @@ def test_truncated_weights_get_a_sentence(keep, tmp_path):
     path = tmp_path / "w.safetensors"
     network.save_denoiser(build("digits conditional"), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"expected w.safetensors to be .*, got \d+ bytes .* cut short"):
+    with pytest.raises(
+        ValueError, match=r"expected w.safetensors to be .*, got \d+ bytes .* cut short"
+    ):
         network.load_denoiser(path)
 
 
@@ -384,16 +483,28 @@ def test_weights_without_an_architecture_get_a_sentence(tmp_path):
         network.load_denoiser(path)
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(width=24), r"should have shape .* and has .*; these weights belong to another architecture"),
-    (dict(blocks=2), "should have shape .* and has None"),
-    (dict(num_classes=5), "another architecture"),
-    (dict(network="Transformer"), "got 'ConditionalDenoiser' around 'Transformer'; was the file made by"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            dict(width=24),
+            r"should have shape .* and has .*; these weights belong to another architecture",
+        ),
+        (dict(blocks=2), "should have shape .* and has None"),
+        (dict(num_classes=5), "another architecture"),
+        (
+            dict(network="Transformer"),
+            "got 'ConditionalDenoiser' around 'Transformer'; was the file made by",
+        ),
+    ],
+)
 def test_weights_of_another_architecture_get_a_sentence(change, sentence, tmp_path):
-    path, denoiser = tmp_path / "w.safetensors", build("digits conditional")
+    path = tmp_path / "w.safetensors"
+    denoiser = build("digits conditional")
     state = {n: v.contiguous() for n, v in denoiser.state_dict().items()}
-    safetensors.torch.save_file(state, path, {"architecture": json.dumps({**network.describe(denoiser), **change})})
+    safetensors.torch.save_file(
+        state, path, {"architecture": json.dumps({**network.describe(denoiser), **change})}
+    )
     with pytest.raises(ValueError, match=sentence):
         network.load_denoiser(path)
 

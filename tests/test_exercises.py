@@ -12,7 +12,11 @@ from diffclass.course import grade
 from diffclass.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
 from diffclass.scenes.audit import MYSTERIES
 
-MISTAKES = [pytest.param(e, m, id=f"{e.key}-{i}") for e in EXERCISES.values() for i, m in enumerate(e.mistakes)]
+MISTAKES = [
+    pytest.param(e, m, id=f"{e.key}-{i}")
+    for e in EXERCISES.values()
+    for i, m in enumerate(e.mistakes)
+]
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 
 
@@ -35,7 +39,9 @@ def test_mistake_gets_its_own_hint(exercise, mistake):
     with pytest.raises(NotYet) as caught:
         grade(exercise, mistake.function)
     assert mistake.hint in str(caught.value)
-    assert not [m.hint for m in exercise.mistakes if m is not mistake and m.hint in str(caught.value)]
+    assert not [
+        m.hint for m in exercise.mistakes if m is not mistake and m.hint in str(caught.value)
+    ]
 
 
 @each_exercise
@@ -45,8 +51,11 @@ def test_at_least_three_mistakes_and_prompts(exercise):
 
 
 @each_exercise
-@pytest.mark.parametrize("unfilled", [None, ..., lambda *args: None, lambda *args: ...],
-                         ids=["None", "Ellipsis", "returns-None", "returns-Ellipsis"])
+@pytest.mark.parametrize(
+    "unfilled",
+    [None, ..., lambda *args: None, lambda *args: ...],
+    ids=["None", "Ellipsis", "returns-None", "returns-Ellipsis"],
+)
 def test_unfilled_is_not_an_error(exercise, unfilled, capsys):
     grade(exercise, unfilled)
     assert capsys.readouterr().out.startswith(f"○ {exercise.key}   not attempted yet")
@@ -77,23 +86,33 @@ def test_wrong_shape_is_told():
 def test_wrong_type_is_told():
     with pytest.raises(NotYet, match="expected a function, got float"):
         grade(exercises.TWEEDIE, 1.0)
-    with pytest.raises(NotYet, match="raised TypeError: expected numbers as the answer, got 'later'"):
+    with pytest.raises(
+        NotYet, match="raised TypeError: expected numbers as the answer, got 'later'"
+    ):
         grade(exercises.TWEEDIE, lambda *args: "later")
 
 
 def test_unknown_mistake_shows_the_first_wrong_entry():
-    with pytest.raises(NotYet, match=r"case 1 .*the entry \[\d, \d\] is .*, wanted .*; all values are off by the same"):
+    with pytest.raises(
+        NotYet,
+        match=r"case 1 .*the entry \[\d, \d\] is .*, wanted .*; all values are off by the same",
+    ):
         grade(exercises.TWEEDIE, lambda x, sigma, score: x + sigma**2 * score + 0.3)
 
 
 def test_own_noise_is_told():
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(NotYet, match="noise must come in as an argument"):
-        grade(exercises.FORWARD_NOISE, lambda x, s, eps: x + s * torch.randn(x.shape, generator=generator).to(x))
+        grade(
+            exercises.FORWARD_NOISE,
+            lambda x, s, eps: x + s * torch.randn(x.shape, generator=generator).to(x),
+        )
 
 
 def test_numpy_and_list_answers_are_welcome():
-    assert mark(exercises.TWEEDIE, lambda x, sigma, score: x.numpy() + sigma**2 * score.numpy()) == "✓"
+    assert (
+        mark(exercises.TWEEDIE, lambda x, sigma, score: x.numpy() + sigma**2 * score.numpy()) == "✓"
+    )
     assert mark(exercises.UNITS, lambda s, r, d: [torch.tensor(2 * s), r / d**0.5]) == "✓"
 
 
@@ -106,7 +125,9 @@ def test_keys_name_their_notebook_and_argument_names_agree():
         assert exercise.key[:2].isdigit() and exercise.key[2] == "-"
         if exercise.reference.__name__ == "<lambda>":
             names = list(inspect.signature(exercise.reference).parameters)
-            assert all(list(inspect.signature(m.function).parameters) == names for m in exercise.mistakes)
+            assert all(
+                list(inspect.signature(m.function).parameters) == names for m in exercise.mistakes
+            )
 
 
 def test_too_few_or_equal_hints_are_refused():
@@ -122,9 +143,13 @@ def test_too_few_or_equal_hints_are_refused():
 def test_forward_references_agree_with_the_library():
     lower, upper = exercises.VE_WEIGHT.cases()[0]
     levels = noise.Levels(upper, lower, upper)
-    torch.testing.assert_close(exercises.VE_WEIGHT.reference(lower, upper), noise.discrete_elbo_weight(levels))
+    torch.testing.assert_close(
+        exercises.VE_WEIGHT.reference(lower, upper), noise.discrete_elbo_weight(levels)
+    )
     (abar,) = exercises.SIGMA_OF_ABAR.cases()[0]
-    torch.testing.assert_close(exercises.SIGMA_OF_ABAR.reference(abar), noise.sigma_of_alpha_bar(abar))
+    torch.testing.assert_close(
+        exercises.SIGMA_OF_ABAR.reference(abar), noise.sigma_of_alpha_bar(abar)
+    )
     for sigma, radius, d in exercises.UNITS.cases():
         wanted = (units.sigma_to_model(sigma), units.linf_of_l2(radius, d))
         assert exercises.UNITS.reference(sigma, radius, d) == pytest.approx(wanted)
@@ -136,24 +161,36 @@ def test_forward_references_agree_with_the_library():
 
 def test_kl_reference_is_torch_kl():
     for p, q, variance in exercises.KL_GAUSSIANS.cases():
-        law = [torch.distributions.Independent(torch.distributions.Normal(m, variance**0.5), 1) for m in (p, q)]
+        law = [
+            torch.distributions.Independent(torch.distributions.Normal(m, variance**0.5), 1)
+            for m in (p, q)
+        ]
         wanted = torch.distributions.kl_divergence(*law)
         torch.testing.assert_close(exercises.KL_GAUSSIANS.reference(p, q, variance), wanted)
 
 
 def test_posterior_mean_reference_is_conditioning_of_the_joint_gaussian():
     for x0, x_next, s, s_next in exercises.POSTERIOR_MEAN.cases():
-        wanted = x0 + s**2 / s_next**2 * (x_next - x0)  # mean + Cov(x_t, x_next) / Var(x_next) * (x_next - mean)
-        torch.testing.assert_close(exercises.POSTERIOR_MEAN.reference(x0, x_next, s, s_next), wanted)
+        wanted = x0 + s**2 / s_next**2 * (
+            x_next - x0
+        )  # mean + Cov(x_t, x_next) / Var(x_next) * (x_next - mean)
+        torch.testing.assert_close(
+            exercises.POSTERIOR_MEAN.reference(x0, x_next, s, s_next), wanted
+        )
 
 
 def test_mixture_reference_is_tweedie_of_the_mixture_density():
     for x, sigma, means, scale, weights in exercises.MIXTURE_DENOISER.cases():
         x = x.clone().requires_grad_()
-        parts = torch.distributions.Normal(means, (scale**2 + sigma**2) ** 0.5).log_prob(x[:, None]) + weights.log()
+        parts = (
+            torch.distributions.Normal(means, (scale**2 + sigma**2) ** 0.5).log_prob(x[:, None])
+            + weights.log()
+        )
         (score,) = torch.autograd.grad(parts.logsumexp(-1).sum(), x)
         wanted = exercises.TWEEDIE.reference(x, sigma, score)
-        torch.testing.assert_close(exercises.MIXTURE_DENOISER.reference(x, sigma, means, scale, weights), wanted)
+        torch.testing.assert_close(
+            exercises.MIXTURE_DENOISER.reference(x, sigma, means, scale, weights), wanted
+        )
 
 
 def test_empirical_reference_is_tweedie_of_the_smoothed_data():
@@ -172,24 +209,34 @@ def test_bayes_references_are_bayes():
     torch.testing.assert_close(posterior, joint / joint.sum(1, keepdim=True))
     new = torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)
     shifted = exercises.PRIOR_SHIFT.reference(posterior, log_prior.exp(), new)
-    torch.testing.assert_close(shifted, exercises.BAYES_POSTERIOR.reference(log_likelihood, new.log()))
+    torch.testing.assert_close(
+        shifted, exercises.BAYES_POSTERIOR.reference(log_likelihood, new.log())
+    )
 
 
 def test_evaluation_references_agree_with_the_library_and_with_counting():
     for correct, n in exercises.HONEST_INTERVAL.cases():
         low, high, warned = exercises.HONEST_INTERVAL.reference(correct, n)
-        assert (low, high) == pytest.approx(certificates.interval(correct, n)) and warned == (n < 500)
+        assert (low, high) == pytest.approx(certificates.interval(correct, n)) and warned == (
+            n < 500
+        )
     for survived, clean in exercises.PER_IMAGE_MINIMUM.cases():
         never_wrong = [bool(clean[i]) and all(map(bool, survived[:, i])) for i in range(len(clean))]
-        assert exercises.PER_IMAGE_MINIMUM.reference(survived, clean) == pytest.approx(sum(never_wrong) / len(clean))
+        assert exercises.PER_IMAGE_MINIMUM.reference(survived, clean) == pytest.approx(
+            sum(never_wrong) / len(clean)
+        )
     generator = torch.Generator().manual_seed(0)
     for p, N in exercises.WORST_OF_DRAWS.cases():
         right = (torch.rand(20_000, N, len(p), generator=generator) < p).all(1).double().mean(1)
-        assert exercises.WORST_OF_DRAWS.reference(p, N) == pytest.approx(float(right.mean()), abs=5e-3)
+        assert exercises.WORST_OF_DRAWS.reference(p, N) == pytest.approx(
+            float(right.mean()), abs=5e-3
+        )
 
 
 def test_the_diagnoses_are_those_of_the_lamp_panel():
     assert {f"mystery {number}": fault for number, fault in auditing.MYSTERIES.items()} == MYSTERIES
     assert set(auditing.FAULTS) == set(planted.FAULTS)
-    with pytest.raises(NotYet, match="expected one of honest, two-faced.*for mystery 1, got 'masked'"):
+    with pytest.raises(
+        NotYet, match="expected one of honest, two-faced.*for mystery 1, got 'masked'"
+    ):
         grade(exercises.DIAGNOSIS, lambda mystery: "masked")

@@ -12,7 +12,9 @@ def photo(tmp_path, monkeypatch):
     """A tiny network of photographs in an assets folder of its own, no training images, and a picture to judge."""
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
     monkeypatch.setattr(cifar, "cifar10_available", lambda: (False, "none"))
-    denoiser = network.build("ConditionalDenoiser", "UNet", 10, (3, 32, 32), widths=(8, 8), layers=1, seed=1)
+    denoiser = network.build(
+        "ConditionalDenoiser", "UNet", 10, (3, 32, 32), widths=(8, 8), layers=1, seed=1
+    )
     with torch.no_grad():  # a fresh network answers alike for all classes
         for weight in denoiser.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
@@ -26,13 +28,18 @@ def photo(tmp_path, monkeypatch):
 def test_the_verdict_is_the_posterior_of_the_whole_classifier(photo):
     judge = judging.Judge("cifar10")
     *steps, (done, total, verdict) = judge.verdict(photo)
-    assert [step[:2] for step in steps] == [(i, total) for i in range(1, total + 1)] and done == total
+    assert [step[:2] for step in steps] == [
+        (i, total) for i in range(1, total + 1)
+    ] and done == total
     image = pictures.load_picture(photo, (3, 32, 32))
     with torch.no_grad():
         logits = judge.classifier(image)[0]
     assert torch.allclose(torch.tensor(verdict["posterior"]), logits.softmax(0), atol=1e-5)
     assert float(logits.max() - logits.min()) > 0.1, "a network that says nothing shows nothing"
-    assert verdict["prediction"] == verdict["classes"][int(logits.argmax())] and "airplane" in verdict["classes"]
+    assert (
+        verdict["prediction"] == verdict["classes"][int(logits.argmax())]
+        and "airplane" in verdict["classes"]
+    )
 
 
 def test_what_could_not_be_measured_is_said(photo, monkeypatch):
@@ -48,5 +55,8 @@ def test_what_could_not_be_measured_is_said(photo, monkeypatch):
 def test_the_banks_of_single_levels_make_up_the_bank():
     bank = judging.Judge("digits").classifier.bank
     for t in range(len(bank.levels)):
-        assert torch.equal(bank.level(t).noise[0], bank.noise[t]) and bank.level(t).sigma == bank.sigma[t]
+        assert (
+            torch.equal(bank.level(t).noise[0], bank.noise[t])
+            and bank.level(t).sigma == bank.sigma[t]
+        )
         assert bank.level(t).levels.step == bank.levels.step[t]

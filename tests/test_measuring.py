@@ -38,7 +38,9 @@ def digits():
 
 
 def run(classifier, digits, folder, settings=None, **options):
-    return list(measuring.measure(classifier, *digits, folder, settings or {"name": "t"}, **options))
+    return list(
+        measuring.measure(classifier, *digits, folder, settings or {"name": "t"}, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,9 @@ def test_stored_losses_give_the_logits_of_the_classifier(classifier, digits, who
     with torch.no_grad():
         wanted = classifier(digits[0])
     got = whole.logits()
-    torch.testing.assert_close(got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True),
-                               rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True), rtol=1e-4, atol=1e-3
+    )
     assert whole.index.tolist() == list(range(COUNT)) and torch.equal(whole.labels, digits[1])
     assert bool(whole.hits().all())
 
@@ -64,11 +67,14 @@ def test_another_weighting_is_a_sum_not_a_run(classifier, digits, whole):
     with torch.no_grad():
         wanted = other(digits[0])
     got = whole.logits(noise.edm_weight)
-    torch.testing.assert_close(got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True),
-                               rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True), rtol=1e-3, atol=1e-3
+    )
 
 
-def test_a_run_cut_in_the_middle_of_a_line_loses_one_line_and_resumes(classifier, digits, whole, tmp_path):
+def test_a_run_cut_in_the_middle_of_a_line_loses_one_line_and_resumes(
+    classifier, digits, whole, tmp_path
+):
     run_ = measuring.measure(classifier, *digits, tmp_path, {"name": "t"}, batch=2)
     next(run_), next(run_)
     run_.close()
@@ -86,10 +92,22 @@ def test_two_processes_measure_what_one_does(whole, tmp_path):
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "two")], env=env, capture_output=True, text=True, timeout=180)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")], env=env, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path / "two").glob("losses*")) == ["losses-0.jsonl", "losses-1.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "two").glob("losses*")) == [
+        "losses-0.jsonl",
+        "losses-1.jsonl",
+    ]
     both = measuring.read(tmp_path / "two")
     assert torch.equal(both.index, whole.index)
     torch.testing.assert_close(both.losses, whole.losses, rtol=1e-5, atol=1e-5)
@@ -121,17 +139,21 @@ def test_fresh_noise_is_refused(classifier, digits, tmp_path):
 class Greedy(Denoiser):
     """Runs out of memory above ten images, as an accelerator would."""
 
-    num_classes, image_shape, sigma_range = 2, (1, 2, 2), (0.01, 10.0)
+    num_classes = 2
+    image_shape = (1, 2, 2)
+    sigma_range = (0.01, 10.0)
 
     def estimate(self, x_sigma, sigma, classes):
         if len(x_sigma) * len(classes) > 10:
             raise torch.OutOfMemoryError("out of memory")
-        return x_sigma[:, None].expand(-1, len(classes), -1, -1, -1) * (1 + classes[:, None, None, None])
+        return x_sigma[:, None].expand(-1, len(classes), -1, -1, -1) * (
+            1 + classes[:, None, None, None]
+        )
 
 
 def test_without_memory_the_chunk_is_halved_and_the_result_is_the_same():
-    x, bank = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), NoiseBank.fixed(
-        noise.log_levels(0.1, 1.0, 6), (1, 2, 2))
+    x = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    bank = NoiseBank.fixed(noise.log_levels(0.1, 1.0, 6), (1, 2, 2))
     wanted = BayesClassifier(Greedy(), bank, chunk=2).losses(x)
     greedy = BayesClassifier(Greedy(), bank, chunk=64)
     with pytest.warns(UserWarning, match="memory ran out; going on with"):
@@ -146,8 +168,10 @@ def test_memory_that_does_not_suffice_for_one_is_an_error():
 
     bank = NoiseBank.fixed(noise.log_levels(0.1, 1.0, 2), (1, 2, 2))
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
-        measuring.losses_within_memory(BayesClassifier(Starved(), bank, chunk=4), torch.rand(
-            1, 1, 2, 2, generator=torch.Generator().manual_seed(0)))
+        measuring.losses_within_memory(
+            BayesClassifier(Starved(), bank, chunk=4),
+            torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+        )
 
 
 def test_a_damaged_line_and_an_empty_folder_get_a_sentence(classifier, digits, tmp_path):
@@ -172,7 +196,10 @@ def test_losses_of_another_number_of_levels_are_noticed(classifier, digits, tmp_
 def test_thinned_levels_cover_the_same_range(whole):
     thin = whole.thinned(4)
     assert thin.losses.shape[2] == 4
-    assert thin.levels.lower[0] == whole.levels.lower[0] and thin.levels.upper[-1] == whole.levels.upper[-1]
+    assert (
+        thin.levels.lower[0] == whole.levels.lower[0]
+        and thin.levels.upper[-1] == whole.levels.upper[-1]
+    )
     assert torch.equal(thin.levels.upper[:-1], thin.levels.lower[1:])
     with pytest.raises(ValueError, match="expected a divisor of 16 levels, got 3"):
         whole.thinned(3)

@@ -17,7 +17,16 @@ SHAPE = (1, 2, 2)
 def check_sigma_of_alpha_bar(sigma_of=noise.sigma_of_alpha_bar):
     """The noise-to-signal ratio of z = sqrt(abar) x + sqrt(1 - abar) eps, and the levels of DDPM's schedule."""
     sigma = sigma_of(noise.alpha_bar(noise.linear_betas()))
-    published = {1: 0.0100, 10: 0.0436, 100: 0.3388, 200: 0.7193, 300: 1.2339, 500: 3.424, 750: 17.25, 1000: 157.4}
+    published = {
+        1: 0.0100,
+        10: 0.0436,
+        100: 0.3388,
+        200: 0.7193,
+        300: 1.2339,
+        500: 3.424,
+        750: 17.25,
+        1000: 157.4,
+    }
     for t, level in published.items():
         assert abs(float(sigma[t - 1]) / level - 1) < 2e-3, t
 
@@ -31,8 +40,11 @@ def check_scaled_linear(betas=noise.scaled_linear_betas):
 
 def test_ddpm_levels():
     check_sigma_of_alpha_bar()
-    assert torch.allclose(noise.alpha_bar_of_sigma(noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))),
-                          noise.alpha_bar(noise.linear_betas()), rtol=1e-12)
+    assert torch.allclose(
+        noise.alpha_bar_of_sigma(noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))),
+        noise.alpha_bar(noise.linear_betas()),
+        rtol=1e-12,
+    )
 
 
 def test_stable_diffusion_betas():
@@ -67,12 +79,15 @@ def test_log_levels_cut_the_axis_into_equal_ratios():
     levels = noise.log_levels(0.01, 10, 30)
     assert torch.allclose(levels.lower[1:], levels.upper[:-1], rtol=1e-12)
     assert torch.allclose(levels.sigma**2, levels.lower * levels.upper, rtol=1e-12)
-    assert torch.allclose((levels.upper / levels.lower).log(), torch.tensor(math.log(1000) / 30).double(), rtol=1e-9)
+    assert torch.allclose(
+        (levels.upper / levels.lower).log(), torch.tensor(math.log(1000) / 30).double(), rtol=1e-9
+    )
     assert repr(levels) == "Levels(T=30, sigma 0.01 to 10)"
 
 
 def test_linear_and_chain_levels_are_measured_at_opposite_ends():
-    linear, chain = noise.linear_levels(0.5, 1.5, 4), noise.chain_levels(torch.tensor([0.5, 0.7, 1.5]))
+    linear = noise.linear_levels(0.5, 1.5, 4)
+    chain = noise.chain_levels(torch.tensor([0.5, 0.7, 1.5]))
     assert torch.equal(linear.sigma, linear.lower) and abs(float(linear.upper[-1]) - 1.5) < 1e-12
     assert torch.equal(chain.sigma, chain.upper) and len(chain) == 2
 
@@ -84,17 +99,29 @@ def test_noised_levels_are_geometric_in_the_added_noise():
     assert abs(float(added[0]) - 0.025) < 1e-9 and abs(float(levels.upper[-1]) - 20) < 1e-9
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda: noise.log_levels(0.0, 1, 4), "expected noise levels with 0 < low < high, got low 0"),
-    (lambda: noise.log_levels(-1, 1, 4), "got low -1"),
-    (lambda: noise.log_levels(2, 1, 4), "got low 2 and high 1"),
-    (lambda: noise.log_levels(0.1, math.inf, 4), "got low 0.1 and high inf"),
-    (lambda: noise.linear_levels(0.1, 1, 0), "expected at least one noise level, got 0"),
-    (lambda: noise.noised_levels(2.0, 1.0, 4), "expected 0 < sigma_tau < high, got sigma_tau 2 and high 1"),
-    (lambda: Levels(torch.ones(2), torch.ones(3), torch.ones(2)), "equally long vectors"),
-    (lambda: Levels(torch.ones(1), torch.tensor([2.0]), torch.tensor([3.0])), "expected 0 < lower <= sigma <= upper"),
-    (lambda: Levels(torch.ones(1), torch.ones(1), torch.ones(1)), "with lower < upper"),
-])
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (
+            lambda: noise.log_levels(0.0, 1, 4),
+            "expected noise levels with 0 < low < high, got low 0",
+        ),
+        (lambda: noise.log_levels(-1, 1, 4), "got low -1"),
+        (lambda: noise.log_levels(2, 1, 4), "got low 2 and high 1"),
+        (lambda: noise.log_levels(0.1, math.inf, 4), "got low 0.1 and high inf"),
+        (lambda: noise.linear_levels(0.1, 1, 0), "expected at least one noise level, got 0"),
+        (
+            lambda: noise.noised_levels(2.0, 1.0, 4),
+            "expected 0 < sigma_tau < high, got sigma_tau 2 and high 1",
+        ),
+        (lambda: Levels(torch.ones(2), torch.ones(3), torch.ones(2)), "equally long vectors"),
+        (
+            lambda: Levels(torch.ones(1), torch.tensor([2.0]), torch.tensor([3.0])),
+            "expected 0 < lower <= sigma <= upper",
+        ),
+        (lambda: Levels(torch.ones(1), torch.ones(1), torch.ones(1)), "with lower < upper"),
+    ],
+)
 def test_impossible_levels_get_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
@@ -106,12 +133,14 @@ def test_impossible_levels_get_a_sentence(make, sentence):
 
 def gaussian_kl(levels: Levels, error: torch.Tensor) -> torch.Tensor:
     """KL between q(x_l | x_u, x) and the same Gaussian with x replaced by its estimate, from torch's own formula."""
-    low, up = levels.lower**2, levels.upper**2
+    low = levels.lower**2
+    up = levels.upper**2
     spread = (low * (up - low) / up).sqrt()
     shift = (up - low) / up * error  # of the means, when the estimate is off by `error`
     zero = torch.zeros_like(shift)
-    return torch.distributions.kl_divergence(torch.distributions.Normal(zero, spread),
-                                             torch.distributions.Normal(shift, spread))
+    return torch.distributions.kl_divergence(
+        torch.distributions.Normal(zero, spread), torch.distributions.Normal(shift, spread)
+    )
 
 
 def check_discrete_weight(weight=noise.discrete_elbo_weight):
@@ -147,7 +176,9 @@ def check_simple_weight(weight=noise.simple_weight):
     """On the noise error every step of DDPM's own chain weighs the same, and all of them together one."""
     sigma = noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))
     levels = noise.chain_levels(sigma)
-    assert torch.allclose(weight(levels) * levels.sigma**2, torch.full((999,), 1 / 1000).double(), rtol=1e-8)
+    assert torch.allclose(
+        weight(levels) * levels.sigma**2, torch.full((999,), 1 / 1000).double(), rtol=1e-8
+    )
 
 
 def test_discrete_weight_is_the_kl_of_a_step():
@@ -167,9 +198,13 @@ def test_the_released_weight_is_a_log_normal_of_another_width():
     levels = noise.log_levels(1e-4, 1e4, 2000)
     c_out = levels.sigma * 0.5 / (levels.sigma**2 + 0.25).sqrt()
     slipped = noise.rdc_released_weight(levels) * c_out**2 / levels.step
-    density = torch.from_numpy(stats.lognorm.pdf(levels.sigma.numpy(), s=1 / 1.2, scale=math.exp(-1.2)))
+    density = torch.from_numpy(
+        stats.lognorm.pdf(levels.sigma.numpy(), s=1 / 1.2, scale=math.exp(-1.2))
+    )
     assert torch.allclose(slipped * 1.44, density, rtol=1e-9, atol=1e-300)
-    assert float((noise.rdc_released_weight(levels) / noise.edm_weight(levels) - 1).abs().max()) > 0.5
+    assert (
+        float((noise.rdc_released_weight(levels) / noise.edm_weight(levels) - 1).abs().max()) > 0.5
+    )
 
 
 def test_simple_weight_is_uniform_over_ddpm_steps():
@@ -183,7 +218,9 @@ def test_unit_weight_sums_to_the_length_of_the_axis():
 def test_right_end_weight_is_smaller_than_the_exact_one():
     levels = noise.chain_levels(torch.logspace(-2, 1, 20))
     assert bool((noise.right_end_weight(levels) < noise.discrete_elbo_weight(levels)).all())
-    assert torch.allclose(noise.right_end_weight(levels), (levels.upper - levels.lower) * levels.upper**-3)
+    assert torch.allclose(
+        noise.right_end_weight(levels), (levels.upper - levels.lower) * levels.upper**-3
+    )
 
 
 def test_every_weighting_is_positive_and_keeps_the_dtype():
@@ -212,9 +249,13 @@ def test_ddpm_weight_is_the_drop_of_snr():
 
 def test_bridge_posterior_by_conditioning():
     """q(x_l | x_u, x) from the joint covariance of the chain: the mean and variance whose KL the weight is."""
-    low, up, x, x_up = 0.3**2, 0.8**2, -0.4, 1.1  # cov(x_l, x_u | x) is the smaller variance
+    low = 0.3**2  # cov(x_l, x_u | x) is the smaller variance
+    up = 0.8**2
+    x = -0.4
+    x_up = 1.1
     gain = low / up
-    mean, variance = x + gain * (x_up - x), low - gain * low
+    mean = x + gain * (x_up - x)
+    variance = low - gain * low
     assert abs(mean - ((up - low) * x + low * x_up) / up) < 1e-15
     assert abs(variance - low * (up - low) / up) < 1e-15
     draws = torch.randn(2, 400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -235,7 +276,11 @@ def test_a_fixed_bank_depends_on_its_seed_alone():
     before = torch.get_rng_state()
     one, same, other = (NoiseBank.fixed(levels, SHAPE, 2, seed) for seed in (5, 5, 6))
     assert torch.equal(one.noise, same.noise) and not torch.equal(one.noise, other.noise)
-    assert tuple(one.noise.shape) == (3, 2, 1, *SHAPE) and one.samples == 2 and one.image_shape == SHAPE
+    assert (
+        tuple(one.noise.shape) == (3, 2, 1, *SHAPE)
+        and one.samples == 2
+        and one.image_shape == SHAPE
+    )
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
 
 
@@ -256,7 +301,9 @@ def test_a_redrawn_bank_keeps_levels_samples_and_dtype():
 
 
 def test_noise_is_standard_normal():
-    noise_drawn = NoiseBank.fixed(noise.log_levels(0.1, 1, 10), (1, 8, 8), 100).noise.flatten().double()
+    noise_drawn = (
+        NoiseBank.fixed(noise.log_levels(0.1, 1, 10), (1, 8, 8), 100).noise.flatten().double()
+    )
     assert stats.kstest(noise_drawn.numpy(), "norm").pvalue > 0.001
 
 
@@ -267,7 +314,10 @@ def test_noise_of_another_shape_gets_a_sentence():
 
 def test_sobol_noise_has_normal_moments_where_random_noise_does_not_yet():
     def worst(make):
-        banks = [make(noise.log_levels(0.1, 1.0, 2), (2, 1, 1), 64, seed, torch.float64) for seed in range(10)]
+        banks = [
+            make(noise.log_levels(0.1, 1.0, 2), (2, 1, 1), 64, seed, torch.float64)
+            for seed in range(10)
+        ]
         eps = torch.stack([bank.noise[0, :, 0, :, 0, 0] for bank in banks])  # [10,64,2]
         return float(torch.maximum(eps.mean(1).abs().max(), (eps.var(1) - 1).abs().max()))
 
@@ -276,7 +326,9 @@ def test_sobol_noise_has_normal_moments_where_random_noise_does_not_yet():
 
 def test_sobol_noise_is_shared_by_levels_and_made_of_its_seed_alone():
     before = torch.get_rng_state()
-    one, same, other = (NoiseBank.sobol(noise.log_levels(0.1, 1.0, 3), (1, 2, 2), 8, seed) for seed in (0, 0, 1))
+    one, same, other = (
+        NoiseBank.sobol(noise.log_levels(0.1, 1.0, 3), (1, 2, 2), 8, seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.noise, same.noise) and not torch.equal(one.noise, other.noise)
     assert torch.equal(one.noise[0], one.noise[2]) and one.noise.shape == (3, 8, 1, 1, 2, 2)

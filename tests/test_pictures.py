@@ -6,7 +6,8 @@ import torch
 from diffclass import data, pictures
 from PIL import Image
 
-GREY, COLOUR = (1, 8, 8), (3, 32, 32)
+GREY = (1, 8, 8)
+COLOUR = (3, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def save(tmp_path, array, name="picture.png", **options):
 def quarters(height=64, width=64):
     """Red, green, blue and white quarters: top left, top right, bottom left, bottom right."""
     array = np.zeros((height, width, 3), np.uint8)
-    h, w = height // 2, width // 2
+    h = height // 2
+    w = width // 2
     array[:h, :w, 0] = array[:h, w:, 1] = array[h:, :w, 2] = 255
     array[h:, w:] = 255
     return array
@@ -34,18 +36,27 @@ def corners(image):
     return [image[0, :, i, j].round().int().tolist() for i in (1, -2) for j in (1, -2)]
 
 
-RED, GREEN, BLUE, WHITE = [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]
+RED = [1, 0, 0]
+GREEN = [0, 1, 0]
+BLUE = [0, 0, 1]
+WHITE = [1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Good pictures
 
 
-@pytest.mark.parametrize("name, options", [("a.png", {}), ("a.jpg", dict(quality=95)), ("a.webp", dict(lossless=True))])
+@pytest.mark.parametrize(
+    "name, options", [("a.png", {}), ("a.jpg", dict(quality=95)), ("a.webp", dict(lossless=True))]
+)
 def test_formats(tmp_path, name, options):
     image = pictures.load_picture(save(tmp_path, quarters(), name, **options), COLOUR)
     assert image.shape == (1, *COLOUR) and image.dtype == torch.float32
-    assert 0 <= float(image.min()) and float(image.max()) <= 1 and corners(image) == [RED, GREEN, BLUE, WHITE]
+    assert (
+        0 <= float(image.min())
+        and float(image.max()) <= 1
+        and corners(image) == [RED, GREEN, BLUE, WHITE]
+    )
 
 
 def test_same_size_is_exact(tmp_path):
@@ -54,8 +65,15 @@ def test_same_size_is_exact(tmp_path):
     assert torch.equal(image[0], torch.from_numpy(array).permute(2, 0, 1).float() / 255)
 
 
-@pytest.mark.parametrize("orientation, expected", [(1, [RED, GREEN, BLUE, WHITE]), (3, [WHITE, BLUE, GREEN, RED]),
-                                                   (6, [BLUE, RED, WHITE, GREEN]), (8, [GREEN, WHITE, RED, BLUE])])
+@pytest.mark.parametrize(
+    "orientation, expected",
+    [
+        (1, [RED, GREEN, BLUE, WHITE]),
+        (3, [WHITE, BLUE, GREEN, RED]),
+        (6, [BLUE, RED, WHITE, GREEN]),
+        (8, [GREEN, WHITE, RED, BLUE]),
+    ],
+)
 def test_exif_orientation_is_honoured(tmp_path, orientation, expected):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -66,9 +84,15 @@ def test_exif_orientation_is_honoured(tmp_path, orientation, expected):
 @pytest.mark.parametrize("height, width", [(64, 200), (200, 64)])
 def test_the_middle_square_is_kept(tmp_path, height, width):
     array = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - 64) // 2, (width - 64) // 2
-    array[top:top + 64, left:left + 64] = quarters()
-    assert corners(pictures.load_picture(save(tmp_path, array), COLOUR)) == [RED, GREEN, BLUE, WHITE]
+    top = (height - 64) // 2
+    left = (width - 64) // 2
+    array[top : top + 64, left : left + 64] = quarters()
+    assert corners(pictures.load_picture(save(tmp_path, array), COLOUR)) == [
+        RED,
+        GREEN,
+        BLUE,
+        WHITE,
+    ]
 
 
 def test_resizing_averages(tmp_path):
@@ -92,7 +116,9 @@ def test_transparent_palette_and_sixteen_bits(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=0)
     assert float(pictures.load_picture(tmp_path / "palette.png", COLOUR).min()) == 1
     Image.fromarray(np.full((32, 32), 32896, np.uint16)).save(tmp_path / "deep.png")
-    assert torch.allclose(pictures.load_picture(tmp_path / "deep.png", COLOUR), torch.tensor(128 / 255))
+    assert torch.allclose(
+        pictures.load_picture(tmp_path / "deep.png", COLOUR), torch.tensor(128 / 255)
+    )
 
 
 def test_colour_becomes_grey(tmp_path):
@@ -108,13 +134,16 @@ def test_colour_becomes_grey(tmp_path):
 def test_every_digit_is_recognised_on_paper_and_on_black(digits):
     grey = digits.train_images[:, 0].numpy()
     assert not any(map(pictures.is_dark_ink, grey))
-    assert all(map(pictures.is_dark_ink, 0.1 + 0.35 * (1 - grey)))  # a dull photograph of dark ink on paper
+    assert all(
+        map(pictures.is_dark_ink, 0.1 + 0.35 * (1 - grey))
+    )  # a dull photograph of dark ink on paper
 
 
 def test_ink_polarity(tmp_path, digits):
     digit = digits.test_images[:1]
     big = np.kron((digit[0, 0] * 255).round().byte().numpy(), np.ones((20, 20), np.uint8))
-    paper, black = save(tmp_path, 255 - big, "paper.png"), save(tmp_path, big, "black.png")
+    paper = save(tmp_path, 255 - big, "paper.png")
+    black = save(tmp_path, big, "black.png")
     for path, invert in ((paper, "auto"), (black, "auto"), (paper, True), (black, False)):
         assert float((pictures.load_picture(path, GREY, invert) - digit).abs().max()) < 0.005
     assert float((pictures.load_picture(paper, GREY, False) - digit).abs().max()) > 0.8
@@ -133,7 +162,7 @@ def test_truncated_pictures_are_refused(tmp_path, name, share):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(tmp_path, noise, name)
     content = path.read_bytes()
-    path.write_bytes(content[:int(share * len(content))])
+    path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=rf"expected .*picture, got {name} \(\d+ bytes\)"):
         pictures.load_picture(path, COLOUR)
 
@@ -161,7 +190,9 @@ def test_missing_picture_and_folder(tmp_path):
         pictures.load_picture(tmp_path, COLOUR)
 
 
-@pytest.mark.parametrize("limit", [3000, 1000])  # of 4096 pixels: Pillow warns above the limit, raises above twice it
+@pytest.mark.parametrize(
+    "limit", [3000, 1000]
+)  # of 4096 pixels: Pillow warns above the limit, raises above twice it
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
     path = save(tmp_path, quarters())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -169,7 +200,9 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
         pictures.load_picture(path, COLOUR)
 
 
-@pytest.mark.parametrize("arguments", [dict(image_shape=(2, 1, 1)), dict(image_shape=GREY, invert="yes")])
+@pytest.mark.parametrize(
+    "arguments", [dict(image_shape=(2, 1, 1)), dict(image_shape=GREY, invert="yes")]
+)
 def test_wrong_arguments_are_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match="expected"):
         pictures.load_picture(save(tmp_path, quarters()), **arguments)
@@ -180,7 +213,8 @@ def test_wrong_arguments_are_refused(tmp_path, arguments):
 
 
 def test_report_equals_brute_force(digits):
-    train, picture = digits.train_images[:60].double(), digits.test_images[:1].double()
+    train = digits.train_images[:60].double()
+    picture = digits.test_images[:1].double()
     report = pictures.distance_report(picture, train)
     pairs = (train[:, None] - train[None]).flatten(2).norm(dim=2).fill_diagonal_(torch.inf).amin(1)
     nearest = float((train - picture).flatten(1).norm(dim=1).min())
@@ -196,18 +230,34 @@ def test_duplicates_are_each_others_neighbours():
 
 
 def test_test_digits_are_near_and_strange_pictures_far(digits, generator):
-    reports = [pictures.distance_report(image[None], digits.train_images) for image in digits.test_images[:40]]
+    reports = [
+        pictures.distance_report(image[None], digits.train_images)
+        for image in digits.test_images[:40]
+    ]
     assert sum(report.far for report in reports) <= 3
-    strange = [torch.rand(1, 1, 8, 8, generator=generator), torch.ones(1, 1, 8, 8), 1 - digits.test_images[:1]]
+    strange = [
+        torch.rand(1, 1, 8, 8, generator=generator),
+        torch.ones(1, 1, 8, 8),
+        1 - digits.test_images[:1],
+    ]
     for image in strange:
         report = pictures.distance_report(image, digits.train_images)
-        assert report.far and report.percentile > 99 and "unlike the training data" in report.sentence
-    assert "unlike" not in reports[0].sentence and f"{reports[0].distance:.2f}" in reports[0].sentence
+        assert (
+            report.far and report.percentile > 99 and "unlike the training data" in report.sentence
+        )
+    assert (
+        "unlike" not in reports[0].sentence and f"{reports[0].distance:.2f}" in reports[0].sentence
+    )
 
 
 def test_report_refuses_what_it_cannot_compare(digits):
-    one, train = digits.test_images[:1], digits.train_images
-    for picture, others in ((digits.test_images[:2], train), (one, train[:1]), (one.expand(1, 3, 8, 8), train),
-                            (2 * one, train)):
+    one = digits.test_images[:1]
+    train = digits.train_images
+    for picture, others in (
+        (digits.test_images[:2], train),
+        (one, train[:1]),
+        (one.expand(1, 3, 8, 8), train),
+        (2 * one, train),
+    ):
         with pytest.raises(ValueError, match="expected"):
             pictures.distance_report(picture, others)

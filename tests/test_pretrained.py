@@ -17,9 +17,14 @@ class Oracle(torch.nn.Module):
     def __init__(self, predicts):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.exact = MixtureDenoiser(torch.randn(4, 2, 1, 1, generator=generator), torch.full((4,), 0.3),
-                                     torch.full((4,), 0.5), torch.tensor([0, 0, 1, 1]))
-        self.levels, self.predicts = noise.sigma_of_alpha_bar(noise.alpha_bar(BETAS)).double(), predicts
+        self.exact = MixtureDenoiser(
+            torch.randn(4, 2, 1, 1, generator=generator),
+            torch.full((4,), 0.3),
+            torch.full((4,), 0.5),
+            torch.tensor([0, 0, 1, 1]),
+        )
+        self.levels = noise.sigma_of_alpha_bar(noise.alpha_bar(BETAS)).double()
+        self.predicts = predicts
 
     def forward(self, z, t, class_labels):
         low = t.double().floor().long().clamp(0, 998)
@@ -30,7 +35,9 @@ class Oracle(torch.nn.Module):
         every = self.exact(z / signal, sigma)
         x0 = every[torch.arange(len(z)), class_labels]
         eps = (z - signal * x0) / spread
-        out = {"epsilon": eps, "sample": x0, "v_prediction": signal * eps - spread * x0}[self.predicts]
+        out = {"epsilon": eps, "sample": x0, "v_prediction": signal * eps - spread * x0}[
+            self.predicts
+        ]
         return type("Output", (), {"sample": out})
 
 
@@ -41,7 +48,8 @@ def test_every_prediction_gives_the_exact_denoiser(predicts):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, 2, 1, 1, generator=generator, dtype=torch.float64)
     for sigma in (0.05, 0.4, 3.0, 60.0):
-        got, wanted = denoiser(x * (1 + sigma), sigma), oracle.exact(x * (1 + sigma), sigma)
+        got = denoiser(x * (1 + sigma), sigma)
+        wanted = oracle.exact(x * (1 + sigma), sigma)
         torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
 
 
@@ -62,7 +70,9 @@ def test_timesteps_are_those_of_the_chain_and_grow_between_them():
 
 
 def test_an_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match="expected a network that predicts one of epsilon, v_prediction, sample"):
+    with pytest.raises(
+        ValueError, match="expected a network that predicts one of epsilon, v_prediction, sample"
+    ):
         pretrained.ScheduledDenoiser(Oracle("epsilon"), BETAS, "noise", 2, (2, 1, 1))
 
 
@@ -73,33 +83,50 @@ def pipeline(tmp_path_factory):
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1,
-                           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            norm_num_groups=4,
+        )
     folder = tmp_path_factory.mktemp("ddpm")
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
+    DDPMPipeline(
+        unet=unet, scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    ).save_pretrained(folder)
     return folder, unet.eval()
 
 
 def test_a_pipeline_folder_is_read_with_its_schedule(pipeline):
     folder, unet = pipeline
     denoiser = pretrained.from_diffusers(folder)
-    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 300
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = 300
     abar = noise.alpha_bar(noise.cosine_betas())[t].float()
     sigma = noise.sigma_of_alpha_bar(abar)
     with torch.no_grad():
         eps = unet(x * abar.sqrt(), t).sample
-        torch.testing.assert_close(denoiser.unconditional(x, float(sigma)), x - sigma * eps, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            denoiser.unconditional(x, float(sigma)), x - sigma * eps, rtol=1e-3, atol=1e-3
+        )
     assert denoiser.num_classes == 0 and denoiser.has_null and denoiser.image_shape == (3, 8, 8)
 
 
 def test_a_missing_scheduler_is_told(pipeline, tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a pipeline folder with unet/config.json, found none"):
+    with pytest.raises(
+        FileNotFoundError, match="expected a pipeline folder with unet/config.json, found none"
+    ):
         pretrained.from_diffusers(tmp_path)
 
 
 def test_a_unet_of_this_course_survives_the_trip_through_a_folder(tmp_path):
     for null in (True, False):
-        mine = network.build("ConditionalDenoiser", "UNet", 3, (3, 16, 16), has_null=null, widths=(16, 32), layers=1)
+        mine = network.build(
+            "ConditionalDenoiser", "UNet", 3, (3, 16, 16), has_null=null, widths=(16, 32), layers=1
+        )
         mine.network.unet.save_pretrained(tmp_path / str(null))
         back = conversion.from_edm_unet(tmp_path / str(null), 3)
         assert back.has_null == null

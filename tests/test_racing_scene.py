@@ -19,10 +19,13 @@ def scene():
 @pytest.mark.parametrize("strategy", RaceScene.STRATEGIES)
 def test_bills_of_a_network_with_heads_are_those_of_a_conditional_one(scene, strategy):
     """The heads of the student, asked one by one: the meter then counts what the scene works out."""
+
     class Conditional(Denoiser):
         def __init__(self, heads):
             super().__init__()
-            self.heads, self.num_classes, self.image_shape = heads, heads.num_classes, heads.image_shape
+            self.heads = heads
+            self.num_classes = heads.num_classes
+            self.image_shape = heads.image_shape
             self.sigma_range = heads.sigma_range
 
         def estimate(self, x_sigma, sigma, classes):
@@ -31,10 +34,16 @@ def test_bills_of_a_network_with_heads_are_those_of_a_conditional_one(scene, str
     other = RaceScene.__new__(RaceScene)
     question = racing.Question(Conditional(scene.question.denoiser), scene.question.levels)
     other.__dict__.update(scene.__dict__, _known={}, question=question)
-    ours, counted = scene.run(3, strategy, 8.0), other.run(3, strategy, 8.0)
-    both = range(min(len(ours), len(counted)))  # a race counts its budget in evaluations, so one may end later
+    ours = scene.run(3, strategy, 8.0)
+    counted = other.run(3, strategy, 8.0)
+    both = range(
+        min(len(ours), len(counted))
+    )  # a race counts its budget in evaluations, so one may end later
     assert [ours[i].bill for i in both] == [int(counted[i].answer.evaluations) for i in both]
-    assert all(torch.equal(ours[i].alive, counted[i].alive) for i in both) and ours[-1].bill <= scene.whole
+    assert (
+        all(torch.equal(ours[i].alive, counted[i].alive) for i in both)
+        and ours[-1].bill <= scene.whole
+    )
 
 
 def test_a_class_above_the_line_is_out(scene):
@@ -52,7 +61,8 @@ def test_the_line_is_where_one_rival_alone_convinces():
     for n in (1, 7):
         mean = float(limit(torch.tensor([float(n)]), 3.0, 4))
         for factor, wanted in ((1.01, True), (0.99, False)):
-            pair, state = torch.full((1, 4, 4), -1e3, dtype=torch.float64), None
+            pair = torch.full((1, 4, 4), -1e3, dtype=torch.float64)
+            state = None
             pair[0, 0, 1] = factor * mean
             for _ in range(n):
                 out, state = racing.normal_mixture(pair, state, alpha=ALPHA, scale=3.0)
@@ -63,11 +73,16 @@ def test_a_frame_shows_the_answer_of_the_library(scene):
     x = scene.world.test_images[5:6]
     rule = partial(racing.normal_mixture, alpha=ALPHA, scale=8.0)
     generator = torch.Generator().manual_seed(1)
-    found = racing.answer(racing.race(scene.question, x, generator, scene.guess.share, rule, LEVELS))
+    found = racing.answer(
+        racing.race(scene.question, x, generator, scene.guess.share, rule, LEVELS)
+    )
     frame = scene.at(5, RaceScene.STRATEGIES[0], 8.0, scene.whole)
     posterior = torch.softmax((-found.estimates[0]).masked_fill(~found.alive[0], -math.inf), 0)
     shown = torch.tensor(frame["panels"][2]["values"], dtype=torch.float64)
-    assert torch.allclose(shown, posterior, atol=1e-4) and f"<b>{int(found.prediction)}</b>" in frame["note"]
+    assert (
+        torch.allclose(shown, posterior, atol=1e-4)
+        and f"<b>{int(found.prediction)}</b>" in frame["note"]
+    )
     assert frame["panels"][3]["values"][2] == LEVELS * 10
 
 

@@ -13,12 +13,26 @@ HASH = "ab" * 32
 
 def accuracy(correct: int = 395, n: int = 400, **more) -> Record:
     bounds = certificates.interval(correct, n)
-    return results.accuracy_record(correct, n, "accuracy on digits", bounds, source="a test", **more)
+    return results.accuracy_record(
+        correct, n, "accuracy on digits", bounds, source="a test", **more
+    )
 
 
 def cost(**changes) -> Record:
-    content = dict(what="time for an image", value=2.5, n=10, low=2.0, high=3.0, level=0.9, settings={"levels": 64},
-                   seed=None, checkpoint=None, source="a test", unit="s", method="bootstrap")
+    content = dict(
+        what="time for an image",
+        value=2.5,
+        n=10,
+        low=2.0,
+        high=3.0,
+        level=0.9,
+        settings={"levels": 64},
+        seed=None,
+        checkpoint=None,
+        source="a test",
+        unit="s",
+        method="bootstrap",
+    )
     return Record(**(content | changes))
 
 
@@ -29,7 +43,10 @@ def test_shown_with_interval_and_counts():
 
 def test_round_trip_appends(tmp_path):
     path = tmp_path / "new folder" / "records.jsonl"
-    written = [accuracy(seed=3, checkpoint=HASH, settings={"weighting": "ELBO", "levels": 64}), cost(what="Zeit µs")]
+    written = [
+        accuracy(seed=3, checkpoint=HASH, settings={"weighting": "ELBO", "levels": 64}),
+        cost(what="Zeit µs"),
+    ]
     for record in written:
         assert record.append(path) == path
     assert results.read(path) == written
@@ -37,8 +54,12 @@ def test_round_trip_appends(tmp_path):
 
 
 def test_write_is_one_piece_and_flushed(tmp_path, monkeypatch):
-    calls, write, fsync = [], os.write, os.fsync
-    monkeypatch.setattr(os, "write", lambda handle, data: calls.append("write") or write(handle, data))
+    calls = []
+    write = os.write
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "write", lambda handle, data: calls.append("write") or write(handle, data)
+    )
     monkeypatch.setattr(os, "fsync", lambda handle: calls.append("fsync") or fsync(handle))
     accuracy().append(tmp_path / "r.jsonl")
     assert calls == ["write", "fsync"]
@@ -74,7 +95,9 @@ def test_missing_line_end_is_mended_without_loss(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"what": "half a rec', b'{"what": "no value"}', b"[1, 2]", b'{"surprise": 1}', b"\xff"])
+    "line",
+    [b'{"what": "half a rec', b'{"what": "no value"}', b"[1, 2]", b'{"surprise": 1}', b"\xff"],
+)
 def test_corrupt_line_is_named(tmp_path, line):
     path = tmp_path / "r.jsonl"
     accuracy(1).append(path)
@@ -98,13 +121,31 @@ def test_missing_file_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"value": math.nan}, "finite"), ({"high": math.inf}, "finite"), ({"value": "2.5"}, "finite"),
-     ({"value": 4.0}, "low <= value <= high"), ({"level": 95}, "level"), ({"n": 0}, "n, the number"),
-     ({"n": 2.5}, "n, the number"), ({"source": ""}, "by whom"), ({"checkpoint": "v3-final"}, "64 hexadecimal"),
-     ({"settings": {"loss": math.nan}}, "JSON"), ({"settings": {"f": print}}, "JSON"),
-     ({"unit": "share"}, r"in \[0,1\]"),
-     ({"unit": "share", "value": 0.7567, "low": 0.7, "high": 0.8, "n": 512, "method": "Clopper-Pearson"},
-      "whole number of 512")],
+    [
+        ({"value": math.nan}, "finite"),
+        ({"high": math.inf}, "finite"),
+        ({"value": "2.5"}, "finite"),
+        ({"value": 4.0}, "low <= value <= high"),
+        ({"level": 95}, "level"),
+        ({"n": 0}, "n, the number"),
+        ({"n": 2.5}, "n, the number"),
+        ({"source": ""}, "by whom"),
+        ({"checkpoint": "v3-final"}, "64 hexadecimal"),
+        ({"settings": {"loss": math.nan}}, "JSON"),
+        ({"settings": {"f": print}}, "JSON"),
+        ({"unit": "share"}, r"in \[0,1\]"),
+        (
+            {
+                "unit": "share",
+                "value": 0.7567,
+                "low": 0.7,
+                "high": 0.8,
+                "n": 512,
+                "method": "Clopper-Pearson",
+            },
+            "whole number of 512",
+        ),
+    ],
 )
 def test_what_is_no_result_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -36,7 +36,9 @@ def run(steps: int = 6, denoiser=None, **settings) -> Training:
 def equal(one: Training, other: Training) -> bool:
     """Whether weights and averages of two runs are the same bits."""
     pairs = [(one.denoiser, other.denoiser), (one.average, other.average)]
-    return all(torch.equal(v, b.state_dict()[n]) for a, b in pairs for n, v in a.state_dict().items())
+    return all(
+        torch.equal(v, b.state_dict()[n]) for a, b in pairs for n, v in a.state_dict().items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +59,9 @@ def test_the_class_is_learned():
     images, labels = pictures()
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        errors = ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+        errors = (
+            ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+        )
     assert float((errors.argmin(1) == labels).float().mean()) > 0.9
 
 
@@ -65,13 +69,20 @@ def test_a_student_approaches_its_teacher_under_every_class():
     teacher = tiny(seed=3)
     list(run(steps=30, denoiser=teacher, batch=32))
     teacher = teacher.eval().requires_grad_(False)
-    student = run(steps=60, denoiser=tiny("MultiHeadDenoiser"), loss=training.distillation_loss(teacher), batch=32)
+    student = run(
+        steps=60,
+        denoiser=tiny("MultiHeadDenoiser"),
+        loss=training.distillation_loss(teacher),
+        batch=32,
+    )
     images, _ = pictures()
     noisy = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(6))
 
     def distances():
         with torch.no_grad():
-            return ((student.denoiser(noisy, 1.0, [0, 1, 2]) - teacher(noisy, 1.0, [0, 1, 2])) ** 2).mean((0, 2, 3, 4))
+            return (
+                (student.denoiser(noisy, 1.0, [0, 1, 2]) - teacher(noisy, 1.0, [0, 1, 2])) ** 2
+            ).mean((0, 2, 3, 4))
 
     before = distances()
     list(student)
@@ -93,10 +104,16 @@ class Offsets(network.MultiHeadDenoiser):
 
 def check_contrastive_evidence(loss=training.contrastive_loss):
     """Where the logits are flat, the mean over drawn levels is the ELBO's integral of sigma^-3 in closed form."""
-    low, high, denoiser = 0.2, 0.8, Offsets([0.1, 0.3, 0.2])
+    low = 0.2
+    high = 0.8
+    denoiser = Offsets([0.1, 0.3, 0.2])
     with torch.no_grad():
         value = loss(low, high, temperature=1e9, denoising=0.5)(
-            denoiser, torch.zeros(200_000, *SHAPE), torch.zeros(200_000).long(), torch.Generator().manual_seed(0))
+            denoiser,
+            torch.zeros(200_000, *SHAPE),
+            torch.zeros(200_000).long(),
+            torch.Generator().manual_seed(0),
+        )
     integral = (low**-2 - high**-2) / 2
     wanted = math.log(2) + 0.5 * integral * (0.1**2 + 0.2**2) / 2
     assert abs(float(value) / wanted - 1) < 2e-3, (float(value), wanted)
@@ -105,55 +122,89 @@ def check_contrastive_evidence(loss=training.contrastive_loss):
 def test_the_contrastive_loss_estimates_the_elbo():
     check_contrastive_evidence()
     asked = Offsets([0.0, 0.0, 0.0])
-    training.contrastive_loss(0.2, 4.0)(asked, torch.zeros(50_000, *SHAPE), torch.zeros(50_000).long(),
-                                        torch.Generator().manual_seed(0))
-    assert float(asked.noisy.std()) == pytest.approx(math.sqrt((4.0**2 - 0.2**2) / 2 / math.log(4.0 / 0.2)), rel=0.01)
+    training.contrastive_loss(0.2, 4.0)(
+        asked,
+        torch.zeros(50_000, *SHAPE),
+        torch.zeros(50_000).long(),
+        torch.Generator().manual_seed(0),
+    )
+    assert float(asked.noisy.std()) == pytest.approx(
+        math.sqrt((4.0**2 - 0.2**2) / 2 / math.log(4.0 / 0.2)), rel=0.01
+    )
 
 
 def test_the_contrastive_loss_is_cross_entropy_plus_two_diffusion_losses():
     images, labels = pictures(8)
-    denoiser, low, high = tiny("MultiHeadDenoiser", seed=4), 0.2, 4.0
-    torch.nn.init.normal_(denoiser.network.leave[-1].weight, std=0.02, generator=torch.Generator().manual_seed(3))
+    denoiser = tiny("MultiHeadDenoiser", seed=4)
+    low = 0.2
+    high = 4.0
+    torch.nn.init.normal_(
+        denoiser.network.leave[-1].weight, std=0.02, generator=torch.Generator().manual_seed(3)
+    )
     with torch.no_grad():
-        value = training.contrastive_loss(low, high)(denoiser, images, labels, torch.Generator().manual_seed(7))
+        value = training.contrastive_loss(low, high)(
+            denoiser, images, labels, torch.Generator().manual_seed(7)
+        )
         source = torch.Generator().manual_seed(7)
         sigma = (math.log(low) + torch.rand(8, generator=source) * math.log(high / low)).exp()
         noisy = images + sigma[:, None, None, None] * torch.randn(images.shape, generator=source)
         error = (denoiser(noisy, sigma, [0, 1, 2]) - images[:, None]).square().sum((2, 3, 4))
-    e = math.log(high / low) * error / sigma[:, None]**2
-    own, null = e[torch.arange(8), labels].mean() / 64, e[:, 2].mean() / 64
+    e = math.log(high / low) * error / sigma[:, None] ** 2
+    own = e[torch.arange(8), labels].mean() / 64
+    null = e[:, 2].mean() / 64
 
     def entropy(logits):
         return torch.nn.functional.cross_entropy(logits, labels)
 
     assert torch.allclose(value, entropy(-e[:, :2] / 10) + 0.25 * (own + null), rtol=1e-5)
-    for slip in (entropy(-e[:, :2]) + 0.25 * (own + null), entropy(-e / 10) + 0.25 * (own + null),
-                 entropy(-e[:, :2] / 10) + 0.5 * own, entropy(e[:, :2] / 10) + 0.25 * (own + null)):
+    for slip in (
+        entropy(-e[:, :2]) + 0.25 * (own + null),
+        entropy(-e / 10) + 0.25 * (own + null),
+        entropy(-e[:, :2] / 10) + 0.5 * own,
+        entropy(e[:, :2] / 10) + 0.25 * (own + null),
+    ):
         assert not torch.allclose(value, slip, rtol=1e-3)
     with pytest.raises(ValueError, match="expected a denoiser with a null class"):
         training.contrastive_loss(low, high)(
-            network.build("MultiHeadDenoiser", "DigitNet", 2, SHAPE, has_null=False, width=16, blocks=1),
-            images, labels, torch.Generator())
+            network.build(
+                "MultiHeadDenoiser", "DigitNet", 2, SHAPE, has_null=False, width=16, blocks=1
+            ),
+            images,
+            labels,
+            torch.Generator(),
+        )
 
 
 def test_heads_learn_the_class_without_a_teacher():
     """The heads of wrong classes are told apart; trained on the true head alone they answer as they like."""
     images, labels = pictures()
-    trained = run(steps=60, denoiser=tiny("MultiHeadDenoiser"), loss=training.contrastive_loss(0.2, 4.0), batch=32,
-                  ema=0.9)
+    trained = run(
+        steps=60,
+        denoiser=tiny("MultiHeadDenoiser"),
+        loss=training.contrastive_loss(0.2, 4.0),
+        batch=32,
+        ema=0.9,
+    )
     list(trained)
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        errors = ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+        errors = (
+            ((trained.average.eval()(images + eps, 1.0) - images[:, None]) ** 2).flatten(2).sum(-1)
+        )
     assert float((errors.argmin(1) == labels).float().mean()) > 0.9
 
 
 def check_denoising_loss(loss=training.denoising_loss):
     """EDM's weight 1 / c_out^2 on the pixel mean: the loss of an untrained network, D = c_skip x, in closed form."""
-    denoiser, images = tiny(), 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    denoiser = tiny()
+    images = 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        value = float(loss(denoiser, images, torch.zeros(4000).long(), torch.Generator().manual_seed(2)))
-    assert abs(value - 1) < 0.02, value  # data of deviation 0.5: every level's loss is exactly one in expectation
+        value = float(
+            loss(denoiser, images, torch.zeros(4000).long(), torch.Generator().manual_seed(2))
+        )
+    assert abs(value - 1) < 0.02, (
+        value
+    )  # data of deviation 0.5: every level's loss is exactly one in expectation
 
 
 def test_the_loss_of_an_untrained_network_is_one():
@@ -162,19 +213,26 @@ def test_the_loss_of_an_untrained_network_is_one():
 
 def test_training_levels_are_log_normal_and_kept_in_range():
     sigma = training.draw_sigma(200_000, torch.Generator().manual_seed(0))
-    assert abs(float(sigma.log().mean()) + 0.8) < 0.01 and abs(float(sigma.log().std()) - 1.2) < 0.01
+    assert (
+        abs(float(sigma.log().mean()) + 0.8) < 0.01 and abs(float(sigma.log().std()) - 1.2) < 0.01
+    )
     narrow = training.draw_sigma(1000, torch.Generator().manual_seed(0), sigma_range=(0.2, 0.5))
     assert float(narrow.min()) == pytest.approx(0.2) and float(narrow.max()) == pytest.approx(0.5)
 
 
 def test_a_tenth_of_the_labels_is_withheld(monkeypatch):
-    denoiser, seen = tiny(), []
+    denoiser = tiny()
+    seen = []
     paired = denoiser.paired
-    monkeypatch.setattr(denoiser, "paired", lambda x, s, labels: seen.append(labels) or paired(x, s, labels))
+    monkeypatch.setattr(
+        denoiser, "paired", lambda x, s, labels: seen.append(labels) or paired(x, s, labels)
+    )
     images, labels = pictures(4000)
     with torch.no_grad():
         training.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0))
-        training.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0), null_rate=0.0)
+        training.denoising_loss(
+            denoiser, images, labels, torch.Generator().manual_seed(0), null_rate=0.0
+        )
     share = float((seen[0] == 2).float().mean())
     assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 4000)
     assert torch.equal(seen[0][seen[0] != 2], labels[seen[0] != 2]) and torch.equal(seen[1], labels)
@@ -209,13 +267,18 @@ def test_training_depends_on_its_seed_alone():
 
 def test_a_batch_is_shared_evenly_or_gets_a_sentence():
     assert [training.own_share(12, processes) for processes in (1, 3, 4)] == [12, 4, 3]
-    with pytest.raises(ValueError, match="expected a batch that 5 processes can share evenly, got 12 images; .* of 5"):
+    with pytest.raises(
+        ValueError,
+        match="expected a batch that 5 processes can share evenly, got 12 images; .* of 5",
+    ):
         training.own_share(12, 5)
 
 
 def test_a_loss_that_explodes_gets_a_sentence():
     images, labels = pictures()
-    with pytest.raises(FloatingPointError, match=r"the loss became nan at step 0; lower the rate \(0.002\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss became nan at step 0; lower the rate \(0.002\)"
+    ):
         list(Training(tiny(), images * math.nan, labels, steps=3))
 
 
@@ -245,7 +308,8 @@ def test_an_exception_between_steps_saves_what_is_done(tmp_path):
 
 
 def test_the_same_run_can_be_iterated_again(tmp_path):
-    whole, parts = run(), run()
+    whole = run()
+    parts = run()
     list(whole)
     list(itertools.islice(parts, 2))
     assert parts.step == 2 and [p.step for p in parts] == [3, 4, 5, 6] and equal(whole, parts)
@@ -260,11 +324,14 @@ def test_a_finished_run_stays_finished(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(batch=8), r"\['batch'\] differ; delete it to start afresh, or use the old settings"),
-    (dict(rate=1e-3, seed=4), r"\['rate', 'seed'\] differ"),
-    (dict(steps=7), r"\['steps'\] differ"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(batch=8), r"\['batch'\] differ; delete it to start afresh, or use the old settings"),
+        (dict(rate=1e-3, seed=4), r"\['rate', 'seed'\] differ"),
+        (dict(steps=7), r"\['steps'\] differ"),
+    ],
+)
 def test_a_checkpoint_of_other_settings_gets_a_sentence(change, sentence, tmp_path):
     list(run(checkpoint=tmp_path / "run.safetensors"))
     with pytest.raises(ValueError, match=sentence):
@@ -283,7 +350,9 @@ def test_a_damaged_checkpoint_gets_a_sentence(keep, tmp_path):
     path = tmp_path / "run.safetensors"
     list(run(checkpoint=path))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="expected a training checkpoint in run.safetensors, got a damaged file"):
+    with pytest.raises(
+        ValueError, match="expected a training checkpoint in run.safetensors, got a damaged file"
+    ):
         run(checkpoint=path)
 
 

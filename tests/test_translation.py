@@ -11,7 +11,8 @@ from diffclass.bridges import Bridge
 from diffclass.training import Training
 from diffclass.translation import TranslationClassifier
 
-SHAPE, CIFAR = (1, 8, 8), (3, 32, 32)
+SHAPE = (1, 8, 8)
+CIFAR = (3, 32, 32)
 FAMILIES = pytest.mark.parametrize("family", bridges.LABELS)
 F64 = torch.float64
 
@@ -27,7 +28,9 @@ def draw(seed: int, *shape: int):
 def tiny(family: str = "Hadamard", positions: int = 4, seed: int = 0, **config):
     """A translator of three classes that trains in milliseconds."""
     labels = bridges.LABELS[family](3, SHAPE)
-    return translation.build("DigitNet", labels, Bridge(positions), seed, **{"width": 16, "blocks": 1, **config})
+    return translation.build(
+        "DigitNet", labels, Bridge(positions), seed, **{"width": 16, "blocks": 1, **config}
+    )
 
 
 def alive(positions: int = 4, **config):
@@ -51,7 +54,9 @@ def test_labels_are_distinct_pictures_that_use_their_range(family, shape):
     bridges.check_apart(labels)
     extremes = units.to_model(labels).abs().amax()
     assert float(extremes) == pytest.approx(1, abs=1e-6)
-    assert torch.equal(labels, bridges.LABELS[family](10, shape)), "the same seed gives the same labels"
+    assert torch.equal(labels, bridges.LABELS[family](10, shape)), (
+        "the same seed gives the same labels"
+    )
     assert not torch.equal(labels, bridges.LABELS[family](10, shape, seed=1))
 
 
@@ -70,7 +75,9 @@ def test_centred_labels_are_orthogonal_where_the_network_works(family, shape):
 
 def test_in_pixels_orthogonal_labels_share_the_grey_of_the_background():
     """P = (p + 1)/2 with mean-zero p of length r: cosine 1 / sqrt((1 + r_j^2/D)(1 + r_k^2/D)); one half for +-1."""
-    assert off_diagonal(bridges.cosines(bridges.hadamard_labels(10, SHAPE))).numpy() == pytest.approx(0.5, abs=1e-9)
+    assert off_diagonal(
+        bridges.cosines(bridges.hadamard_labels(10, SHAPE))
+    ).numpy() == pytest.approx(0.5, abs=1e-9)
     labels = bridges.orthogonal_labels(10, SHAPE).double()
     power = 1 + (units.to_model(labels) ** 2).flatten(1).mean(1)
     wanted = 1 / (power[:, None] * power).sqrt()
@@ -82,7 +89,9 @@ def test_released_labels_have_the_cosines_that_the_released_code_has():
     rows = bridges._orthonormal(10, CIFAR, 0, centred=False)
     assert float((rows @ rows.T - torch.eye(10, dtype=F64)).abs().max()) < 1e-12
     labels = bridges.released_labels(10, CIFAR)
-    assert float(labels.flatten(1).amin(1).max()) == 0 and float(labels.flatten(1).amax(1).min()) == 1
+    assert (
+        float(labels.flatten(1).amin(1).max()) == 0 and float(labels.flatten(1).amax(1).min()) == 1
+    )
     pixel, model = (off_diagonal(bridges.cosines(v)) for v in (labels, units.to_model(labels)))
     assert 0.90 < float(pixel.min()) < 0.91 and 0.935 < float(pixel.max()) < 0.945
     assert 0.11 < float(model.abs().max()) < 0.125
@@ -101,7 +110,9 @@ def test_distances_are_mean_absolute_differences():
     labels = bridges.hadamard_labels(3, SHAPE)
     by_hand = [[float((a - b).abs().sum()) / 64 for b in labels] for a in PICTURES]
     assert torch.allclose(bridges.distances(PICTURES, labels), torch.tensor(by_hand), atol=1e-6)
-    assert off_diagonal(bridges.distances(labels, labels)).tolist() == [0.5] * 6  # half of the pixels differ
+    assert (
+        off_diagonal(bridges.distances(labels, labels)).tolist() == [0.5] * 6
+    )  # half of the pixels differ
 
 
 # -- bridge -----------------------------------------------------------------------------------------------------------
@@ -114,9 +125,14 @@ def check_posterior(bridge):
     """
     x0, y, x_t = (draw(seed, 2, 1, 3, 3) for seed in (0, 1, 2))
     for t, n in itertools.combinations(range(bridge.steps - 1, -1, -1), 2):
-        m_t, m_n = float(bridge.shares[t]), float(bridge.shares[n])
+        m_t = float(bridge.shares[t])
+        m_n = float(bridge.shares[n])
         across = m_n * (1 - m_t)
-        joint = 2 * bridge.scale * torch.tensor([[m_n * (1 - m_n), across], [across, m_t * (1 - m_t)]], dtype=F64)
+        joint = (
+            2
+            * bridge.scale
+            * torch.tensor([[m_n * (1 - m_n), across], [across, m_t * (1 - m_t)]], dtype=F64)
+        )
         mean_n, mean_t = ((1 - m) * x0 + m * y for m in (m_n, m_t))
         gain = joint[0, 1] / joint[1, 1]
         mean, variance = bridge.posterior(x_t, x0, t, n)
@@ -132,10 +148,14 @@ def test_posterior_is_conditioning(steps, scale):
 
 def test_posterior_is_the_one_that_the_released_code_writes_out():
     """In a, delta and y: the weight of the picture is zero, and the others are those of the shorter formula."""
-    bridge, like = Bridge(4, 0.7), torch.zeros(1, dtype=F64)
+    bridge = Bridge(4, 0.7)
+    like = torch.zeros(1, dtype=F64)
     for t, n in itertools.combinations(range(3, -1, -1), 2):
-        m_t, m_n = float(bridge.shares[t]), float(bridge.shares[n])
-        a, delta_t, delta_n = (1 - m_t) / (1 - m_n), 1.4 * m_t * (1 - m_t), 1.4 * m_n * (1 - m_n)
+        m_t = float(bridge.shares[t])
+        m_n = float(bridge.shares[n])
+        a = (1 - m_t) / (1 - m_n)
+        delta_t = 1.4 * m_t * (1 - m_t)
+        delta_n = 1.4 * m_n * (1 - m_n)
         between = delta_t - a**2 * delta_n
         kept, variance = bridge.kept(t, n, like)
         assert m_n - m_t * a * delta_n / delta_t == pytest.approx(0, abs=1e-12)
@@ -163,7 +183,8 @@ class ForwardVariance(Bridge):
     """The variance of the forward step where that of the posterior belongs."""
 
     def kept(self, t, n, like):
-        m_t, m_n = self.share(t, like), self.share(n, like)
+        m_t = self.share(t, like)
+        m_n = self.share(n, like)
         return m_n / m_t, 2 * self.scale * (1 - m_t) * (m_t - m_n) / (1 - m_n)
 
 
@@ -175,11 +196,18 @@ def test_posterior_twins_are_rejected(twin):
 
 def check_forward(bridge):
     """Mean and variance of the state, by 40 000 draws and by the printed numbers of IDC's bridge of four."""
-    assert bridge.shares.tolist() == pytest.approx([0.001, 1 / 3 + 1e-3 / 3, 2 / 3 - 1e-3 / 3, 0.999], abs=1e-12)
-    assert bridge.variance(bridge.shares).sqrt().tolist() == pytest.approx([0.0447, 0.6668, 0.6668, 0.0447], abs=1e-4)
-    x0, y, eps = torch.full((40_000, 1, 1, 1), -0.5), torch.full((40_000, 1, 1, 1), 0.8), draw(3, 40_000, 1, 1, 1)
+    assert bridge.shares.tolist() == pytest.approx(
+        [0.001, 1 / 3 + 1e-3 / 3, 2 / 3 - 1e-3 / 3, 0.999], abs=1e-12
+    )
+    assert bridge.variance(bridge.shares).sqrt().tolist() == pytest.approx(
+        [0.0447, 0.6668, 0.6668, 0.0447], abs=1e-4
+    )
+    x0 = torch.full((40_000, 1, 1, 1), -0.5)
+    y = torch.full((40_000, 1, 1, 1), 0.8)
+    eps = draw(3, 40_000, 1, 1, 1)
     for t in range(4):
-        m, x_t = float(bridge.shares[t]), bridge.forward(x0.double(), y.double(), t, eps)
+        m = float(bridge.shares[t])
+        x_t = bridge.forward(x0.double(), y.double(), t, eps)
         std = math.sqrt(2 * m * (1 - m))
         assert abs(float(x_t.mean()) - (-0.5 + 1.3 * m)) < 4 * std / 200
         assert float(x_t.std()) == pytest.approx(std, rel=0.015)
@@ -187,18 +215,34 @@ def check_forward(bridge):
 
 def test_forward_has_the_mean_and_the_variance_of_the_bridge():
     check_forward(Bridge(4))
-    mixed = Bridge(4).forward(draw(0, 4, 1, 2, 2), draw(1, 4, 1, 2, 2), torch.arange(4), draw(2, 4, 1, 2, 2))
+    mixed = Bridge(4).forward(
+        draw(0, 4, 1, 2, 2), draw(1, 4, 1, 2, 2), torch.arange(4), draw(2, 4, 1, 2, 2)
+    )
     for t in range(4):
         alone = Bridge(4).forward(draw(0, 4, 1, 2, 2), draw(1, 4, 1, 2, 2), t, draw(2, 4, 1, 2, 2))
         assert torch.equal(mixed[t], alone[t])
 
 
-@pytest.mark.parametrize("twin", [
-    type("Swapped", (Bridge,), dict(forward=lambda self, x0, y, t, eps: Bridge.forward(self, y, x0, t, eps))),
-    type("HalfVariance", (Bridge,), dict(variance=lambda self, m: m * (1 - m) * self.scale)),
-    type("VarianceForDeviation", (Bridge,), dict(forward=lambda self, x0, y, t, eps: Bridge.forward(
-        self, x0, y, t, eps * self.variance(self.share(t, y)).sqrt()))),
-])
+@pytest.mark.parametrize(
+    "twin",
+    [
+        type(
+            "Swapped",
+            (Bridge,),
+            dict(forward=lambda self, x0, y, t, eps: Bridge.forward(self, y, x0, t, eps)),
+        ),
+        type("HalfVariance", (Bridge,), dict(variance=lambda self, m: m * (1 - m) * self.scale)),
+        type(
+            "VarianceForDeviation",
+            (Bridge,),
+            dict(
+                forward=lambda self, x0, y, t, eps: Bridge.forward(
+                    self, x0, y, t, eps * self.variance(self.share(t, y)).sqrt()
+                )
+            ),
+        ),
+    ],
+)
 def test_forward_twins_are_rejected(twin):
     with pytest.raises(AssertionError):
         check_forward(twin(4))
@@ -224,9 +268,20 @@ def test_a_bridge_of_one_step_starts_at_the_picture():
 
 def test_step_lists():
     assert bridges.released_steps(4) == [3, 1, 1, 0] and bridges.every_step(4) == [3, 2, 1, 0]
-    assert bridges.released_steps(3) == [2, 1, 0] and bridges.released_steps(8) == [7, 5, 4, 3, 2, 1, 1, 0]
+    assert bridges.released_steps(3) == [2, 1, 0] and bridges.released_steps(8) == [
+        7,
+        5,
+        4,
+        3,
+        2,
+        1,
+        1,
+        0,
+    ]
     for steps in range(3, 40):
-        ramp = torch.arange(steps - 1, 1, step=-(steps - 1) / (steps - 2)).long().tolist()  # the released line
+        ramp = (
+            torch.arange(steps - 1, 1, step=-(steps - 1) / (steps - 2)).long().tolist()
+        )  # the released line
         assert bridges.released_steps(steps) == [*ramp, 1, 0]
 
 
@@ -235,7 +290,10 @@ def test_step_lists():
 
 def check_offsets(bridge):
     """Proposition 1 as the released code writes it, as a mixed state minus the label, and as a moved end point."""
-    labels, x0, y, eps = draw(0, 3, 1, 2, 2), draw(1, 5, 1, 2, 2), draw(2, 5, 1, 2, 2), draw(3, 5, 1, 2, 2)
+    labels = draw(0, 3, 1, 2, 2)
+    x0 = draw(1, 5, 1, 2, 2)
+    y = draw(2, 5, 1, 2, 2)
+    eps = draw(3, 5, 1, 2, 2)
     for t in range(bridge.steps):
         m = float(bridge.shares[t])
         before = float(bridge.shares[t - 1]) if t else 0.0
@@ -283,7 +341,10 @@ def test_inter_class_twins_are_rejected(twin):
 
 
 def test_the_offset_of_the_true_label_is_the_way_back():
-    bridge, labels, y, eps = Bridge(4), draw(0, 3, 1, 2, 2), draw(2, 3, 1, 2, 2), draw(3, 3, 1, 2, 2)
+    bridge = Bridge(4)
+    labels = draw(0, 3, 1, 2, 2)
+    y = draw(2, 3, 1, 2, 2)
+    eps = draw(3, 3, 1, 2, 2)
     for t in range(4):
         own = bridge.offsets(labels, labels, y, t, eps)[torch.arange(3), torch.arange(3)]
         assert torch.allclose(own, bridge.forward(labels, y, t, eps) - labels, rtol=0, atol=1e-12)
@@ -292,16 +353,24 @@ def test_the_offset_of_the_true_label_is_the_way_back():
 def check_loss(loss_of):
     """The loss image by image, recomputed from the translator's own estimates; both branches occur."""
     translator = alive(seed=2)
-    images, labels = units.to_model(data.digits().train_images[:200]), torch.arange(200) % 3
+    images = units.to_model(data.digits().train_images[:200])
+    labels = torch.arange(200) % 3
     got = float(loss_of(0.2)(translator, images, labels, torch.Generator().manual_seed(5)))
     generator = torch.Generator().manual_seed(5)
     t = torch.randint(4, (200,), generator=generator)
     eps = torch.randn(images.shape, generator=generator)
-    targets, total, pushed = units.to_model(translator.labels), 0.0, 0
+    targets = units.to_model(translator.labels)
+    total = 0.0
+    pushed = 0
     for i, c in enumerate(labels.tolist()):
-        at, one = int(t[i]), slice(i, i + 1)
-        estimate = translator(translator.bridge.forward(targets[c:c + 1], images[one], at, eps[one]), at)[0]
-        step = float(translator.bridge.shares[at]) - (float(translator.bridge.shares[at - 1]) if at else 0.0)
+        at = int(t[i])
+        one = slice(i, i + 1)
+        estimate = translator(
+            translator.bridge.forward(targets[c : c + 1], images[one], at, eps[one]), at
+        )[0]
+        step = float(translator.bridge.shares[at]) - (
+            float(translator.bridge.shares[at - 1]) if at else 0.0
+        )
         d = [float((targets[c] + step * (p - targets[c]) - estimate).abs().mean()) for p in targets]
         wrong = min(v for k, v in enumerate(d) if k != c)
         total += d[c] - 0.2 * wrong * (d[c] > wrong)
@@ -314,8 +383,13 @@ def test_loss_is_the_released_one():
     check_loss(translation.translation_loss)
 
 
-@pytest.mark.parametrize("twin", [lambda inter: translation.translation_loss(0.0),
-                                  lambda inter: translation.translation_loss(-inter)])
+@pytest.mark.parametrize(
+    "twin",
+    [
+        lambda inter: translation.translation_loss(0.0),
+        lambda inter: translation.translation_loss(-inter),
+    ],
+)
 def test_loss_twins_are_rejected(twin):
     with pytest.raises(AssertionError):
         check_loss(twin)
@@ -326,14 +400,20 @@ def test_loss_twins_are_rejected(twin):
 
 @pytest.fixture(scope="module")
 def pruned():
-    return translation.build("PrunedUNet", bridges.released_labels(10, CIFAR)).eval().requires_grad_(False)
+    return (
+        translation.build("PrunedUNet", bridges.released_labels(10, CIFAR))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def test_the_pruned_network_has_the_budget_of_the_paper(pruned):
     assert sum(p.numel() for p in pruned.parameters()) == pytest.approx(9.39e6, rel=1e-3)
     released = TranslationClassifier(pruned, bridges.released_steps())
     flops = translation.classification_flops(released)
-    assert flops == pytest.approx(27.09e9, rel=1e-3) and flops / 8 == pytest.approx(3.386e9, rel=1e-3)
+    assert flops == pytest.approx(27.09e9, rel=1e-3) and flops / 8 == pytest.approx(
+        3.386e9, rel=1e-3
+    )
     shorter = translation.classification_flops(TranslationClassifier(pruned, [3, 1, 0]))
     assert shorter == pytest.approx(0.75 * flops)
 
@@ -355,17 +435,24 @@ def test_untrained_weights_come_from_the_seed_alone():
 
 
 def test_logits_are_distances_of_the_translation_written_out_by_hand():
-    translator, bridge = alive(), Bridge(4)
+    translator = alive()
+    bridge = Bridge(4)
     classifier = TranslationClassifier(translator, seed=7)
     y = state = 2 * PICTURES - 1
     for i, t in enumerate([3, 2, 1, 0]):
         x0 = translator(state, t).clamp(-1, 1)
         if t:
-            m_t, m_n = float(bridge.shares[t]), float(bridge.shares[t - 1])
-            dt, dn = 2 * m_t * (1 - m_t), 2 * m_n * (1 - m_n)
+            m_t = float(bridge.shares[t])
+            m_n = float(bridge.shares[t - 1])
+            dt = 2 * m_t * (1 - m_t)
+            dn = 2 * m_n * (1 - m_n)
             var = (dt - dn * (1 - m_t) ** 2 / (1 - m_n) ** 2) * dn / dt
-            state = ((1 - m_n) * x0 + m_n * y + math.sqrt((dn - var) / dt) * (state - (1 - m_t) * x0 - m_t * y)
-                     + math.sqrt(var) * classifier.noise[i])
+            state = (
+                (1 - m_n) * x0
+                + m_n * y
+                + math.sqrt((dn - var) / dt) * (state - (1 - m_t) * x0 - m_t * y)
+                + math.sqrt(var) * classifier.noise[i]
+            )
     wanted = -((x0 + 1) / 2 - translator.labels[:, None]).abs().mean((2, 3, 4)).T / 0.1
     assert torch.allclose(classifier(PICTURES), wanted, atol=1e-5)
 
@@ -375,10 +462,14 @@ def test_fixed_noise_is_deterministic_and_fresh_noise_is_not():
     fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(0))
     assert classifier.deterministic and not fresh.deterministic
     assert torch.equal(classifier(PICTURES), classifier(PICTURES))
-    assert torch.allclose(classifier(PICTURES)[2:3], classifier(PICTURES[2:3]), atol=1e-6), "one noise for every image"
+    assert torch.allclose(classifier(PICTURES)[2:3], classifier(PICTURES[2:3]), atol=1e-6), (
+        "one noise for every image"
+    )
     assert not torch.equal(fresh(PICTURES), fresh(PICTURES))
     again = classifier.with_fresh_noise(torch.Generator().manual_seed(0))
-    assert torch.equal(again(PICTURES), classifier.with_fresh_noise(torch.Generator().manual_seed(0))(PICTURES))
+    assert torch.equal(
+        again(PICTURES), classifier.with_fresh_noise(torch.Generator().manual_seed(0))(PICTURES)
+    )
     twice = fresh(PICTURES[:1].repeat(2, 1, 1, 1))
     assert not torch.equal(twice[0], twice[1]), "each image its own noise"
 
@@ -387,7 +478,9 @@ def test_the_released_steps_spend_a_call_on_nothing():
     classifier = TranslationClassifier(alive(), bridges.released_steps(), seed=3)
     frames = list(classifier.walk(PICTURES))
     assert [f.t for f in frames] == [3, 1, 1, 0]
-    assert torch.equal(frames[1].x_t, frames[2].x_t) and torch.equal(frames[1].estimate, frames[2].estimate)
+    assert torch.equal(frames[1].x_t, frames[2].x_t) and torch.equal(
+        frames[1].estimate, frames[2].estimate
+    )
     short = TranslationClassifier(alive(), [3, 1, 0])
     short.noise = classifier.noise[[0, 2]]
     assert torch.equal(short(PICTURES), classifier(PICTURES))
@@ -397,7 +490,8 @@ def test_the_released_steps_spend_a_call_on_nothing():
 
 def test_attacks_see_the_gradient_of_what_predicts():
     classifier = TranslationClassifier(alive().double())
-    x, y = PICTURES[:2].double().clamp(0.2, 0.8), torch.tensor([0, 1])
+    x = PICTURES[:2].double().clamp(0.2, 0.8)
+    y = torch.tensor([0, 1])
     x.requires_grad_()
     gradient = torch.autograd.grad(attacks.margin_loss(classifier(x), y).sum(), x)[0]
     for i in (9, 27, 42):
@@ -405,7 +499,10 @@ def test_attacks_see_the_gradient_of_what_predicts():
         step[:, i] = 1e-6
         step = step.reshape(x.shape)
         with torch.no_grad():
-            slope = (attacks.margin_loss(classifier(x + step), y) - attacks.margin_loss(classifier(x - step), y)) / 2e-6
+            slope = (
+                attacks.margin_loss(classifier(x + step), y)
+                - attacks.margin_loss(classifier(x - step), y)
+            ) / 2e-6
         assert torch.allclose(gradient.flatten(1)[:, i], slope, rtol=1e-3, atol=1e-7)
     view = attacks.AttackView.calibrated(classifier, PICTURES.double())
     *_, last = attacks.pgd(view, PICTURES.double(), view(PICTURES.double()).argmax(1), 0.2, steps=5)
@@ -417,7 +514,9 @@ def test_an_attack_library_takes_it_as_it_is():
 
     classifier = TranslationClassifier(alive())
     y = classifier(PICTURES).argmax(1)
-    found = torchattacks.PGD(classifier, eps=0.2, alpha=0.05, steps=5, random_start=False)(PICTURES, y)
+    found = torchattacks.PGD(classifier, eps=0.2, alpha=0.05, steps=5, random_start=False)(
+        PICTURES, y
+    )
     assert float((found - PICTURES).abs().max()) <= 0.2 + 1e-6
     before, after = (attacks.margin_loss(classifier(x), y).mean() for x in (PICTURES, found))
     assert float(after) > float(before) + 1e-3
@@ -428,37 +527,92 @@ def test_a_perfect_translation_has_a_share_of_one_third_in_the_released_head():
     shares = (-bridges.distances(labels, labels) / translation.TEMPERATURE).softmax(1).diagonal()
     assert 0.33 < float(shares.min()) and float(shares.max()) < 0.39
     twice = (-bridges.distances(labels, labels) / translation.TEMPERATURE).softmax(1).softmax(1)
-    assert float(twice.diagonal().max()) < 0.14, "a second softmax, inside cross-entropy, leaves nearly nothing"
+    assert float(twice.diagonal().max()) < 0.14, (
+        "a second softmax, inside cross-entropy, leaves nearly nothing"
+    )
 
 
 # -- errors: one sentence each ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("action", "sentence"), [
-    (lambda: bridges.released_labels(65, SHAPE), r"expected at most 64 classes for orthogonal images of 64 pixels"),
-    (lambda: bridges.orthogonal_labels(64, SHAPE), r"expected at most 63 classes for centred orthogonal images of 64"),
-    (lambda: bridges.simplex_labels(64, SHAPE), r"at most 63 classes"),
-    (lambda: bridges.hadamard_labels(64, SHAPE), r"expected at most 63 classes for Hadamard images of 64 pixels"),
-    (lambda: bridges.hadamard_labels(4, (3, 2, 2)), r"at most 3 classes for Hadamard images of 12 pixels"),
-    (lambda: translation.build("DigitNet", torch.rand(1, *SHAPE).repeat(2, 1, 1, 1)),
-     r"expected labels that differ, got the same picture for classes 0 and 1"),
-    (lambda: translation.build("DigitNet", 2 * bridges.hadamard_labels(3, SHAPE) - 1), r"these look like model space"),
-    (lambda: translation.build("DigitNet", bridges.hadamard_labels(1, SHAPE)), r"at least two classes, got 1"),
-    (lambda: translation.build("ResNet", bridges.hadamard_labels(3, SHAPE)), r"expected one of .*, got 'ResNet'"),
-    (lambda: Bridge(0), r"expected a bridge of at least one step, got 0"),
-    (lambda: Bridge(4, scale=0.0), r"expected scale > 0"),
-    (lambda: bridges.every_step(0), r"at least one step"),
-    (lambda: bridges.released_steps(2), r"expected at least 3 steps for the released list, got 2"),
-    (lambda: Bridge(4).posterior(*[torch.zeros(1, 1, 1, 1)] * 2, 1, 2), r"to a position n <= t, got t = 1 and n = 2"),
-    (lambda: TranslationClassifier(tiny(), []), r"expected at least one step, got an empty list"),
-    (lambda: TranslationClassifier(tiny(), [3, 1]), r"go down from at most 3 to 0, got \[3, 1\]"),
-    (lambda: TranslationClassifier(tiny(), [4, 0]), r"go down from at most 3 to 0, got \[4, 0\]"),
-    (lambda: TranslationClassifier(tiny(), [1, 3, 0]), r"go down from at most 3 to 0"),
-    (lambda: TranslationClassifier(tiny(), temperature=0.0), r"expected a temperature > 0, got 0"),
-    (lambda: TranslationClassifier(tiny())(2 * PICTURES - 1), r"expected images in \[0,1\].*model space"),
-    (lambda: TranslationClassifier(tiny())(torch.zeros(1, *CIFAR)), r"expected images of shape \[B,1,8,8\]"),
-    (lambda: next(translation_training.train_translation("digits-gan.safetensors", None)), r"got 'digits-gan"),
-])
+@pytest.mark.parametrize(
+    ("action", "sentence"),
+    [
+        (
+            lambda: bridges.released_labels(65, SHAPE),
+            r"expected at most 64 classes for orthogonal images of 64 pixels",
+        ),
+        (
+            lambda: bridges.orthogonal_labels(64, SHAPE),
+            r"expected at most 63 classes for centred orthogonal images of 64",
+        ),
+        (lambda: bridges.simplex_labels(64, SHAPE), r"at most 63 classes"),
+        (
+            lambda: bridges.hadamard_labels(64, SHAPE),
+            r"expected at most 63 classes for Hadamard images of 64 pixels",
+        ),
+        (
+            lambda: bridges.hadamard_labels(4, (3, 2, 2)),
+            r"at most 3 classes for Hadamard images of 12 pixels",
+        ),
+        (
+            lambda: translation.build("DigitNet", torch.rand(1, *SHAPE).repeat(2, 1, 1, 1)),
+            r"expected labels that differ, got the same picture for classes 0 and 1",
+        ),
+        (
+            lambda: translation.build("DigitNet", 2 * bridges.hadamard_labels(3, SHAPE) - 1),
+            r"these look like model space",
+        ),
+        (
+            lambda: translation.build("DigitNet", bridges.hadamard_labels(1, SHAPE)),
+            r"at least two classes, got 1",
+        ),
+        (
+            lambda: translation.build("ResNet", bridges.hadamard_labels(3, SHAPE)),
+            r"expected one of .*, got 'ResNet'",
+        ),
+        (lambda: Bridge(0), r"expected a bridge of at least one step, got 0"),
+        (lambda: Bridge(4, scale=0.0), r"expected scale > 0"),
+        (lambda: bridges.every_step(0), r"at least one step"),
+        (
+            lambda: bridges.released_steps(2),
+            r"expected at least 3 steps for the released list, got 2",
+        ),
+        (
+            lambda: Bridge(4).posterior(*[torch.zeros(1, 1, 1, 1)] * 2, 1, 2),
+            r"to a position n <= t, got t = 1 and n = 2",
+        ),
+        (
+            lambda: TranslationClassifier(tiny(), []),
+            r"expected at least one step, got an empty list",
+        ),
+        (
+            lambda: TranslationClassifier(tiny(), [3, 1]),
+            r"go down from at most 3 to 0, got \[3, 1\]",
+        ),
+        (
+            lambda: TranslationClassifier(tiny(), [4, 0]),
+            r"go down from at most 3 to 0, got \[4, 0\]",
+        ),
+        (lambda: TranslationClassifier(tiny(), [1, 3, 0]), r"go down from at most 3 to 0"),
+        (
+            lambda: TranslationClassifier(tiny(), temperature=0.0),
+            r"expected a temperature > 0, got 0",
+        ),
+        (
+            lambda: TranslationClassifier(tiny())(2 * PICTURES - 1),
+            r"expected images in \[0,1\].*model space",
+        ),
+        (
+            lambda: TranslationClassifier(tiny())(torch.zeros(1, *CIFAR)),
+            r"expected images of shape \[B,1,8,8\]",
+        ),
+        (
+            lambda: next(translation_training.train_translation("digits-gan.safetensors", None)),
+            r"got 'digits-gan",
+        ),
+    ],
+)
 def test_errors_are_one_sentence(action, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         action()
@@ -474,7 +628,9 @@ def test_a_saved_translator_comes_back(tmp_path):
     loaded, card = translation.load_translator(tmp_path / "t.safetensors")
     assert card == {"name": "t"} and loaded.bridge == Bridge(5)
     assert torch.equal(loaded.labels, translator.labels)
-    assert torch.equal(TranslationClassifier(loaded)(PICTURES), TranslationClassifier(translator)(PICTURES))
+    assert torch.equal(
+        TranslationClassifier(loaded)(PICTURES), TranslationClassifier(translator)(PICTURES)
+    )
 
 
 def test_a_damaged_or_foreign_file_is_told(tmp_path):
@@ -484,8 +640,11 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
     with pytest.raises(ValueError, match="probably cut short"):
         translation.load_translator(path)
     from safetensors.torch import save_file
+
     save_file({"a": torch.zeros(1)}, path, {"architecture": json.dumps(dict(network="DigitNet"))})
-    with pytest.raises(ValueError, match="expected t.safetensors to hold a translator with its bridge and labels"):
+    with pytest.raises(
+        ValueError, match="expected t.safetensors to hold a translator with its bridge and labels"
+    ):
         translation.load_translator(path)
     with pytest.raises(FileNotFoundError):
         translation.load_translator(tmp_path / "none.safetensors")
@@ -494,9 +653,18 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
 def test_training_learns_to_translate():
     world = data.digits()
     three = world.train_labels < 3
-    images, labels = units.to_model(world.train_images[three]), world.train_labels[three]
-    run = Training(tiny(width=32, blocks=2), images, labels, loss=translation.translation_loss(), steps=150, batch=64,
-                   rate=4e-3, ema=0.9)
+    images = units.to_model(world.train_images[three])
+    labels = world.train_labels[three]
+    run = Training(
+        tiny(width=32, blocks=2),
+        images,
+        labels,
+        loss=translation.translation_loss(),
+        steps=150,
+        batch=64,
+        rate=4e-3,
+        ema=0.9,
+    )
     frames = list(run)
     assert sum(f.loss for f in frames[-10:]) < 0.6 * sum(f.loss for f in frames[:10])
     test, answers = (v[world.test_labels < 3] for v in (world.test_images, world.test_labels))
@@ -513,10 +681,16 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
             break
     resumed = list(translation_training.train_translation(name, tmp_path / "cut", steps=4))
     assert [p.step for p in resumed] == list(range(cut + 1, 5)) and len(unbroken) == 4
-    one, other = (translation.load_translator(tmp_path / folder / name) for folder in ("whole", "cut"))
+    one, other = (
+        translation.load_translator(tmp_path / folder / name) for folder in ("whole", "cut")
+    )
     assert all(torch.equal(v, other[0].state_dict()[n]) for n, v in one[0].state_dict().items())
     card = one[1]
-    assert card["accuracy"]["n"] == 400 and card["images_seen"] == 4 * 128 and card["recipe"]["labels"] == "Hadamard"
+    assert (
+        card["accuracy"]["n"] == 400
+        and card["images_seen"] == 4 * 128
+        and card["recipe"]["labels"] == "Hadamard"
+    )
     assert name in (tmp_path / "cut" / "SHA256SUMS").read_text()
     assert not (tmp_path / "cut" / "checkpoints" / name).exists()
 
@@ -531,12 +705,18 @@ def digits_translator():
 
 def test_the_shipped_network_is_as_accurate_as_its_card_says(digits_translator):
     world = data.digits()
-    card = translation.load_translator(translation.assets.verified(translation.FILES["digits"][0]))[1]
+    card = translation.load_translator(translation.assets.verified(translation.FILES["digits"][0]))[
+        1
+    ]
     classifier = TranslationClassifier(digits_translator)
     correct = translation_training.correct_of(classifier, world.test_images, world.test_labels)
-    assert correct >= 0.97 * 400 and abs(correct - card["accuracy"]["correct"]) <= 1  # rounding may turn one
+    assert (
+        correct >= 0.97 * 400 and abs(correct - card["accuracy"]["correct"]) <= 1
+    )  # rounding may turn one
     fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(9))
-    assert translation_training.correct_of(fresh, world.test_images, world.test_labels) >= 0.95 * 400
+    assert (
+        translation_training.correct_of(fresh, world.test_images, world.test_labels) >= 0.95 * 400
+    )
 
 
 def test_its_estimates_move_from_step_to_step_and_labels_stay_orthogonal(digits_translator):
@@ -550,5 +730,7 @@ def test_the_ablations_are_on_record():
     records = results.read(translation.assets.folder() / "records" / "idc-digits.jsonl")
     found = {r.what.removeprefix("IDC on digits, ").partition(":")[0] for r in records}
     assert found == set(translation_training.ABLATIONS)
-    assert all(r.n in (100, 400) and r.seed is not None and r.settings["steps"] >= 300 for r in records)
+    assert all(
+        r.n in (100, 400) and r.seed is not None and r.settings["steps"] >= 300 for r in records
+    )
     assert all("upper bound" in r.what for r in records if "attack" in r.settings)

@@ -20,7 +20,8 @@ PROTOCOL = Protocol("honest", "dc", "linf", 0.08, LISTED, "a test")
 class Random(Randomised):
     """Logits W x + b and a little noise."""
 
-    num_classes, image_shape = 3, SHAPE
+    num_classes = 3
+    image_shape = SHAPE
 
     def __init__(self, seed=1):
         super().__init__()
@@ -28,7 +29,9 @@ class Random(Randomised):
 
     def forward(self, x):
         generator = torch.Generator().manual_seed(0) if self.deterministic else self.generator
-        return (x.flatten(1) - 0.5) @ self.weight.T + 0.15 * torch.randn(len(x), 3, generator=generator)
+        return (x.flatten(1) - 0.5) @ self.weight.T + 0.15 * torch.randn(
+            len(x), 3, generator=generator
+        )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,9 @@ def bend(folder, index, change):
 
 def test_an_honest_claim_stands_and_asks_no_attack(folder, data, claimed, monkeypatch):
     rows = robustness.read(folder).rows
-    assert len({row["hits"] for row in rows}) > 4  # luck is in it: only the same noise gives the same counts
+    assert (
+        len({row["hits"] for row in rows}) > 4
+    )  # luck is in it: only the same noise gives the same counts
     monkeypatch.setattr(Attack, "frames", None)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     states = list(claims.verify(Random(), *data, robustness.read(folder), WEIGHTS, claimed))
@@ -87,7 +92,9 @@ def test_a_flipped_count_is_found_and_its_image_named(folder, data, key, said):
     old = robustness.read(folder).rows[7][key]
     new = old - 1 if old else 1
     edit(folder, 7, **{key: new})
-    found = faults(folder, data, claims.records(robustness.read(folder)))  # records that follow from the forged rows
+    found = faults(
+        folder, data, claims.records(robustness.read(folder))
+    )  # records that follow from the forged rows
     assert found == [f"image 7: {said}, {old} of 10 draws are right, not {new}."]
 
 
@@ -95,13 +102,27 @@ def test_a_forged_row_contradicts_the_records_it_was_taken_from(folder, data, cl
     edit(folder, 3, hits=10 if robustness.read(folder).rows[3]["hits"] < 10 else 0)
     found = faults(folder, data, claimed)
     assert any(fault.startswith("image 3: perturbed") for fault in found)
-    assert any("average of 10 draws' does not follow from the rows: ['value'" in fault for fault in found)
+    assert any(
+        "average of 10 draws' does not follow from the rows: ['value'" in fault for fault in found
+    )
 
 
-@pytest.mark.parametrize("change", [dict(value=0.96, high=1.0), dict(low=0.0), dict(what="robust accuracy"),
-                                    dict(checkpoint="cd" * 32), dict(seed=7)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(value=0.96, high=1.0),
+        dict(low=0.0),
+        dict(what="robust accuracy"),
+        dict(checkpoint="cd" * 32),
+        dict(seed=7),
+    ],
+)
 def test_a_tampered_record_is_found(folder, data, claimed, change):
-    found = faults(folder, data, [replace(claimed[2], **change) if i == 2 else r for i, r in enumerate(claimed)])
+    found = faults(
+        folder,
+        data,
+        [replace(claimed[2], **change) if i == 2 else r for i, r in enumerate(claimed)],
+    )
     assert found and all("record" in fault for fault in found)
 
 
@@ -113,9 +134,14 @@ def test_a_missing_record_is_found(folder, data, claimed):
 def test_an_oversize_perturbation_is_found_and_its_image_named(folder, data, claimed):
     bend(folder, 5, lambda delta: torch.full_like(delta, 0.08 + 2e-6) * (0.5 - data[0][5]).sign())
     found = faults(folder, data, claimed)
-    assert found[0].startswith("image 5: the perturbation's linf size is 0.080002, more than the budget 0.08")
+    assert found[0].startswith(
+        "image 5: the perturbation's linf size is 0.080002, more than the budget 0.08"
+    )
     bend(folder, 5, lambda delta: delta * torch.nan)
-    assert any("image 5: the perturbation's linf size is nan" in fault for fault in faults(folder, data, claimed))
+    assert any(
+        "image 5: the perturbation's linf size is nan" in fault
+        for fault in faults(folder, data, claimed)
+    )
 
 
 def test_rounding_is_no_fault(folder, data, claimed):
@@ -132,16 +158,21 @@ def test_a_perturbed_image_outside_the_pixel_range_is_found(folder, data, claime
 
 def test_other_weights_are_found_by_name_and_by_what_they_answer(folder, data, claimed):
     found = faults(folder, data, claimed, checkpoints={"toy.safetensors": "cd" * 32})
-    assert found == ["weights toy.safetensors: the claim is about abababababab, these are cdcdcdcdcdcd."]
+    assert found == [
+        "weights toy.safetensors: the claim is about abababababab, these are cdcdcdcdcdcd."
+    ]
     assert faults(folder, data, claimed, checkpoints={}) == [
-        "weights toy.safetensors: the claim is about abababababab, these are none."]
+        "weights toy.safetensors: the claim is about abababababab, these are none."
+    ]
     found = faults(folder, data, claimed, model=Random(seed=5))
     assert len(found) > 5 and all(fault.startswith("image ") for fault in found)
 
 
 def test_other_images_and_labels_are_found(folder, data, claimed):
     x, y = data
-    assert "the images or labels are not those of the claim." in faults(folder, (x * 0.99, y), claimed)
+    assert "the images or labels are not those of the claim." in faults(
+        folder, (x * 0.99, y), claimed
+    )
     found = faults(folder, (x, y.roll(1)), claimed)
     assert "the images or labels are not those of the claim." in found
     assert any(fault.startswith("image 0: the label is") for fault in found) == bool(y[-1] != y[0])
@@ -161,8 +192,13 @@ def test_a_changed_budget_or_protocol_is_found(folder, data, claimed):
 
 def test_an_attack_that_is_not_the_strongest_is_found(folder, data):
     rows = robustness.read(folder).rows
-    index = next(row["index"] for row in rows if row["strongest"] != "none" and row["attacks"]["none"][0] == 10
-                 and row["attacks"][row["strongest"]][0] < 10)
+    index = next(
+        row["index"]
+        for row in rows
+        if row["strongest"] != "none"
+        and row["attacks"]["none"][0] == 10
+        and row["attacks"][row["strongest"]][0] < 10
+    )
     edit(folder, index, strongest="none")
     found = faults(folder, data, claims.records(robustness.read(folder)))
     assert found == [f"image {index}: 'none' is not its strongest attack."]

@@ -7,7 +7,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffclass import assets, attacks, certificates, data, figures, gallery, measuring, recipes, translation, widgets
+from diffclass import (
+    assets,
+    attacks,
+    certificates,
+    data,
+    figures,
+    gallery,
+    measuring,
+    recipes,
+    translation,
+    widgets,
+)
 from diffclass.scenes.digits import DigitScene
 from diffclass.scenes.explorer import ExplorerScene
 from diffclass.scenes.plane import PlaneScene
@@ -20,15 +31,25 @@ def student():
 
 def photos(_):
     """The drawn pictures, which are in the repository, with their stored losses."""
-    return widgets.photo_hero(gallery.pictures()[0], measuring.read(assets.folder() / "records/gallery-prototype"))
+    return widgets.photo_hero(
+        gallery.pictures()[0], measuring.read(assets.folder() / "records/gallery-prototype")
+    )
 
 
 HEROES = {
-    "digit": widgets.digit_hero, "forward": lambda _: widgets.forward_hero(), "elbo": lambda _: widgets.elbo_hero(),
-    "bayes": lambda _: widgets.bayes_hero(), "denoiser": lambda _: widgets.denoiser_hero(),
-    "optimal digits": widgets.optimal_digits_hero, "explorer": widgets.explorer, "racing": widgets.racing_hero,
-    "photos": photos, "translation": lambda _: widgets.translation_hero(translation.load_digits_translator()),
-    "audit": lambda _: widgets.audit_hero(), "attack": widgets.attack_hero, "maximisation": widgets.maximisation_hero,
+    "digit": widgets.digit_hero,
+    "forward": lambda _: widgets.forward_hero(),
+    "elbo": lambda _: widgets.elbo_hero(),
+    "bayes": lambda _: widgets.bayes_hero(),
+    "denoiser": lambda _: widgets.denoiser_hero(),
+    "optimal digits": widgets.optimal_digits_hero,
+    "explorer": widgets.explorer,
+    "racing": widgets.racing_hero,
+    "photos": photos,
+    "translation": lambda _: widgets.translation_hero(translation.load_digits_translator()),
+    "audit": lambda _: widgets.audit_hero(),
+    "attack": widgets.attack_hero,
+    "maximisation": widgets.maximisation_hero,
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 
@@ -39,7 +60,9 @@ def another(control):
         return next(o for o in control.options if o != control.value)
     if isinstance(control.value, tuple):  # a band: give up its upper end
         return control.value[0], control.value[1] - 1
-    low, high = (control.base**v if hasattr(control, "base") else v for v in (control.min, control.max))
+    low, high = (
+        control.base**v if hasattr(control, "base") else v for v in (control.min, control.max)
+    )
     return high if control.value < (low + high) / 2 else low
 
 
@@ -56,20 +79,26 @@ def controls_of(hero):
 def test_every_control_moves_the_frame_quickly(make, student):
     hero = make(student)
     for name, control in controls_of(hero).items():
-        before, start = json.dumps(hero.stage.frame), time.perf_counter()
+        before = json.dumps(hero.stage.frame)
+        start = time.perf_counter()
         control.value = another(control)
         elapsed = time.perf_counter() - start
         assert json.dumps(hero.stage.frame) != before, f"{name} changes nothing"
-        assert elapsed < 0.5, f"{name} took {elapsed:.2f} s"  # the browser bench: 100 ms with repaint
+        assert elapsed < 0.5, (
+            f"{name} took {elapsed:.2f} s"
+        )  # the browser bench: 100 ms with repaint
 
 
 @each_hero
 def test_the_callback_leaves_the_browser_its_share_of_the_100_ms(make, student):
     hero = make(student)
     first, control = next(iter(controls_of(hero).items()))
-    times, values = [], (control.value, another(control))
+    times = []
+    values = (control.value, another(control))
     for turn in range(12):
-        start = time.thread_time()  # its own work: a busy machine's waiting is no property of the callback
+        start = (
+            time.thread_time()
+        )  # its own work: a busy machine's waiting is no property of the callback
         control.value = values[(turn + 1) % 2]
         times.append(time.thread_time() - start)
     assert np.median(times) < 0.06, f"{first}: {1000 * np.median(times):.0f} ms"
@@ -139,7 +168,9 @@ def test_the_backdrop_is_the_exact_posterior():
     scene = PlaneScene(law)
     image = scene.backdrop()
     assert image["shape"] == [96, 96, 3]
-    share = torch.softmax(law.log_density(torch.zeros(1, 2, 1, 1, dtype=torch.float64)) + law.priors.log(), 1)[0]
+    share = torch.softmax(
+        law.log_density(torch.zeros(1, 2, 1, 1, dtype=torch.float64)) + law.priors.log(), 1
+    )[0]
     assert share.sum() == pytest.approx(1)
 
 
@@ -152,12 +183,20 @@ def test_attack_shows_a_picture_that_fools_and_the_smallest_distance_found(stude
     scene = explorer.scene
     x = scene.film[-1].x
     assert len(scene.film) == 21 and explorer.progress.description == "done"
-    assert float((x - scene.x).norm()) <= explorer.budget.value + 1e-5 and 0 <= float(x.min()) <= float(x.max()) <= 1
+    assert (
+        float((x - scene.x).norm()) <= explorer.budget.value + 1e-5
+        and 0 <= float(x.min()) <= float(x.max()) <= 1
+    )
     assert int(scene.classifier(x).argmax()) != scene.predicted
     assert 0 < scene.smallest <= float((x - scene.x).norm()) + 1e-6
-    assert explorer.stage.frame["panels"][-1]["rows"][0]["segments"][-1]["from"] == pytest.approx(scene.smallest)
+    assert explorer.stage.frame["panels"][-1]["rows"][0]["segments"][-1]["from"] == pytest.approx(
+        scene.smallest
+    )
     explorer.step.value = 0
-    assert explorer.stage.frame["panels"][0]["images"][0] == explorer.stage.frame["panels"][0]["images"][1]
+    assert (
+        explorer.stage.frame["panels"][0]["images"][0]
+        == explorer.stage.frame["panels"][0]["images"][1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +211,9 @@ def test_certificate_is_that_of_its_votes_and_stays_below_the_attack(certified):
     assert shares == sorted(shares) and shares[-1] == 1.0 and int(scene.counts.sum()) == 200
     guess = scene.certificate.prediction
     lower = certificates.lower_bound(int(scene.counts[guess]), 200, 0.001)
-    assert scene.certificate.radius == pytest.approx(0.2 * float(torch.special.ndtri(torch.tensor(lower))), rel=1e-4)
+    assert scene.certificate.radius == pytest.approx(
+        0.2 * float(torch.special.ndtri(torch.tensor(lower))), rel=1e-4
+    )
     assert scene.smallest_smoothed is None or scene.certificate.radius < scene.smallest_smoothed
     spoken = scene.at(0, 0.2, 200)["note"]
     assert "n=200" in spoken and "alpha=0.001" in spoken and "sigma=0.2" in spoken
@@ -212,9 +253,11 @@ FILMS = {"attack": widgets.attack_hero, "maximisation": widgets.maximisation_her
 @pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
 def test_another_film_is_shot_for_every_control_and_the_old_one_is_kept(make, student):
     hero = make(student)
-    first, seen = hero.stage.frame, hero.scene.film
+    first = hero.stage.frame
+    seen = hero.scene.film
     for name, control in hero.shooting.items():
-        before, old = json.dumps(hero.stage.frame), control.value
+        before = json.dumps(hero.stage.frame)
+        old = control.value
         control.value = another(control) if name != "index" else 7
         assert json.dumps(hero.stage.frame) != before and hero.progress.description == "done", name
         control.value = old
@@ -242,29 +285,39 @@ def test_a_stopped_film_can_be_scrubbed(make, student):
 
 def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
     hero = widgets.attack_hero(student, index=12)
-    scene, world = hero.scene, data.digits()
-    x, y = world.test_images[12:13], world.test_labels[12:13]
+    scene = hero.scene
+    world = data.digits()
+    x = world.test_images[12:13]
+    y = world.test_labels[12:13]
     for norm, budget in (("L∞", 0.1), ("L2, radius 8ε", 0.8)):
         hero.shooting["norm"].value = norm
         *_, last = attacks.pgd(scene.classifier, x, y, budget, norm=scene.NORMS[norm], steps=20)
         assert torch.equal(scene.film[-1].x, last.x) and float(last.size) <= budget + 1e-5
     assert bool(last.fooled) and "fooled" in hero.stage.frame["note"]
     lead = hero.stage.frame["panels"][3]["series"][0]["y"]
-    assert lead[-1] == pytest.approx(-float(attacks.margin_loss(last.logits, y)), rel=1e-3) and len(lead) == 21
+    assert (
+        lead[-1] == pytest.approx(-float(attacks.margin_loss(last.logits, y)), rel=1e-3)
+        and len(lead) == 21
+    )
     share = torch.softmax(last.logits[0], 0)
     np.testing.assert_allclose(hero.stage.frame["panels"][2]["values"], share, atol=1e-4)
     curve = scene.losses(20)
-    torch.testing.assert_close(scene.classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        scene.classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_frame_five_of_the_walk_is_what_the_defence_answers(student):
     hero = widgets.maximisation_hero(student)
     for variant in hero.scene.VARIANTS:
         hero.shooting["variant"].value = variant
-        scene, limit = hero.scene, hero.shooting["budget"].value
+        scene = hero.scene
+        limit = hero.shooting["budget"].value
         defence = scene.defence(variant, limit)
         with torch.no_grad():
-            torch.testing.assert_close(defence(scene.film[0].x), scene.film[5].logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                defence(scene.film[0].x), scene.film[5].logits, rtol=1e-3, atol=1e-3
+            )
         moved = (scene.film[20].x - scene.film[0].x).abs().max()
         assert (float(moved) <= limit + 1e-5) == (variant == scene.VARIANTS[0])
         assert float(scene.film[20].loss[1]) < float(scene.film[0].loss[1])
@@ -275,10 +328,13 @@ def test_the_whole_defence_is_attacked_when_the_reader_asks_for_it(student):
     leads = []
     for target in hero.scene.TARGETS:
         hero.shooting["target"].value = target
-        film, y = hero.scene.film, torch.tensor([hero.scene.label])
+        film = hero.scene.film
+        y = torch.tensor([hero.scene.label])
         assert float((film[0].x[1] - film[0].x[0]).abs().max()) <= 0.1 + 1e-6
         leads.append(-float(attacks.margin_loss(film[5].logits[1:], y)))
-    assert leads[2] < min(leads[:2]), "after the defence, the exact gradient leaves the label the smallest lead"
+    assert leads[2] < min(leads[:2]), (
+        "after the defence, the exact gradient leaves the label the smallest lead"
+    )
 
 
 def test_a_plain_classifier_never_gets_a_certificate(certified):
@@ -306,7 +362,12 @@ def test_picture_bytes_are_the_pixels():
     import base64
 
     image = figures.picture(torch.tensor([[[0.0, 1.0], [0.5, 2.0]]]))
-    assert image["shape"] == [2, 2, 1] and list(base64.b64decode(image["data"])) == [0, 255, 128, 255]
+    assert image["shape"] == [2, 2, 1] and list(base64.b64decode(image["data"])) == [
+        0,
+        255,
+        128,
+        255,
+    ]
 
 
 def test_emphasis_marks_best_and_second():
@@ -323,7 +384,9 @@ def test_radius_axis_keeps_the_order_certified_unknown_attacked():
 def test_attack_film_margin_is_minus_the_margin_loss(student):
     scene = ExplorerScene(DigitScene(student, samples=2))
     list(scene.attack("L2", 0.5))
-    line = next(p for p in scene.at(20, 0.2, 100)["panels"] if p["title"].startswith("Film"))["series"][0]["y"]
+    line = next(p for p in scene.at(20, 0.2, 100)["panels"] if p["title"].startswith("Film"))[
+        "series"
+    ][0]["y"]
     logits = scene.classifier(scene.film[-1].x).detach()
     wanted = -float(attacks.margin_loss(logits, torch.tensor([scene.predicted])))
     assert line[-1] == pytest.approx(wanted, rel=1e-3)

@@ -13,11 +13,18 @@ from torch.nn.functional import one_hot
 def folder(tmp_path_factory):
     """The digits' networks of this checkout, and baselines with their first weights."""
     target = tmp_path_factory.mktemp("assets")
-    names = [recipes.STUDENT, recipes.HARDENED["digits"], recipes.CONTRASTIVE["digits"], translation.FILES["digits"][0]]
+    names = [
+        recipes.STUDENT,
+        recipes.HARDENED["digits"],
+        recipes.CONTRASTIVE["digits"],
+        translation.FILES["digits"][0],
+    ]
     for name in names:
         shutil.copy(assets.folder() / name, target)
     for name in baselines.FILES["digits"].values():
-        baselines.save(baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name)
+        baselines.save(
+            baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name
+        )
     assets.record([*names, *baselines.FILES["digits"].values()], target)
     return target
 
@@ -38,9 +45,16 @@ def digits():
 def test_every_defence_of_digits_keeps_the_contract(networks, digits, name):
     defence = zoo.defence("digits", name)
     with torch.no_grad():
-        logits, again = defence(digits[0]), defence(digits[0])
-    assert logits.shape == (6, 10) and defence.num_classes == 10 and tuple(defence.image_shape) == (1, 8, 8)
-    assert defence.deterministic == (name != "vote") and (torch.equal(logits, again) or name == "vote")
+        logits = defence(digits[0])
+        again = defence(digits[0])
+    assert (
+        logits.shape == (6, 10)
+        and defence.num_classes == 10
+        and tuple(defence.image_shape) == (1, 8, 8)
+    )
+    assert defence.deterministic == (name != "vote") and (
+        torch.equal(logits, again) or name == "vote"
+    )
     if name in ("cnn", "adversarial", "vote"):
         assert not hasattr(defence, "with_fresh_noise")
         with pytest.raises(ValueError, match=f"expected no generator for {name}"):
@@ -55,7 +69,8 @@ def test_every_defence_of_digits_keeps_the_contract(networks, digits, name):
 @pytest.mark.parametrize("name", ["lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure"])
 def test_exact_gradients_and_those_of_the_identity_have_the_same_values(networks, digits, name):
     x = digits[0][:2].clone().requires_grad_()
-    exact, identity = zoo.defence("digits", name), zoo.defence("digits", name, exact=False)
+    exact = zoo.defence("digits", name)
+    identity = zoo.defence("digits", name, exact=False)
     slopes = [torch.autograd.grad(made(x).square().sum(), x)[0] for made in (exact, identity)]
     torch.testing.assert_close(exact(x), identity(x))
     assert not torch.allclose(*slopes, rtol=0.05)
@@ -64,16 +79,31 @@ def test_exact_gradients_and_those_of_the_identity_have_the_same_values(networks
 def test_the_parts_are_those_of_the_names(networks):
     made = {name: zoo.defence("digits", name) for name in zoo.NAMES["digits"]}
     assert {name for name, one in made.items() if isinstance(one, Defended)} == {
-        "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive", "diffpure"}
-    assert [made[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")] == [1, 5, 5, 5]
+        "lm-cnn",
+        "rdc1",
+        "rdc5",
+        "rdc-released",
+        "rdc-contrastive",
+        "diffpure",
+    }
+    assert [made[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")] == [
+        1,
+        5,
+        5,
+        5,
+    ]
     assert made["rdc5"].purifier.budget == zoo.budget("digits", "linf") == 0.1
-    assert made["rdc-released"].purifier.budget is None and isinstance(made["diffpure"].purifier, Purification)
+    assert made["rdc-released"].purifier.budget is None and isinstance(
+        made["diffpure"].purifier, Purification
+    )
     assert isinstance(made["lm-cnn"].purifier, LikelihoodMaximisation)
     assert isinstance(made["lm-cnn"].classifier, baselines.ConvClassifier)
     assert isinstance(made["vote"], MajorityVote) and not made["vote"].classifier.deterministic
-    for pair, weight in ((("cnn", "adversarial"), "enter.weight"),
-                         (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
-                         (("dc", "contrastive"), "denoiser.network.enter.weight")):
+    for pair, weight in (
+        (("cnn", "adversarial"), "enter.weight"),
+        (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
+        (("dc", "contrastive"), "denoiser.network.enter.weight"),
+    ):
         assert not torch.equal(*(made[name].state_dict()[weight] for name in pair))
 
 
@@ -84,13 +114,19 @@ def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(networks):
 
 
 def test_checkpoints_name_every_file_that_is_read(networks):
-    wanted = {"dc": [recipes.STUDENT], "vote": [recipes.STUDENT], "rdc1": [recipes.STUDENT],
-              "idc": [translation.FILES["digits"][0]], "adversarial-dc": [recipes.HARDENED["digits"]],
-              "cnn": ["digits-cnn.safetensors"], "adversarial": ["digits-adversarial.safetensors"],
-              "lm-cnn": [recipes.STUDENT, "digits-cnn.safetensors"],
-              "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"],
-              "contrastive": [recipes.CONTRASTIVE["digits"]],
-              "rdc-contrastive": [recipes.STUDENT, recipes.CONTRASTIVE["digits"]]}
+    wanted = {
+        "dc": [recipes.STUDENT],
+        "vote": [recipes.STUDENT],
+        "rdc1": [recipes.STUDENT],
+        "idc": [translation.FILES["digits"][0]],
+        "adversarial-dc": [recipes.HARDENED["digits"]],
+        "cnn": ["digits-cnn.safetensors"],
+        "adversarial": ["digits-adversarial.safetensors"],
+        "lm-cnn": [recipes.STUDENT, "digits-cnn.safetensors"],
+        "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"],
+        "contrastive": [recipes.CONTRASTIVE["digits"]],
+        "rdc-contrastive": [recipes.STUDENT, recipes.CONTRASTIVE["digits"]],
+    }
     for name, files in wanted.items():
         found = zoo.checkpoints("digits", name)
         assert sorted(found) == sorted(files)
@@ -100,9 +136,15 @@ def test_checkpoints_name_every_file_that_is_read(networks):
 
 def test_missing_weights_are_one_sentence_with_the_command(tmp_path, networks, monkeypatch):
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
-    for name, command in (("cnn", "--method cnn"), ("adversarial", "--method adversarial"), ("idc", "--method idc"),
-                          ("contrastive", "--method contrastive")):
-        with pytest.raises(FileNotFoundError, match=f"train them with `diffclass train digits {command}`"):
+    for name, command in (
+        ("cnn", "--method cnn"),
+        ("adversarial", "--method adversarial"),
+        ("idc", "--method idc"),
+        ("contrastive", "--method contrastive"),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=f"train them with `diffclass train digits {command}`"
+        ):
             zoo.defence("digits", name)
     with pytest.raises(FileNotFoundError, match="diffclass train digits"):
         zoo.defence("digits", "dc")
@@ -114,7 +156,9 @@ def test_photographs_without_an_unconditional_denoiser(monkeypatch):
     monkeypatch.setattr(recipes, "CONTRASTIVE", {"cifar10": "cifar10-missing.safetensors"})
     with pytest.raises(ValueError, match="trained without a null class"):
         zoo.defence("cifar10", "rdc1")
-    with pytest.raises(FileNotFoundError, match="train them with `diffclass train cifar10 --method contrastive`"):
+    with pytest.raises(
+        FileNotFoundError, match="train them with `diffclass train cifar10 --method contrastive`"
+    ):
         zoo.defence("cifar10", "contrastive")
 
 
@@ -126,18 +170,22 @@ def test_the_plane_has_the_exact_denoiser(name):
     with torch.no_grad():
         scores = defence(x)
     assert scores.shape == (8, defence.num_classes) and bool(torch.isfinite(scores).all())
-    assert name.startswith("rdc") or int((scores.argmax(1) == y).sum()) >= 7  # one band of likelihood misleads here
+    assert (
+        name.startswith("rdc") or int((scores.argmax(1) == y).sum()) >= 7
+    )  # one band of likelihood misleads here
     if name == "vote":
         assert torch.equal(scores.sum(1), torch.full((8,), float(zoo.VOTES)))
         assert float((scores * one_hot(y, 2)).sum()) > 40
 
 
 def test_names_that_do_not_exist():
-    for call, said in ((lambda: zoo.defence("digits", "ddc"), "expected the defence of digits to be one of 'dc'"),
-                       (lambda: zoo.defence("plane:moons", "idc"), "the defence of plane"),
-                       (lambda: zoo.defence("mnist", "dc"), "the world"),
-                       (lambda: zoo.defence("plane:suns", "dc"), "the law of the plane"),
-                       (lambda: zoo.defence("digits:moons", "dc"), "without a law"),
-                       (lambda: zoo.budget("digits", "l1"), "the norm")):
+    for call, said in (
+        (lambda: zoo.defence("digits", "ddc"), "expected the defence of digits to be one of 'dc'"),
+        (lambda: zoo.defence("plane:moons", "idc"), "the defence of plane"),
+        (lambda: zoo.defence("mnist", "dc"), "the world"),
+        (lambda: zoo.defence("plane:suns", "dc"), "the law of the plane"),
+        (lambda: zoo.defence("digits:moons", "dc"), "without a law"),
+        (lambda: zoo.budget("digits", "l1"), "the norm"),
+    ):
         with pytest.raises(ValueError, match=said):
             call()

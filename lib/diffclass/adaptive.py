@@ -12,7 +12,9 @@ from diffclass.noise import NoiseBank
 SlopeOf = Callable[[Tensor], Tensor]  # z [B,C,H,W] in [-1,1] -> gradients of K logits, [B,K,C,H,W]
 
 
-def telescoped_gradient(denoiser: Denoiser, z: Tensor, low: float, high: float, eps: Tensor) -> Tensor:
+def telescoped_gradient(
+    denoiser: Denoiser, z: Tensor, low: float, high: float, eps: Tensor
+) -> Tensor:
     """The gradient of the ELBO of [low, high] from the denoised images at its two ends alone.
 
     Formula     E s_low(z + low eps) - E s_high(z + high eps),  s_sigma(x) = (D(x, sigma) - x) / sigma^2
@@ -28,8 +30,10 @@ def telescoped_gradient(denoiser: Denoiser, z: Tensor, low: float, high: float, 
 
 
 def _mean_score(denoiser: Denoiser, z: Tensor, sigma: float, eps: Tensor) -> Tensor:
-    return sum(((denoised - (z + sigma * some)[:, :, None]) / sigma**2).sum(0)
-               for some, denoised in _denoised(denoiser, z, sigma, eps.to(z))) / len(eps)
+    return sum(
+        ((denoised - (z + sigma * some)[:, :, None]) / sigma**2).sum(0)
+        for some, denoised in _denoised(denoiser, z, sigma, eps.to(z))
+    ) / len(eps)
 
 
 def _denoised(denoiser: Denoiser, z: Tensor, sigma, eps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -38,7 +42,9 @@ def _denoised(denoiser: Denoiser, z: Tensor, sigma, eps: Tensor) -> Iterator[tup
         yield some, denoiser((z + sigma * some).flatten(0, 1), sigma).unflatten(0, some.shape[:2])
 
 
-def jacobian_free_gradient(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weights: Tensor) -> Tensor:
+def jacobian_free_gradient(
+    denoiser: Denoiser, z: Tensor, bank: NoiseBank, weights: Tensor
+) -> Tensor:
     """The gradient of - sum_t w_t E||D_k(z + sigma_t eps) - z||^2, for any denoiser, without differentiating it.
 
     Formula     - sum_t w_t E[ (eps / sigma_t) (e_k - mean_j e_j) + 2 (z - D_k) ],  e_k = ||D_k(z + sigma_t eps) - z||^2
@@ -49,12 +55,16 @@ def jacobian_free_gradient(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weigh
     """
     total = 0.0
     with torch.no_grad():
-        for sigma, weight, draws in zip(bank.sigma.to(z), weights.to(z), bank.noise.to(z), strict=True):
+        for sigma, weight, draws in zip(
+            bank.sigma.to(z), weights.to(z), bank.noise.to(z), strict=True
+        ):
             for eps, denoised in _denoised(denoiser, z, sigma, draws):
                 gap = z[:, None] - denoised  # [s,B,K,C,H,W]
                 error = gap.flatten(3).square().sum(-1)
                 contrast = (error - error.mean(2, keepdim=True))[..., None, None, None]
-                total = total - weight / bank.samples * (eps[:, :, None] / sigma * contrast + 2 * gap).sum(0)
+                total = total - weight / bank.samples * (
+                    eps[:, :, None] / sigma * contrast + 2 * gap
+                ).sum(0)
     return total
 
 
@@ -68,8 +78,10 @@ class StandIn(nn.Module):
 
     def __init__(self, classifier: nn.Module, slope_of: SlopeOf):
         super().__init__()
-        self.classifier, self.slope_of = classifier, slope_of
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
+        self.classifier = classifier
+        self.slope_of = slope_of
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
         self.deterministic = getattr(classifier, "deterministic", True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,17 +103,26 @@ def telescoped(classifier: nn.Module, samples: int, seed: int = 0) -> StandIn:
     Errors      ValueError for weights that are not those of an ELBO, whose gradient does not telescope
     """
     if classifier.weighting not in (noise.elbo_weight, noise.discrete_elbo_weight):
-        raise ValueError("expected a classifier with ELBO weights, for which everything between the ends cancels, got "
-                         f"{classifier.weighting.__name__}; use jacobian_free_gradient.")
+        raise ValueError(
+            "expected a classifier with ELBO weights, for which everything between the ends cancels, got "
+            f"{classifier.weighting.__name__}; use jacobian_free_gradient."
+        )
     bank = classifier.bank
-    low, high = float(bank.lower[0]), float(bank.upper[-1])
+    low = float(bank.lower[0])
+    high = float(bank.upper[-1])
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn((samples, 1, *classifier.image_shape), generator=generator)
-    return StandIn(classifier, lambda z: telescoped_gradient(classifier.denoiser, z, low, high, eps)
-                   / classifier.temperature)
+    return StandIn(
+        classifier,
+        lambda z: (
+            telescoped_gradient(classifier.denoiser, z, low, high, eps) / classifier.temperature
+        ),
+    )
 
 
-def unlikeliness(denoiser: Denoiser, bank: NoiseBank, strength: float) -> Callable[[Tensor], Tensor]:
+def unlikeliness(
+    denoiser: Denoiser, bank: NoiseBank, strength: float
+) -> Callable[[Tensor], Tensor]:
     """The penalty of the Lagrange attack: the unconditional loss that likelihood maximisation would lower.
 
     Formula     strength * mean_ts ||D(z + sigma_t eps_ts, sigma_t) - z||^2 / D, z = 2x - 1
@@ -109,10 +130,14 @@ def unlikeliness(denoiser: Denoiser, bank: NoiseBank, strength: float) -> Callab
     Shapes      -> a function of x [B,C,H,W] in [0,1] -> [B], for `attacks.pgd(..., penalty=...)`
     """
     if not strength >= 0:
-        raise ValueError(f"expected a strength >= 0, got {strength}; a negative one would seek unlikely images.")
+        raise ValueError(
+            f"expected a strength >= 0, got {strength}; a negative one would seek unlikely images."
+        )
 
     def penalty(x: Tensor) -> Tensor:
-        errors = likelihood.diffusion_loss(denoiser, units.to_model(x), bank, [denoiser.num_classes])
+        errors = likelihood.diffusion_loss(
+            denoiser, units.to_model(x), bank, [denoiser.num_classes]
+        )
         return strength * errors.flatten(1).mean(1) / x[0].numel()
 
     return penalty
@@ -126,8 +151,15 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     Shapes      x [B,C,H,W], flow [B,2,H,W] (to the right, down), in pixel widths -> [B,C,H,W]
     """
     height, width = x.shape[2:]
-    rows, columns = torch.meshgrid(torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")
-    places = torch.stack([2 * (columns + 0.5 + flow[:, 0]) / width, 2 * (rows + 0.5 + flow[:, 1]) / height], -1) - 1
+    rows, columns = torch.meshgrid(
+        torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij"
+    )
+    places = (
+        torch.stack(
+            [2 * (columns + 0.5 + flow[:, 0]) / width, 2 * (rows + 0.5 + flow[:, 1]) / height], -1
+        )
+        - 1
+    )
     return nn.functional.grid_sample(x, places, padding_mode="border", align_corners=False)
 
 
@@ -145,8 +177,11 @@ class Bent(nn.Module):
         units.check_images(x, classifier.image_shape)
         if not bound >= 0:
             raise ValueError(f"expected a bound >= 0 in pixel widths, got {bound}.")
-        self.classifier, self.x, self.bound = classifier, x, bound
-        self.num_classes, self.image_shape = classifier.num_classes, (2, *x.shape[2:])
+        self.classifier = classifier
+        self.x = x
+        self.bound = bound
+        self.num_classes = classifier.num_classes
+        self.image_shape = (2, *x.shape[2:])
         self.deterministic = getattr(classifier, "deterministic", True)
         self.straight = torch.full((len(x), *self.image_shape), 0.5, dtype=x.dtype, device=x.device)
 

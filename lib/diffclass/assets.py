@@ -13,7 +13,9 @@ SUMS = "SHA256SUMS"
 
 def folder() -> Path:
     """The assets folder: DIFFCLASS_ASSETS if set, else `assets/` of this checkout."""
-    return Path(os.environ.get("DIFFCLASS_ASSETS") or Path(__file__).resolve().parents[2] / "assets")
+    return Path(
+        os.environ.get("DIFFCLASS_ASSETS") or Path(__file__).resolve().parents[2] / "assets"
+    )
 
 
 def checksums() -> dict[str, str]:
@@ -28,11 +30,15 @@ def _listed(listing: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
     listed = {}
-    for line in filter(str.strip, listing.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for line in filter(
+        str.strip, listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    ):
         entry = re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*?)\s*", line)
         if not entry:
-            raise ValueError(f"expected a SHA-256 and a file name in every line of {listing.name}, got {line[:80]!r}; "
-                             "the list is damaged: restore it with git.")
+            raise ValueError(
+                f"expected a SHA-256 and a file name in every line of {listing.name}, got {line[:80]!r}; "
+                "the list is damaged: restore it with git."
+            )
         listed[entry[2]] = entry[1]
     return listed
 
@@ -52,7 +58,9 @@ def fingerprint(name: str) -> str:
     """The SHA-256 that identifies an asset in a record; of several files, that of their checksums in order."""
     listed = checksums()
     digests = [listed[file] for file in parts(name, listed)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def verified(name: str) -> Path:
@@ -60,21 +68,30 @@ def verified(name: str) -> Path:
 
     Errors      FileNotFoundError if a file is missing or unlisted; ValueError if its bytes have changed
     """
-    path, listed = folder() / name, checksums()
+    path = folder() / name
+    listed = checksums()
     files = parts(name, listed)
     missing = [part for part in files if not (folder() / part).exists()]
     if missing or not files:
-        found = f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
-        world, dash, _ = name.partition("-")  # weights are named after the world that they were trained on
-        raise FileNotFoundError(f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
-                                "check out the repository again"
-                                f"{f', or make it with `diffclass train {world}`' if dash else ''}.")
+        found = (
+            f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
+        )
+        world, dash, _ = name.partition(
+            "-"
+        )  # weights are named after the world that they were trained on
+        raise FileNotFoundError(
+            f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
+            "check out the repository again"
+            f"{f', or make it with `diffclass train {world}`' if dash else ''}."
+        )
     for part in files:
         got = sha256_of(folder() / part)
         if got != listed[part]:
-            raise ValueError(f"expected {part} with SHA-256 {listed[part][:12]}..., got {got[:12]}... "
-                             f"({(folder() / part).stat().st_size} bytes); the file was changed or its copy cut short: "
-                             "restore it with git, or train it again.")
+            raise ValueError(
+                f"expected {part} with SHA-256 {listed[part][:12]}..., got {got[:12]}... "
+                f"({(folder() / part).stat().st_size} bytes); the file was changed or its copy cut short: "
+                "restore it with git, or train it again."
+            )
     return path
 
 
@@ -90,6 +107,10 @@ def record(names: list[str], target: Path | None = None) -> None:
             del lines[old]
         files = parts(name, os.listdir(target))
         if not files:
-            raise FileNotFoundError(f"expected {name} in {target} to record its checksum, found no such file.")
+            raise FileNotFoundError(
+                f"expected {name} in {target} to record its checksum, found no such file."
+            )
         lines |= {file: sha256_of(target / file) for file in files}
-    (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items())))
+    (target / SUMS).write_text(
+        "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    )

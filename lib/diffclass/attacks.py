@@ -35,10 +35,13 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 def targeted_loss(target: Tensor) -> AttackLoss:
     """Towards one class for each image. Formula: f_target - f_y. Shapes: target [B] -> a loss of [B,K] and y [B]."""
+
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         units.check_labels(target, len(logits), logits.shape[1])
         if bool((target == y).any()):
-            raise ValueError("expected targets that differ from the labels, got an image that is to become what it is.")
+            raise ValueError(
+                "expected targets that differ from the labels, got an image that is to become what it is."
+            )
         return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
     return loss
@@ -46,6 +49,7 @@ def targeted_loss(target: Tensor) -> AttackLoss:
 
 def targeted_dlr_loss(target: Tensor) -> AttackLoss:
     """`targeted_loss` over f_(1) - (f_(3) + f_(4)) / 2 (Croce & Hein 2020); ValueError for fewer than 4 classes."""
+
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         first, _, third, fourth = _largest(logits, 4, "targeted_loss")
         return targeted_loss(target)(logits, y) / (first - (third + fourth) / 2).clamp_min(1e-12)
@@ -55,8 +59,10 @@ def targeted_dlr_loss(target: Tensor) -> AttackLoss:
 
 def _largest(logits: Tensor, count: int, instead: str) -> tuple[Tensor, ...]:
     if logits.shape[1] < count:
-        raise ValueError(f"expected at least {count} classes, as this loss divides by a gap between the {count} "
-                         f"largest logits, got {logits.shape[1]}; use {instead}, which needs two.")
+        raise ValueError(
+            f"expected at least {count} classes, as this loss divides by a gap between the {count} "
+            f"largest logits, got {logits.shape[1]}; use {instead}, which needs two."
+        )
     return logits.topk(count, dim=1).values.unbind(1)
 
 
@@ -72,10 +78,16 @@ class AttackView(nn.Module):
     def __init__(self, classifier: nn.Module, temperature: float):
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"expected a temperature > 0, got {temperature}; use AttackView.calibrated.")
-        self.classifier, self.temperature = classifier, float(temperature)
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
-        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # libraries ask it for the device
+            raise ValueError(
+                f"expected a temperature > 0, got {temperature}; use AttackView.calibrated."
+            )
+        self.classifier = classifier
+        self.temperature = float(temperature)
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
+        self.anchor = nn.Parameter(
+            torch.zeros(()), requires_grad=False
+        )  # libraries ask it for the device
 
     @classmethod
     def calibrated(cls, classifier: nn.Module, x: Tensor) -> "AttackView":
@@ -117,7 +129,10 @@ def project(x: Tensor, x0: Tensor, epsilon: float, norm: str) -> Tensor:
     if norm == "linf":
         delta = delta.clamp(-epsilon, epsilon)
     else:
-        delta = delta * (epsilon / size_of(delta, "l2").clamp_min(1e-12)).clamp(max=1)[:, None, None, None]
+        delta = (
+            delta
+            * (epsilon / size_of(delta, "l2").clamp_min(1e-12)).clamp(max=1)[:, None, None, None]
+        )
     return (x0 + delta).clamp(0, 1)
 
 
@@ -134,7 +149,9 @@ def _start(x0: Tensor, epsilon: float, norm: str, generator: torch.Generator | N
     return project(x0 + epsilon * _ascent(push, norm), x0, epsilon, norm)
 
 
-def _checked(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int) -> float:
+def _checked(
+    classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int
+) -> float:
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
     if steps < 0:
@@ -142,8 +159,16 @@ def _checked(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: 
     return units.check_budget(epsilon, norm, x[0].numel())
 
 
-def expected_gradient(classifier: nn.Module, x: Tensor, y: Tensor, *, loss: AttackLoss = margin_loss, draws: int = 1,
-                      penalty: Penalty | None = None, differentiate: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def expected_gradient(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    differentiate: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of an attack's loss, the logits and the loss, averaged over draws of a random classifier (EOT).
 
     Formula     1/n sum_i grad_x [loss(f_i(x), y) - penalty(x)];  its variance falls as 1/n
@@ -154,49 +179,82 @@ def expected_gradient(classifier: nn.Module, x: Tensor, y: Tensor, *, loss: Atta
     if draws < 1:
         raise ValueError(f"expected at least one draw to average over, got {draws}.")
     x = x.detach().requires_grad_(differentiate)
-    gradient, logits, value = torch.zeros_like(x), 0.0, 0.0
+    gradient = torch.zeros_like(x)
+    logits = 0.0
+    value = 0.0
     for _ in range(draws):
         with torch.set_grad_enabled(differentiate):
             drawn = _logits_of(classifier, x)
             height = loss(drawn, y) if penalty is None else loss(drawn, y) - penalty(x)
         if differentiate:
-            slope = torch.autograd.grad(height.sum(), x, allow_unused=True)[0] if height.requires_grad else None
+            slope = (
+                torch.autograd.grad(height.sum(), x, allow_unused=True)[0]
+                if height.requires_grad
+                else None
+            )
             if slope is None:
-                raise TypeError("expected logits that depend on the image differentiably, got logits without a "
-                                "gradient; the classifier detaches, counts votes, or runs under torch.no_grad.")
+                raise TypeError(
+                    "expected logits that depend on the image differentiably, got logits without a "
+                    "gradient; the classifier detaches, counts votes, or runs under torch.no_grad."
+                )
             gradient = gradient + slope / draws
-        logits, value = logits + drawn.detach() / draws, value + height.detach() / draws
+        logits = logits + drawn.detach() / draws
+        value = value + height.detach() / draws
     return gradient, logits, value
 
 
 def _logits_of(classifier: nn.Module, x: Tensor) -> Tensor:
     logits = classifier(x)
     if tuple(logits.shape) != (len(x), classifier.num_classes):
-        raise ValueError(f"expected logits of shape [{len(x)},{classifier.num_classes}], got {list(logits.shape)}.")
+        raise ValueError(
+            f"expected logits of shape [{len(x)},{classifier.num_classes}], got {list(logits.shape)}."
+        )
     return logits
 
 
 def _look(classifier, x, y, step: int, steps: int, **how) -> tuple[Tensor, Tensor, Tensor]:
     gradient, logits, value = expected_gradient(classifier, x, y, differentiate=step < steps, **how)
     if bool(torch.isnan(logits).any()):
-        raise FloatingPointError(f"the classifier's logits became NaN at step {step}; the frames before it stand, "
-                                 "and infinity minus infinity or 0/0 in the classifier is the likely cause.")
-    if step == 0 and len(x) and float(logits.min()) >= 0 and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
-        raise ValueError("expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
-                         "flat; return what goes into the softmax.")
+        raise FloatingPointError(
+            f"the classifier's logits became NaN at step {step}; the frames before it stand, "
+            "and infinity minus infinity or 0/0 in the classifier is the likely cause."
+        )
+    if (
+        step == 0
+        and len(x)
+        and float(logits.min()) >= 0
+        and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+    ):
+        raise ValueError(
+            "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
+            "flat; return what goes into the softmax."
+        )
     return gradient, logits, value
 
 
 def _finite(gradient: Tensor, step: int) -> Tensor:
     if not bool(torch.isfinite(gradient).all()):
-        raise FloatingPointError(f"the attack's gradient became non-finite at step {step}; the frames so far "
-                                 "stand, and the slope of a root or a logarithm at 0 is the likely cause.")
+        raise FloatingPointError(
+            f"the attack's gradient became non-finite at step {step}; the frames so far "
+            "stand, and the slope of a root or a logarithm at 0 is the likely cause."
+        )
     return gradient
 
 
-def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: str = "linf", steps: int = 20,
-        step_size: float | None = None, loss: AttackLoss = margin_loss, draws: int = 1,
-        penalty: Penalty | None = None, generator: torch.Generator | None = None) -> Iterator[AttackStep]:
+def pgd(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int = 20,
+    step_size: float | None = None,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[AttackStep]:
     """Projected gradient ascent, frame by frame; frame 0 is the clean image (or the random start).
 
     Formula     x <- project(x + step * sign(g)) for L-inf, or step * g/||g|| for L2; g averages `draws` gradients (EOT)
@@ -209,12 +267,19 @@ def pgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: st
     """
     epsilon = _checked(classifier, x, y, epsilon, norm, steps)
     step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
-    x0, x = x, _start(x, epsilon, norm, generator)
+    x0 = x
+    x = _start(x, epsilon, norm, generator)
     for step in range(steps + 1):
-        gradient, logits, _ = _look(classifier, x, y, step, steps, loss=loss, draws=draws, penalty=penalty)
-        yield AttackStep(step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm))
+        gradient, logits, _ = _look(
+            classifier, x, y, step, steps, loss=loss, draws=draws, penalty=penalty
+        )
+        yield AttackStep(
+            step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm)
+        )
         if step < steps:
-            x = project(x.detach() + step_size * _ascent(_finite(gradient, step), norm), x0, epsilon, norm)
+            x = project(
+                x.detach() + step_size * _ascent(_finite(gradient, step), norm), x0, epsilon, norm
+            )
 
 
 @dataclass(frozen=True)
@@ -236,25 +301,49 @@ class _Halving:
     """
 
     def __init__(self, epsilon: float, steps: int, first: Tensor, rate: float = 0.75):
-        self.size, self.rate, self.rises, self.since = torch.full_like(first, 2 * epsilon), rate, 0, 0
-        self.stretch, self.shorter, self.least = (max(1, int(share * steps)) for share in (0.22, 0.03, 0.06))
-        self.halved, self.best, self.last = torch.ones_like(first, dtype=torch.bool), first, first
+        self.size = torch.full_like(first, 2 * epsilon)
+        self.rate = rate
+        self.rises = 0
+        self.since = 0
+        self.stretch, self.shorter, self.least = (
+            max(1, int(share * steps)) for share in (0.22, 0.03, 0.06)
+        )
+        self.halved = torch.ones_like(first, dtype=torch.bool)
+        self.best = first
+        self.last = first
 
     def after(self, value: Tensor, best: Tensor) -> Tensor:
         """Take note of a step; the images that go on from their best point, with half the step. Shapes: [B] -> [B]."""
-        self.rises, self.since, self.last = self.rises + (value > self.last), self.since + 1, value
+        self.rises = self.rises + (value > self.last)
+        self.since = self.since + 1
+        self.last = value
         if self.since < self.stretch:
             return torch.zeros_like(self.halved)
-        self.halved = (self.rises <= self.rate * self.stretch) | (~self.halved & (best <= self.best))
+        self.halved = (self.rises <= self.rate * self.stretch) | (
+            ~self.halved & (best <= self.best)
+        )
         self.size = torch.where(self.halved, self.size / 2, self.size)
-        self.rises, self.since, self.best = 0, 0, best
+        self.rises = 0
+        self.since = 0
+        self.best = best
         self.stretch = max(self.stretch - self.shorter, self.least)
         return self.halved
 
 
-def apgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: str = "linf", steps: int = 100,
-         loss: AttackLoss = margin_loss, draws: int = 1, penalty: Penalty | None = None,
-         generator: torch.Generator | None = None, momentum: float = 0.25) -> Iterator[SearchStep]:
+def apgd(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int = 100,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    generator: torch.Generator | None = None,
+    momentum: float = 0.25,
+) -> Iterator[SearchStep]:
     """PGD that chooses its step sizes itself: from 2 epsilon, halved for each image whose loss no longer rises.
 
     Formula     z = project(x + step g);  x <- project(x + (1 - momentum)(z - x) + momentum (x - x_before))
@@ -266,16 +355,31 @@ def apgd(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, norm: s
     Errors      those of `pgd`
     """
     epsilon = _checked(classifier, x, y, epsilon, norm, steps)
-    x0, at, before, again = x, _start(x, epsilon, norm, generator), None, torch.zeros_like(y, dtype=torch.bool)
+    x0 = x
+    at = _start(x, epsilon, norm, generator)
+    before = None
+    again = torch.zeros_like(y, dtype=torch.bool)
     for step in range(steps + 1):
-        seen = (at.detach(), *_look(classifier, at, y, step, steps, loss=loss, draws=draws, penalty=penalty))
+        seen = (
+            at.detach(),
+            *_look(classifier, at, y, step, steps, loss=loss, draws=draws, penalty=penalty),
+        )
         if step == 0:
-            best, halving = seen, _Halving(epsilon, steps, seen[-1])
+            best = seen
+            halving = _Halving(epsilon, steps, seen[-1])
         else:
             best = _where(seen[-1] > best[-1], seen, best)
             again = halving.after(seen[-1], best[-1])
-        yield SearchStep(step, best[0], best[2], best[2].argmax(1) != y, size_of(best[0] - x0, norm), seen[0],
-                         seen[-1], halving.size)
+        yield SearchStep(
+            step,
+            best[0],
+            best[2],
+            best[2].argmax(1) != y,
+            size_of(best[0] - x0, norm),
+            seen[0],
+            seen[-1],
+            halving.size,
+        )
         if step < steps:
             at, gradient = _where(again, best[:2], seen[:2])
             push = halving.size[:, None, None, None] * _ascent(_finite(gradient, step), norm)
@@ -301,10 +405,15 @@ def worst_case(runs: Iterable[Iterator[AttackStep]]) -> Iterator[AttackStep]:
 
 def _where(chosen: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Row by row, for several tensors at once. Shapes: chosen [B], tensors [B,...] -> the same."""
-    return tuple(torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(yes, no, strict=True))
+    return tuple(
+        torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        for a, b in zip(yes, no, strict=True)
+    )
 
 
-def shrink(fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int = 8) -> Tensor | None:
+def shrink(
+    fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int = 8
+) -> Tensor | None:
     """The smallest fooling image found on the segment from x0 to x, by bisection; None if x itself does not fool.
 
     Shapes      x0, x [1,C,H,W] -> [1,C,H,W]
@@ -312,20 +421,32 @@ def shrink(fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int 
     """
     if not fooled(x):
         return None
-    best, low, high = x, 0.0, 1.0
+    best = x
+    low = 0.0
+    high = 1.0
     for _ in range(rounds):
         middle = (low + high) / 2
         candidate = x0 + middle * (x - x0)
         if fooled(candidate):
-            best, high = candidate, middle
+            best = candidate
+            high = middle
         else:
             low = middle
     return best
 
 
-def smallest_l2(classifier: nn.Module, x: Tensor, y: Tensor, *, fooled: Callable[[Tensor], bool] | None = None,
-                budgets=(0.25, 0.5, 1.0, 2.0, 4.0), steps: int = 20, loss: AttackLoss = margin_loss, draws: int = 1,
-                rounds: int = 8) -> Iterator[Tensor | None]:
+def smallest_l2(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    fooled: Callable[[Tensor], bool] | None = None,
+    budgets=(0.25, 0.5, 1.0, 2.0, 4.0),
+    steps: int = 20,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    rounds: int = 8,
+) -> Iterator[Tensor | None]:
     """Search one image's smallest L2 perturbation by PGD at growing budgets and bisection; yields the best so far.
 
     Shapes      x [1,C,H,W], y [1] -> yields the adversarial image [1,C,H,W], or None while there is none; the last
@@ -334,15 +455,32 @@ def smallest_l2(classifier: nn.Module, x: Tensor, y: Tensor, *, fooled: Callable
     Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
     decide = fooled or (lambda image: bool(classifier(image).argmax(1) != y))
-    best, largest = None, x[0].numel() ** 0.5
+    best = None
+    largest = x[0].numel() ** 0.5
     for budget in budgets:
-        *_, last = pgd(classifier, x, y, min(budget, largest), norm="l2", steps=steps, loss=loss, draws=draws)
+        *_, last = pgd(
+            classifier, x, y, min(budget, largest), norm="l2", steps=steps, loss=loss, draws=draws
+        )
         best = shrink(decide, x, last.x, rounds)
         yield best
         if best is not None:
             break
-    if best is not None:  # once more from just inside what was found: the nearest boundary is often elsewhere
+    if (
+        best is not None
+    ):  # once more from just inside what was found: the nearest boundary is often elsewhere
         radius = float(size_of(best - x, "l2"))
-        *_, last = pgd(classifier, x, y, radius, norm="l2", steps=steps, step_size=radius / 8, loss=loss, draws=draws)
+        *_, last = pgd(
+            classifier,
+            x,
+            y,
+            radius,
+            norm="l2",
+            steps=steps,
+            step_size=radius / 8,
+            loss=loss,
+            draws=draws,
+        )
         closer = shrink(decide, x, last.x, rounds)
-        yield min((b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2")))
+        yield min(
+            (b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2"))
+        )

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from diffclass import assets, attacks, baselines, certificates
 from diffclass.training import DATA, Curve, Loss, Progress, Training, images_of, is_late
 
-CARD_STEPS, CURVE_STEPS, CURVE_IMAGES = 20, 10, 200  # of PGD on the model card and along the run
+CARD_STEPS = 20  # of PGD on the model card and along the run
+CURVE_STEPS = 10
+CURVE_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,26 @@ class Recipe:
 
 
 DIGITS = Recipe("digits", (32, 64), 400, 128, 2e-3, epsilon=0.1)
-CIFAR = Recipe("cifar10", (32, 64, 128), 4000, 128, 3e-3, epsilon=8 / 255, crop=4, mirror=True, ema=0.998,
-               precision="bf16", attacked=1000)
+CIFAR = Recipe(
+    "cifar10",
+    (32, 64, 128),
+    4000,
+    128,
+    3e-3,
+    epsilon=8 / 255,
+    crop=4,
+    mirror=True,
+    ema=0.998,
+    precision="bf16",
+    attacked=1000,
+)
 RECIPES = {
     baselines.FILES["digits"]["cnn"]: DIGITS,
     baselines.FILES["digits"]["adversarial"]: replace(DIGITS, inner=Inner(0.1, 7, 0.25)),
     baselines.FILES["cifar10"]["cnn"]: CIFAR,
-    baselines.FILES["cifar10"]["adversarial"]: replace(CIFAR, steps=6000, inner=Inner(8 / 255, 1, 1.25)),
+    baselines.FILES["cifar10"]["adversarial"]: replace(
+        CIFAR, steps=6000, inner=Inner(8 / 255, 1, 1.25)
+    ),
 }
 
 
@@ -72,15 +87,26 @@ def moved(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     Randomness  one move for each image, from `generator`
     """
     count, channels, height, width = images.shape
-    first = torch.randint(2 * most + 1, (2, count, 1), generator=generator, device=generator.device).to(images.device)
-    rows, columns = (start + torch.arange(side, device=images.device) for start, side in zip(
-        first, (height, width), strict=True))
+    first = torch.randint(
+        2 * most + 1, (2, count, 1), generator=generator, device=generator.device
+    ).to(images.device)
+    rows, columns = (
+        start + torch.arange(side, device=images.device)
+        for start, side in zip(first, (height, width), strict=True)
+    )
     image, channel = (torch.arange(n, device=images.device) for n in (count, channels))
     padded = nn.functional.pad(images, [most] * 4)
-    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    return padded[
+        image[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None],
+    ]
 
 
-def adversarial_images(classifier: nn.Module, x: Tensor, y: Tensor, inner: Inner, generator: torch.Generator) -> Tensor:
+def adversarial_images(
+    classifier: nn.Module, x: Tensor, y: Tensor, inner: Inner, generator: torch.Generator
+) -> Tensor:
     """The images on which adversarial training trains: near the clean ones, and of a large loss.
 
     Formula     x <- project(x + stride epsilon sign(grad cross-entropy)), from x + epsilon U(-1, 1)
@@ -91,7 +117,9 @@ def adversarial_images(classifier: nn.Module, x: Tensor, y: Tensor, inner: Inner
     at = attacks.project(x + inner.epsilon * start, x, inner.epsilon, "linf")
     for _ in range(inner.steps):
         gradient = attacks.expected_gradient(classifier, at, y, loss=attacks.cross_entropy_loss)[0]
-        at = attacks.project(at + inner.stride * inner.epsilon * gradient.sign(), x, inner.epsilon, "linf")
+        at = attacks.project(
+            at + inner.stride * inner.epsilon * gradient.sign(), x, inner.epsilon, "linf"
+        )
     return at
 
 
@@ -102,7 +130,10 @@ def classification_loss(crop: int = 0, inner: Inner | None = None) -> Loss:
     Source      Madry et al. 2018, equation 2.1
     Shapes      images [B,C,H,W] in [0,1], labels [B] -> scalar
     """
-    def loss(classifier: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+
+    def loss(
+        classifier: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         x = moved(images, crop, generator) if crop else images
         if inner:
             x = adversarial_images(classifier, x, labels, inner, generator)
@@ -111,8 +142,14 @@ def classification_loss(crop: int = 0, inner: Inner | None = None) -> Loss:
     return loss
 
 
-def survivors(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: float, steps: int,
-              batch: int = 200) -> int:
+def survivors(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    steps: int,
+    batch: int = 200,
+) -> int:
     """How many images no frame of a PGD attack in L-inf fools, the clean one included: with 0 steps, how many are
     classified correctly.
 
@@ -126,9 +163,17 @@ def survivors(classifier: nn.Module, images: Tensor, labels: Tensor, epsilon: fl
     return count
 
 
-def train_baseline(name: str, folder: Path, *, steps: int | None = None, batch: int | None = None,
-                   widths: tuple[int, ...] | None = None, minutes: float | None = None, measured: int | None = None,
-                   seed: int = 0) -> Iterator[Progress]:
+def train_baseline(
+    name: str,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    batch: int | None = None,
+    widths: tuple[int, ...] | None = None,
+    minutes: float | None = None,
+    measured: int | None = None,
+    seed: int = 0,
+) -> Iterator[Progress]:
     """Train a baseline of `RECIPES`, yielding progress; the last act writes weights, card and checksum.
 
     Shapes      `minutes` pauses the run after that time, resumable; `measured` limits the test images of the card
@@ -138,10 +183,19 @@ def train_baseline(name: str, folder: Path, *, steps: int | None = None, batch: 
     """
     if name not in RECIPES:
         raise ValueError(f"expected one of {sorted(RECIPES)} to train, got {name!r}.")
-    recipe, checkpoint = RECIPES[name], Path(folder) / "checkpoints" / name
-    recipe = replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch, widths=widths or recipe.widths,
-                     measured=measured or recipe.measured, attacked=min(measured or recipe.attacked, recipe.attacked))
-    run, curve, started = training_of(recipe, seed, checkpoint), Curve(checkpoint), time.monotonic()
+    recipe = RECIPES[name]
+    checkpoint = Path(folder) / "checkpoints" / name
+    recipe = replace(
+        recipe,
+        steps=steps or recipe.steps,
+        batch=batch or recipe.batch,
+        widths=widths or recipe.widths,
+        measured=measured or recipe.measured,
+        attacked=min(measured or recipe.attacked, recipe.attacked),
+    )
+    run = training_of(recipe, seed, checkpoint)
+    curve = Curve(checkpoint)
+    started = time.monotonic()
     test = images_of(recipe.world, "test")
     for progress in run:
         if progress.is_milestone and run.accelerator.is_main_process:
@@ -161,21 +215,38 @@ def train_baseline(name: str, folder: Path, *, steps: int | None = None, batch: 
 def training_of(recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Training:
     """The run of a recipe: iterate to train. Randomness: all from `seed`."""
     images, labels = images_of(recipe.world, "train")
-    classifier = baselines.ConvClassifier(images.shape[1:], int(labels.max()) + 1, recipe.widths, seed)
-    return Training(classifier, images, labels, loss=classification_loss(recipe.crop, recipe.inner),
-                    steps=recipe.steps, batch=recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror,
-                    seed=seed, precision=recipe.precision, checkpoint=checkpoint)
+    classifier = baselines.ConvClassifier(
+        images.shape[1:], int(labels.max()) + 1, recipe.widths, seed
+    )
+    return Training(
+        classifier,
+        images,
+        labels,
+        loss=classification_loss(recipe.crop, recipe.inner),
+        steps=recipe.steps,
+        batch=recipe.batch,
+        rate=recipe.rate,
+        ema=recipe.ema,
+        mirror=recipe.mirror,
+        seed=seed,
+        precision=recipe.precision,
+        checkpoint=checkpoint,
+    )
 
 
 def _point(recipe: Recipe, run: Training, test: tuple[Tensor, Tensor]) -> dict:
     x, y = (part[:CURVE_IMAGES].to(run.accelerator.device) for part in test)
     classifier = run.average.eval()
-    return dict(correct=survivors(classifier, x, y, recipe.epsilon, 0), n=len(y), attack_steps=CURVE_STEPS,
-                survived=survivors(classifier, x, y, recipe.epsilon, CURVE_STEPS))
+    return dict(
+        correct=survivors(classifier, x, y, recipe.epsilon, 0),
+        n=len(y),
+        attack_steps=CURVE_STEPS,
+        survived=survivors(classifier, x, y, recipe.epsilon, CURVE_STEPS),
+    )
 
 
 def _card(name: str, recipe: Recipe, run: Training, test: tuple[Tensor, Tensor]) -> dict:
-    x, y = (part[:recipe.measured].to(run.accelerator.device) for part in test)
+    x, y = (part[: recipe.measured].to(run.accelerator.device) for part in test)
     classifier = run.average.eval()
 
     def stated(n: int, steps: int) -> dict:
@@ -183,10 +254,23 @@ def _card(name: str, recipe: Recipe, run: Training, test: tuple[Tensor, Tensor])
         low, high = certificates.interval(count, n)
         return dict(correct=count, n=n, low=low, high=high)
 
-    attack = dict(attack=f"PGD-{CARD_STEPS}", loss="margin", start="the clean image", norm="linf",
-                  epsilon=recipe.epsilon, bound="upper bound of the robust accuracy")
+    attack = dict(
+        attack=f"PGD-{CARD_STEPS}",
+        loss="margin",
+        start="the clean image",
+        norm="linf",
+        epsilon=recipe.epsilon,
+        bound="upper bound of the robust accuracy",
+    )
     method = "adversarial" if recipe.inner else "cnn"
-    return dict(name=name, network="ConvClassifier", data=DATA[recipe.world], recipe=asdict(recipe),
-                settings=run.settings, **run.facts(), command=f"diffclass train {recipe.world} --method {method}",
-                accuracy=stated(len(y), 0), accuracy_under_attack=stated(min(recipe.attacked, len(y)), CARD_STEPS)
-                | attack)
+    return dict(
+        name=name,
+        network="ConvClassifier",
+        data=DATA[recipe.world],
+        recipe=asdict(recipe),
+        settings=run.settings,
+        **run.facts(),
+        command=f"diffclass train {recipe.world} --method {method}",
+        accuracy=stated(len(y), 0),
+        accuracy_under_attack=stated(min(recipe.attacked, len(y)), CARD_STEPS) | attack,
+    )

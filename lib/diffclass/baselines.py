@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from diffclass import units
 from diffclass.denoisers import network
 
-FILES = {world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
-         for world in ("digits", "cifar10")}
+FILES = {
+    world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
+    for world in ("digits", "cifar10")
+}
 
 
 class ConvClassifier(nn.Module):
@@ -29,15 +31,29 @@ class ConvClassifier(nn.Module):
 
     deterministic = True
 
-    def __init__(self, image_shape: Sequence[int], num_classes: int, widths: Sequence[int] = (32, 64), seed: int = 0):
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        widths: Sequence[int] = (32, 64),
+        seed: int = 0,
+    ):
         super().__init__()
         if not widths or any(width < 4 or width % 4 for width in widths):
-            raise ValueError(f"expected widths as multiples of 4, one for each halving of the picture and one before "
-                             f"them, got {tuple(widths)}.")
-        self.image_shape, self.num_classes, self.widths = tuple(image_shape), num_classes, tuple(widths)
-        with torch.random.fork_rng(devices=[]):  # modules first fill themselves from the global generator
+            raise ValueError(
+                f"expected widths as multiples of 4, one for each halving of the picture and one before "
+                f"them, got {tuple(widths)}."
+            )
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes
+        self.widths = tuple(widths)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # modules first fill themselves from the global generator
             self.enter = nn.Conv2d(self.image_shape[0], widths[0], 3, padding=1)
-            self.stages = nn.Sequential(*[_Stage(*pair) for pair in zip(widths, widths[1:], strict=False)])
+            self.stages = nn.Sequential(
+                *[_Stage(*pair) for pair in zip(widths, widths[1:], strict=False)]
+            )
             self.leave = nn.Linear(widths[-1], num_classes)
         network.initialise(self, torch.Generator().manual_seed(seed))
 
@@ -53,8 +69,8 @@ class _Stage(nn.Module):
 
     def __init__(self, before: int, width: int):
         super().__init__()
-        self.halve, self.inner = _normed(before, width, stride=2), nn.Sequential(
-            _normed(width, width), _normed(width, width))
+        self.halve = _normed(before, width, stride=2)
+        self.inner = nn.Sequential(_normed(width, width), _normed(width, width))
 
     def forward(self, h: Tensor) -> Tensor:
         """h [B,before,H,W] -> [B,width,H/2,W/2]."""
@@ -63,15 +79,25 @@ class _Stage(nn.Module):
 
 
 def _normed(before: int, width: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)  # the norm has a bias of its own
+    convolution = nn.Conv2d(
+        before, width, 3, stride, padding=1, bias=False
+    )  # the norm has a bias of its own
     return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, width), width), nn.SiLU())
 
 
 def save(classifier: ConvClassifier, path: str | Path, card: dict | None = None) -> None:
     """Write weights, architecture and model card as safetensors; old files survive an interruption."""
-    network.save_weights(classifier, dict(network="ConvClassifier", image_shape=list(classifier.image_shape),
-                                          num_classes=classifier.num_classes, widths=list(classifier.widths)),
-                         path, card)
+    network.save_weights(
+        classifier,
+        dict(
+            network="ConvClassifier",
+            image_shape=list(classifier.image_shape),
+            num_classes=classifier.num_classes,
+            widths=list(classifier.widths),
+        ),
+        path,
+        card,
+    )
 
 
 def load(path: str | Path) -> tuple[ConvClassifier, dict]:
@@ -82,7 +108,14 @@ def load(path: str | Path) -> tuple[ConvClassifier, dict]:
     path = Path(path)
     state, architecture, card = network.load_weights(path)
     if architecture.pop("network", None) != "ConvClassifier" or set(architecture) != {
-            "image_shape", "num_classes", "widths"}:
-        raise ValueError(f"expected {path.name} to hold a ConvClassifier, got the architecture {sorted(architecture)}; "
-                         "a network of another kind has a loader of its own.")
-    return network.filled(ConvClassifier(**architecture), state, f"ConvClassifier in {path.name}"), card
+        "image_shape",
+        "num_classes",
+        "widths",
+    }:
+        raise ValueError(
+            f"expected {path.name} to hold a ConvClassifier, got the architecture {sorted(architecture)}; "
+            "a network of another kind has a loader of its own."
+        )
+    return network.filled(
+        ConvClassifier(**architecture), state, f"ConvClassifier in {path.name}"
+    ), card

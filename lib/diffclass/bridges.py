@@ -19,9 +19,13 @@ def _orthonormal(num_classes: int, image_shape: Sequence[int], seed: int, centre
     """K random orthonormal rows of D values by QR, orthogonal to the constant image as well if `centred`."""
     dimensions = int(torch.Size(image_shape).numel())
     if num_classes > dimensions - centred:
-        raise ValueError(f"expected at most {dimensions - centred} classes for {'centred ' * centred}orthogonal images "
-                         f"of {dimensions} pixels, got {num_classes}; take larger images.")
-    rows = torch.randn(num_classes, dimensions, generator=torch.Generator().manual_seed(seed)).double()
+        raise ValueError(
+            f"expected at most {dimensions - centred} classes for {'centred ' * centred}orthogonal images "
+            f"of {dimensions} pixels, got {num_classes}; take larger images."
+        )
+    rows = torch.randn(
+        num_classes, dimensions, generator=torch.Generator().manual_seed(seed)
+    ).double()
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
     return torch.linalg.qr(rows.T).Q.T
@@ -40,7 +44,8 @@ def released_labels(num_classes: int, image_shape: Sequence[int], seed: int = 0)
     Shapes      -> [K,C,H,W] in [0,1]
     """
     q = _orthonormal(num_classes, image_shape, seed, centred=False)
-    low, high = q.amin(1, keepdim=True), q.amax(1, keepdim=True)
+    low = q.amin(1, keepdim=True)
+    high = q.amax(1, keepdim=True)
     return ((q - low) / (high - low)).float().reshape(-1, *image_shape)
 
 
@@ -63,13 +68,17 @@ def hadamard_labels(num_classes: int, image_shape: Sequence[int], seed: int = 0)
     dimensions = int(torch.Size(image_shape).numel())
     size = dimensions & -dimensions
     if num_classes > size - 1:
-        raise ValueError(f"expected at most {size - 1} classes for Hadamard images of {dimensions} pixels (the largest "
-                         f"power of two that divides them, less the constant row), got {num_classes}; take larger "
-                         "images.")
+        raise ValueError(
+            f"expected at most {size - 1} classes for Hadamard images of {dimensions} pixels (the largest "
+            f"power of two that divides them, less the constant row), got {num_classes}; take larger "
+            "images."
+        )
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    chosen = 1 + torch.randperm(size - 1, generator=torch.Generator().manual_seed(seed))[:num_classes]
+    chosen = (
+        1 + torch.randperm(size - 1, generator=torch.Generator().manual_seed(seed))[:num_classes]
+    )
     return _as_labels(matrix[chosen].repeat(1, dimensions // size), image_shape)
 
 
@@ -115,8 +124,10 @@ def check_apart(labels: Tensor) -> Tensor:
         raise ValueError(f"expected the labels of at least two classes, got {len(labels)}.")
     if float(between.min()) < 1e-6:
         j, k = divmod(int(between.argmin()), len(labels))
-        raise ValueError(f"expected labels that differ, got the same picture for classes {j} and {k}; no distance "
-                         "could tell these classes apart.")
+        raise ValueError(
+            f"expected labels that differ, got the same picture for classes {j} and {k}; no distance "
+            "could tell these classes apart."
+        )
     return labels
 
 
@@ -140,14 +151,20 @@ class Bridge:
 
     def __post_init__(self):
         if self.steps < 1:
-            raise ValueError(f"expected a bridge of at least one step, got {self.steps}; IDC uses 4.")
+            raise ValueError(
+                f"expected a bridge of at least one step, got {self.steps}; IDC uses 4."
+            )
         if not (self.scale > 0 and 0 < self.first < 0.5):
-            raise ValueError(f"expected scale > 0 and 0 < first < 1/2, got {self.scale} and {self.first}.")
+            raise ValueError(
+                f"expected scale > 0 and 0 < first < 1/2, got {self.scale} and {self.first}."
+            )
 
     @property
     def shares(self) -> Tensor:
         """m_t, the share of the picture. Shapes: -> [T], ascending, float64."""
-        first = self.first if self.steps > 1 else 1 - self.first  # a single step starts at the picture
+        first = (
+            self.first if self.steps > 1 else 1 - self.first
+        )  # a single step starts at the picture
         return torch.linspace(first, 1 - self.first, self.steps, dtype=torch.float64)
 
     def share(self, t: int | Tensor, like: Tensor) -> Tensor:
@@ -164,7 +181,9 @@ class Bridge:
         m = self.share(t, y)
         return (1 - m) * x0 + m * y + self.variance(m).sqrt() * eps
 
-    def offsets(self, labels: Tensor, x0: Tensor, y: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+    def offsets(
+        self, labels: Tensor, x0: Tensor, y: Tensor, t: int | Tensor, eps: Tensor
+    ) -> Tensor:
         """What the network would predict if the last single step had drifted from the label of class k.
 
         Formula     O_k = m_{t-1} (y - x0) + (m_t - m_{t-1}) (y - p_k) + sqrt(delta_t) eps,   m_{-1} = 0
@@ -185,12 +204,17 @@ class Bridge:
         Source      a Brownian bridge, cut at t, is a Brownian bridge between the label and x_t: the picture y has no
                     weight. IDC's formula in a, delta and y is the same, with more terms (tests/test_translation.py)
         """
-        m_t, m_n = self.share(t, like), self.share(n, like)
+        m_t = self.share(t, like)
+        m_n = self.share(n, like)
         if bool((m_n > m_t).any()):
-            raise ValueError(f"expected a step towards the label, to a position n <= t, got t = {t} and n = {n}.")
+            raise ValueError(
+                f"expected a step towards the label, to a position n <= t, got t = {t} and n = {n}."
+            )
         return m_n / m_t, 2 * self.scale * m_n * (m_t - m_n) / m_t
 
-    def posterior(self, x_t: Tensor, x0: Tensor, t: int | Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, x_t: Tensor, x0: Tensor, t: int | Tensor, n: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mean [B,C,H,W] and variance of q(x_n | x_t, x0, y) = q(x_n | x_t, x0): the reverse step with an estimated x0.
 
         Formula     mean (m_n/m_t) x_t + (1 - m_n/m_t) x0
@@ -212,7 +236,9 @@ def released_steps(steps: int = 4) -> list[int]:
     Errors      ValueError for T < 3, where its step is not defined
     """
     if steps < 3:
-        raise ValueError(f"expected at least 3 steps for the released list, got {steps}; use every_step.")
+        raise ValueError(
+            f"expected at least 3 steps for the released list, got {steps}; use every_step."
+        )
     ramp = [(steps - 1) * (1 - i / (steps - 2)) for i in range(steps - 1)]
     return [int(value) for value in ramp if value > 1 + 1e-9] + [1, 0]
 
@@ -222,7 +248,14 @@ def check_steps(steps: Sequence[int], bridge: Bridge) -> tuple[int, ...]:
     steps = tuple(steps)
     if not steps:
         raise ValueError("expected at least one step, got an empty list; use every_step.")
-    if min(steps) < 0 or max(steps) >= bridge.steps or list(steps) != sorted(steps, reverse=True) or steps[-1] != 0:
-        raise ValueError(f"expected positions that go down from at most {bridge.steps - 1} to 0, got {list(steps)}; "
-                         f"this bridge has {bridge.steps} of them.")
+    if (
+        min(steps) < 0
+        or max(steps) >= bridge.steps
+        or list(steps) != sorted(steps, reverse=True)
+        or steps[-1] != 0
+    ):
+        raise ValueError(
+            f"expected positions that go down from at most {bridge.steps - 1} to 0, got {list(steps)}; "
+            f"this bridge has {bridge.steps} of them."
+        )
     return steps

@@ -68,7 +68,8 @@ def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.00
     counts = _votes_of(counts, "counts")
     if not 0 <= original < len(counts):
         raise ValueError(f"expected the original class among 0..{len(counts) - 1}, got {original}.")
-    n, share = sum(counts), alpha / len(counts)
+    n = sum(counts)
+    share = alpha / len(counts)
     rivals = [c for k, c in enumerate(counts) if k != original]
     return upper_bound(counts[original], n, share) < lower_bound(max(rivals), n, share)
 
@@ -95,8 +96,10 @@ class Votes:
         for name in ("selection", "estimation"):
             object.__setattr__(self, name, _votes_of(getattr(self, name), name))
         if len(self.selection) != len(self.estimation):
-            raise ValueError(f"expected as many selection as estimation counts, got {len(self.selection)} and "
-                             f"{len(self.estimation)}; both need one count for every class.")
+            raise ValueError(
+                f"expected as many selection as estimation counts, got {len(self.selection)} and "
+                f"{len(self.estimation)}; both need one count for every class."
+            )
         _check_sigma(self.sigma_pixel)
 
     @property
@@ -130,11 +133,15 @@ class Certificate:
     def __post_init__(self):
         object.__setattr__(self, "counts", _votes_of(self.counts, "counts"))
         if sum(self.counts) != self.n:
-            raise ValueError(f"expected counts that add up to n = {self.n}, got {sum(self.counts)}; a certificate is "
-                             "about the votes that were cast, and scaling them makes it false.")
+            raise ValueError(
+                f"expected counts that add up to n = {self.n}, got {sum(self.counts)}; a certificate is "
+                "about the votes that were cast, and scaling them makes it false."
+            )
         if self.radius > largest_radius(self.n, self.sigma_pixel, self.alpha) * (1 + 1e-12):
-            raise ValueError(f"expected a radius that {self.n} votes can certify, got {self.radius:.4g}, above "
-                             f"{largest_radius(self.n, self.sigma_pixel, self.alpha):.4g}.")
+            raise ValueError(
+                f"expected a radius that {self.n} votes can certify, got {self.radius:.4g}, above "
+                f"{largest_radius(self.n, self.sigma_pixel, self.alpha):.4g}."
+            )
         if self.prediction is None and self.radius != 0:
             raise ValueError(f"expected radius 0 for an abstention, got {self.radius:.4g}.")
 
@@ -142,8 +149,10 @@ class Certificate:
         how = f"n={self.n}, alpha={self.alpha:g}, sigma={self.sigma_pixel:g}"
         if self.prediction is None:
             return f"abstains: the votes do not prove a majority (lower bound {self.p_lower:.4f} < 1/2, {how})"
-        return (f"certified: no L2 perturbation below r={self.radius:.3f} changes the smoothed prediction "
-                f"{self.prediction} (lower bound {self.p_lower:.4f}, {how})")
+        return (
+            f"certified: no L2 perturbation below r={self.radius:.3f} changes the smoothed prediction "
+            f"{self.prediction} (lower bound {self.p_lower:.4f}, {how})"
+        )
 
 
 def smoothing_radius(votes: Votes, alpha: float = 0.001) -> Certificate:
@@ -159,7 +168,12 @@ def smoothing_radius(votes: Votes, alpha: float = 0.001) -> Certificate:
     return Certificate(
         prediction=votes.guess if certain else None,
         radius=_radius_of(p, votes.sigma_pixel) if certain else 0.0,
-        p_lower=p, counts=votes.estimation, n=votes.n, alpha=alpha, sigma_pixel=votes.sigma_pixel, seed=votes.seed,
+        p_lower=p,
+        counts=votes.estimation,
+        n=votes.n,
+        alpha=alpha,
+        sigma_pixel=votes.sigma_pixel,
+        seed=votes.seed,
     )
 
 
@@ -187,7 +201,8 @@ def votes_needed(radius: float, n: int, sigma_pixel: float, alpha: float = 0.001
 
     if not suffices(n):
         return None
-    few, enough = 0, n  # invariant: `few` votes do not suffice (0 has the bound 0), `enough` do
+    few = 0  # invariant: `few` votes do not suffice (0 has the bound 0), `enough` do
+    enough = n
     while enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if suffices(middle) else (middle, enough)
@@ -212,7 +227,9 @@ class CertifiedCurve:
     level: float
 
 
-def certified_accuracy(certificates: Sequence[Certificate], labels, radii, level: float = 0.95) -> CertifiedCurve:
+def certified_accuracy(
+    certificates: Sequence[Certificate], labels, radii, level: float = 0.95
+) -> CertifiedCurve:
     """The share of images whose correct class is certified at each radius; abstentions count as errors.
 
     Formula     mean over images of [prediction = label and radius >= r]
@@ -222,16 +239,21 @@ def certified_accuracy(certificates: Sequence[Certificate], labels, radii, level
     Errors      ValueError for unequal lengths, or certificates of different sigma or alpha, which are different
                 classifiers; at level alpha, about alpha * B of the certificates may be wrong
     """
-    labels, radii = np.asarray(labels), np.atleast_1d(np.asarray(radii, dtype=float))
+    labels = np.asarray(labels)
+    radii = np.atleast_1d(np.asarray(radii, dtype=float))
     if len(certificates) == 0 or labels.shape != (len(certificates),):
-        raise ValueError(f"expected one label for each certificate, got {len(certificates)} certificates and labels "
-                         f"of shape {list(labels.shape)}.")
+        raise ValueError(
+            f"expected one label for each certificate, got {len(certificates)} certificates and labels "
+            f"of shape {list(labels.shape)}."
+        )
     if labels.min() < 0:
         raise ValueError(f"expected labels >= 0, got {labels.min()}.")
     settings = {(c.sigma_pixel, c.alpha) for c in certificates}
     if len(settings) > 1:
-        raise ValueError(f"expected certificates of one sigma and one alpha, got {sorted(settings)}; the best sigma "
-                         "for each image would need a smaller alpha (a union bound).")
+        raise ValueError(
+            f"expected certificates of one sigma and one alpha, got {sorted(settings)}; the best sigma "
+            "for each image would need a smaller alpha (a union bound)."
+        )
     if not (np.isfinite(radii).all() and (radii >= 0).all()):
         raise ValueError(f"expected radii >= 0, got {radii.tolist()[:5]}.")
     # An abstention predicts no class, which -1 stands for; labels are checked to be classes.
@@ -240,7 +262,9 @@ def certified_accuracy(certificates: Sequence[Certificate], labels, radii, level
     correct = (right[None] & (reach[None] >= radii[:, None])).sum(1)
     low, high = interval(correct, len(right), level)
     abstained = sum(c.prediction is None for c in certificates)
-    return CertifiedCurve(radii, correct / len(right), low, high, correct, len(right), abstained, level)
+    return CertifiedCurve(
+        radii, correct / len(right), low, high, correct, len(right), abstained, level
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +274,13 @@ def certified_accuracy(certificates: Sequence[Certificate], labels, radii, level
 def _votes_of(counts, name: str) -> tuple[int, ...]:
     counts = tuple(counts)
     if len(counts) < 2:
-        raise ValueError(f"expected one {name} count for each of at least two classes, got {len(counts)}.")
+        raise ValueError(
+            f"expected one {name} count for each of at least two classes, got {len(counts)}."
+        )
     if any(isinstance(c, bool) or int(c) != c for c in counts):
-        raise ValueError(f"expected whole numbers as {name}, got {counts}; probabilities need other bounds than votes.")
+        raise ValueError(
+            f"expected whole numbers as {name}, got {counts}; probabilities need other bounds than votes."
+        )
     counts = tuple(int(c) for c in counts)
     if min(counts) < 0 or sum(counts) == 0:
         raise ValueError(f"expected {name} counts >= 0 with at least one vote, got {counts}.")
@@ -264,11 +292,15 @@ def _counted(successes, trials: int, alpha: float) -> tuple[np.ndarray, int, flo
     if int(trials) != trials or trials < 1:
         raise ValueError(f"expected at least one trial, a whole number, got {trials}.")
     if s.size and not (np.all(s == np.floor(s)) and s.min() >= 0 and s.max() <= trials):
-        raise ValueError(f"expected successes as whole numbers from 0 to {trials}, got {s.min()} to {s.max()}; "
-                         "are they shares instead of counts, or counts of another run?")
+        raise ValueError(
+            f"expected successes as whole numbers from 0 to {trials}, got {s.min()} to {s.max()}; "
+            "are they shares instead of counts, or counts of another run?"
+        )
     if not 0 < alpha < 1:
-        raise ValueError(f"expected alpha between 0 and 1, got {alpha}; alpha is the chance of a wrong certificate, "
-                         "0.001 by custom.")
+        raise ValueError(
+            f"expected alpha between 0 and 1, got {alpha}; alpha is the chance of a wrong certificate, "
+            "0.001 by custom."
+        )
     return s.astype(float), int(trials), float(alpha)
 
 
@@ -278,8 +310,10 @@ def _radius_of(p_lower: float, sigma_pixel: float) -> float:
 
 def _check_sigma(sigma_pixel: float) -> None:
     if not (math.isfinite(sigma_pixel) and sigma_pixel > 0):
-        raise ValueError(f"expected a smoothing noise sigma_pixel > 0, got {sigma_pixel}; without noise there is "
-                         "nothing to count.")
+        raise ValueError(
+            f"expected a smoothing noise sigma_pixel > 0, got {sigma_pixel}; without noise there is "
+            "nothing to count."
+        )
 
 
 def _as_given(values: np.ndarray):

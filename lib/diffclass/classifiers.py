@@ -18,9 +18,15 @@ def check_prior(prior, num_classes: int) -> Tensor:
     prior = torch.as_tensor(prior, dtype=torch.float64)
     if tuple(prior.shape) != (num_classes,):
         raise ValueError(f"expected a prior over {num_classes} classes, got {list(prior.shape)}.")
-    if not bool(torch.isfinite(prior).all()) or float(prior.min()) <= 0 or abs(float(prior.sum()) - 1) > 1e-6:
-        raise ValueError(f"expected a prior of positive probabilities that sum to 1, got {prior.tolist()} with sum "
-                         f"{float(prior.sum()):.6g}; divide it by its sum.")
+    if (
+        not bool(torch.isfinite(prior).all())
+        or float(prior.min()) <= 0
+        or abs(float(prior.sum()) - 1) > 1e-6
+    ):
+        raise ValueError(
+            f"expected a prior of positive probabilities that sum to 1, got {prior.tolist()} with sum "
+            f"{float(prior.sum()):.6g}; divide it by its sum."
+        )
     return prior.log()
 
 
@@ -47,17 +53,30 @@ class BayesClassifier(_OfDenoiser):
     Randomness  deterministic: one fixed noise bank, shared by all images. `with_fresh_noise` gives the random one.
     """
 
-    def __init__(self, denoiser: Denoiser, bank: NoiseBank, weighting: Weighting = noise.elbo_weight, *,
-                 prior: Sequence[float] | None = None, temperature: float = 1.0,
-                 moments: tuple[Tensor, Tensor] | None = None, chunk: int = likelihood.CHUNK):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        bank: NoiseBank,
+        weighting: Weighting = noise.elbo_weight,
+        *,
+        prior: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        moments: tuple[Tensor, Tensor] | None = None,
+        chunk: int = likelihood.CHUNK,
+    ):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"expected a temperature > 0, got {temperature}; 1 is Bayes' rule.")
         if bank.image_shape != denoiser.image_shape:
-            raise ValueError(f"expected a noise bank for images {list(denoiser.image_shape)}, "
-                             f"got {list(bank.image_shape)}.")
-        self.denoiser, self.bank, self.weighting = denoiser, bank, weighting
-        self.temperature, self.chunk = temperature, chunk
+            raise ValueError(
+                f"expected a noise bank for images {list(denoiser.image_shape)}, "
+                f"got {list(bank.image_shape)}."
+            )
+        self.denoiser = denoiser
+        self.bank = bank
+        self.weighting = weighting
+        self.temperature = temperature
+        self.chunk = chunk
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
         self.moments = moments  # (class means, covariance traces) for the end term, or None to drop it as papers do
 
@@ -102,13 +121,25 @@ class NoisedBayesClassifier(_OfDenoiser):
     Randomness  deterministic: one fixed noise bank. `with_fresh_noise` draws for every image: each vote independent
     """
 
-    def __init__(self, denoiser: Denoiser, sigma_pixel: float, *, levels: int = 8, high: float = 5.0, samples: int = 1,
-                 prior: Sequence[float] | None = None, seed: int = 0, weighting: Weighting = noise.elbo_weight,
-                 chunk: int = likelihood.CHUNK):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma_pixel: float,
+        *,
+        levels: int = 8,
+        high: float = 5.0,
+        samples: int = 1,
+        prior: Sequence[float] | None = None,
+        seed: int = 0,
+        weighting: Weighting = noise.elbo_weight,
+        chunk: int = likelihood.CHUNK,
+    ):
         super().__init__()
         self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
         grid = noise.noised_levels(units.sigma_to_model(self.sigma_pixel), high, levels, first=0.25)
-        self.denoiser, self.weighting, self.chunk = denoiser, weighting, chunk
+        self.denoiser = denoiser
+        self.weighting = weighting
+        self.chunk = chunk
         self.bank = NoiseBank.fixed(grid, denoiser.image_shape, samples, seed)
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
 
@@ -117,8 +148,9 @@ class NoisedBayesClassifier(_OfDenoiser):
         units.check_images(x_tau, self.image_shape, pixel_range=False)
         bank = self.bank if self.deterministic else self.bank.redrawn(len(x_tau), self.generator)
         sigma_tau = units.sigma_to_model(self.sigma_pixel)
-        logits = likelihood.noised_elbo(self.denoiser, units.to_model(x_tau), sigma_tau, bank, self.weighting,
-                                        chunk=self.chunk)
+        logits = likelihood.noised_elbo(
+            self.denoiser, units.to_model(x_tau), sigma_tau, bank, self.weighting, chunk=self.chunk
+        )
         return logits + self.log_prior.to(logits)
 
     def extra_repr(self) -> str:
@@ -132,17 +164,26 @@ class ExactClassifier(nn.Module):
     Shapes      x [B,C,H,W]; pixels in [0,1] for sigma_pixel = 0, any finite value with noise -> [B,K] in nats
     """
 
-    def __init__(self, denoiser: Denoiser, prior: Sequence[float] | None = None, sigma_pixel: float = 0.0):
+    def __init__(
+        self, denoiser: Denoiser, prior: Sequence[float] | None = None, sigma_pixel: float = 0.0
+    ):
         super().__init__()
         if not hasattr(denoiser, "log_density"):
-            raise TypeError(f"expected a denoiser with a closed-form density, got {type(denoiser).__name__}; "
-                            "use BayesClassifier for a network.")
-        self.denoiser, self.sigma_pixel, self.deterministic = denoiser, sigma_pixel, True
+            raise TypeError(
+                f"expected a denoiser with a closed-form density, got {type(denoiser).__name__}; "
+                "use BayesClassifier for a network."
+            )
+        self.denoiser = denoiser
+        self.sigma_pixel = sigma_pixel
+        self.deterministic = True
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
-        self.num_classes, self.image_shape = denoiser.num_classes, denoiser.image_shape
+        self.num_classes = denoiser.num_classes
+        self.image_shape = denoiser.image_shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in nats. Shapes: x [B,C,H,W] -> [B,K]."""
         units.check_images(x, self.image_shape, pixel_range=self.sigma_pixel == 0)
-        density = self.denoiser.log_density(units.to_model(x), units.sigma_to_model(self.sigma_pixel))
+        density = self.denoiser.log_density(
+            units.to_model(x), units.sigma_to_model(self.sigma_pixel)
+        )
         return density + self.log_prior.to(density)

@@ -26,42 +26,68 @@ def architecture_of(state: dict[str, Tensor]) -> dict:
 
     Errors      ValueError that names what another architecture has: NCSN++'s Fourier features, ADM's output norm
     """
-    entries = [m for m in (re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name) for name in state) if m]
+    entries = [
+        m for m in (re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name) for name in state) if m
+    ]
     if len(entries) != 1 or "map_layer0.weight" not in state:
-        raise ValueError(f"expected the weights of a SongUNet, such as enc.32x32_conv.weight, got {len(state)} others, "
-                         f"the first of them {sorted(state)[:3]}.")
-    foreign = sorted(name for name in state if re.search(r"map_noise|_aux_(residual|skip|down|up)|^out_", name)
-                     or (name.endswith("resample_filter") and state[name].numel() != 4))
+        raise ValueError(
+            f"expected the weights of a SongUNet, such as enc.32x32_conv.weight, got {len(state)} others, "
+            f"the first of them {sorted(state)[:3]}."
+        )
+    foreign = sorted(
+        name
+        for name in state
+        if re.search(r"map_noise|_aux_(residual|skip|down|up)|^out_", name)
+        or (name.endswith("resample_filter") and state[name].numel() != 4)
+    )
     if foreign:
-        raise ValueError("expected a DDPM++ (EDM's files with -vp- in their names), got weights such as "
-                         f"{foreign[0]!r}, of another architecture.")
+        raise ValueError(
+            "expected a DDPM++ (EDM's files with -vp- in their names), got weights such as "
+            f"{foreign[0]!r}, of another architecture."
+        )
     size = int(entries[0][1])
     width, channels = state[entries[0][0]].shape[:2]
     found = (re.match(r"enc\.(\d+)x\1_block0\.", name) for name in state)
     sides = sorted({int(match[1]) for match in found if match}, reverse=True)
-    inputs = {what: state[f"map_{what}.weight"].shape[1] if f"map_{what}.weight" in state else 0
-              for what in ("label", "augment")}
-    return dict(channels=channels, size=size, labels=inputs["label"], augment=inputs["augment"], width=width,
-                multiples=[len(state[f"enc.{s}x{s}_block0.conv1.bias"]) // width for s in sides],
-                depth=sum(bool(re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", name)) for name in state),
-                attention=[s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in state])
+    inputs = {
+        what: state[f"map_{what}.weight"].shape[1] if f"map_{what}.weight" in state else 0
+        for what in ("label", "augment")
+    }
+    return dict(
+        channels=channels,
+        size=size,
+        labels=inputs["label"],
+        augment=inputs["augment"],
+        width=width,
+        multiples=[len(state[f"enc.{s}x{s}_block0.conv1.bias"]) // width for s in sides],
+        depth=sum(
+            bool(re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", name))
+            for name in state
+        ),
+        attention=[s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in state],
+    )
 
 
 class _Recorded:
     """An object of a pickle: what it holds, and none of its code."""
 
     def __init__(self, kind: str = "", state: dict | None = None):
-        self.kind, self.state = kind, state or {}
+        self.kind = kind
+        self.state = state or {}
 
     def __setstate__(self, state):
-        self.kind, self.state = "", state
+        self.kind = ""
+        self.state = state
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Parameters and buffers by name, as `state_dict` would give them."""
         own = {**self.state.get("_parameters", {}), **self.state.get("_buffers", {})}
         passing = self.state.get("_non_persistent_buffers_set", ())
-        found = {prefix + name: value for name, value in own.items()
-                 if isinstance(value, Tensor) and name not in passing}
+        found = {
+            prefix + name: value
+            for name, value in own.items()
+            if isinstance(value, Tensor) and name not in passing
+        }
         for name, part in self.state.get("_modules", {}).items():
             found |= part.tensors(f"{prefix}{name}.") if isinstance(part, _Recorded) else {}
         return found
@@ -71,15 +97,22 @@ class _TensorsOnly(pickle.Unpickler):
     """Unpickles tensors, numbers and containers. Code that travels in the file is recorded as a name and never run."""
 
     ALLOWED = {
-        ("collections", "OrderedDict"): OrderedDict, ("builtins", "set"): set, ("dnnlib.util", "EasyDict"): dict,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "set"): set,
+        ("dnnlib.util", "EasyDict"): dict,
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        ("torch.storage", "_load_from_bytes"): lambda content: torch.load(io.BytesIO(content), map_location="cpu",
-                                                                          weights_only=True),
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda meta: _Recorded(meta["class_name"],
-                                                                                          meta["state"]),
+        ("torch.storage", "_load_from_bytes"): lambda content: torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        ),
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): lambda meta: _Recorded(
+            meta["class_name"], meta["state"]
+        ),
         ("numpy", "dtype"): np.dtype,
-        **{(f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in ("core", "_core")},
+        **{
+            (f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0]
+            for core in ("core", "_core")
+        },
     }
 
     def find_class(self, module, name):
@@ -97,7 +130,9 @@ def read_edm(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"expected a network at {path}, found no such file; check the name.")
+        raise FileNotFoundError(
+            f"expected a network at {path}, found no such file; check the name."
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -105,17 +140,30 @@ def read_edm(path: str | Path) -> dict[str, Tensor]:
             state = _pickled(_TensorsOnly(io.BytesIO(path.read_bytes())).load())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
-            OSError, SafetensorError) as reason:
-        raise ValueError(f"expected {path.name} to hold the tensors of a network, got a file that is refused "
-                         f"({str(reason).splitlines()[0]}); fetch it again from its official source.") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        SafetensorError,
+    ) as reason:
+        raise ValueError(
+            f"expected {path.name} to hold the tensors of a network, got a file that is refused "
+            f"({str(reason).splitlines()[0]}); fetch it again from its official source."
+        ) from None
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def _pickled(content) -> dict[str, Tensor]:
     net = content["ema"] if isinstance(content, dict) else content
     if net.kind != "EDMPrecond":
-        raise TypeError(f"its network is scaled by {net.kind or type(net).__name__}, not by EDMPrecond")
+        raise TypeError(
+            f"its network is scaled by {net.kind or type(net).__name__}, not by EDMPrecond"
+        )
     return net.tensors()
 
 
@@ -128,10 +176,22 @@ def from_edm(path: str | Path) -> ConditionalDenoiser:
     path = Path(path).expanduser()
     state = read_edm(path)
     own = architecture_of(state)
-    classes, size = own["labels"], own.pop("size")
-    denoiser = build("ConditionalDenoiser", "SongUNet", classes, (own.pop("channels"), size, size),
-                     sigma_range=EDM_RANGE, has_null=classes == 0, **own)
-    kept = {f"network.{name}": value.float() for name, value in state.items() if not name.endswith("resample_filter")}
+    classes = own["labels"]
+    size = own.pop("size")
+    denoiser = build(
+        "ConditionalDenoiser",
+        "SongUNet",
+        classes,
+        (own.pop("channels"), size, size),
+        sigma_range=EDM_RANGE,
+        has_null=classes == 0,
+        **own,
+    )
+    kept = {
+        f"network.{name}": value.float()
+        for name, value in state.items()
+        if not name.endswith("resample_filter")
+    }
     return filled(denoiser, kept, f"a SongUNet in {path.name}")
 
 
@@ -141,9 +201,14 @@ def convert(source: str | Path, out: str | Path) -> tuple[ConditionalDenoiser, d
     Errors      those of `from_edm`
     """
     source, out, denoiser = Path(source), Path(out), from_edm(source)
-    card = dict(name=out.name, source=source.name, source_sha256=sha256_of(source),
-                parameters=sum(value.numel() for value in denoiser.parameters()),
-                command=f"diffclass convert {source.name}", data="as trained by its authors, not by this course")
+    card = dict(
+        name=out.name,
+        source=source.name,
+        source_sha256=sha256_of(source),
+        parameters=sum(value.numel() for value in denoiser.parameters()),
+        command=f"diffclass convert {source.name}",
+        data="as trained by its authors, not by this course",
+    )
     save_denoiser(denoiser, out, card)
     return denoiser, card
 
@@ -159,17 +224,34 @@ def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:
     unet = UNet2DModel.from_pretrained(Path(folder), local_files_only=True)
     config = unet.config
     if config.num_class_embeds not in (num_classes, num_classes + 1):
-        raise ValueError(f"expected {num_classes} or {num_classes + 1} class embeddings, got "
-                         f"{config.num_class_embeds}.")
-    denoiser = build("ConditionalDenoiser", "UNet", num_classes, (config.in_channels,) + 2 * (config.sample_size,),
-                     has_null=config.num_class_embeds > num_classes, widths=tuple(config.block_out_channels),
-                     layers=config.layers_per_block, dropout=config.dropout,
-                     attention="AttnDownBlock2D" in config.down_block_types)
+        raise ValueError(
+            f"expected {num_classes} or {num_classes + 1} class embeddings, got "
+            f"{config.num_class_embeds}."
+        )
+    denoiser = build(
+        "ConditionalDenoiser",
+        "UNet",
+        num_classes,
+        (config.in_channels,) + 2 * (config.sample_size,),
+        has_null=config.num_class_embeds > num_classes,
+        widths=tuple(config.block_out_channels),
+        layers=config.layers_per_block,
+        dropout=config.dropout,
+        attention="AttnDownBlock2D" in config.down_block_types,
+    )
     ours = denoiser.network.unet.config
-    told = {key: value for key, value in ours.items() if not key.startswith("_") and key != "num_train_timesteps"}
-    differing = sorted(key for key, value in told.items() if _plain(config.get(key)) != _plain(value))
+    told = {
+        key: value
+        for key, value in ours.items()
+        if not key.startswith("_") and key != "num_train_timesteps"
+    }
+    differing = sorted(
+        key for key, value in told.items() if _plain(config.get(key)) != _plain(value)
+    )
     if differing:
-        raise ValueError(f"expected a U-Net built as `UNet` builds it, got other values of {', '.join(differing)}.")
+        raise ValueError(
+            f"expected a U-Net built as `UNet` builds it, got other values of {', '.join(differing)}."
+        )
     denoiser.network.unet.load_state_dict(unet.float().state_dict())
     return denoiser.eval().requires_grad_(False)
 

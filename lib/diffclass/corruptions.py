@@ -29,11 +29,19 @@ def corrupted(images: Tensor, name: str, severity: int, generator: torch.Generat
     """
     units.check_images(images)
     if name not in SEVERITIES or severity not in range(1, 6):
-        raise ValueError(f"expected one of {', '.join(SEVERITIES)} at a severity of 1 to 5, got {name!r} at "
-                         f"{severity!r}.")
+        raise ValueError(
+            f"expected one of {', '.join(SEVERITIES)} at a severity of 1 to 5, got {name!r} at "
+            f"{severity!r}."
+        )
     strength = SEVERITIES[name][severity - 1]
-    return {"noise": _noise, "shot": _shot, "blur": _blur, "contrast": _contrast, "brightness": _brightness,
-            "jpeg": _jpeg}[name](images, strength, generator).clamp(0, 1)
+    return {
+        "noise": _noise,
+        "shot": _shot,
+        "blur": _blur,
+        "contrast": _contrast,
+        "brightness": _brightness,
+        "jpeg": _jpeg,
+    }[name](images, strength, generator).clamp(0, 1)
 
 
 def _noise(x: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
@@ -47,9 +55,17 @@ def _shot(x: Tensor, photons: int, generator: torch.Generator) -> Tensor:
 def _blur(x: Tensor, deviation: float, _) -> Tensor:
     reach = int(4 * deviation + 0.5)
     kernel = torch.exp(-((torch.arange(-reach, reach + 1) / deviation) ** 2) / 2)
-    kernel, channels = (kernel / kernel.sum()).to(x), x.shape[1]
-    for shape, edges in (((1, 1, -1, 1), (0, 0, reach, reach)), ((1, 1, 1, -1), (reach, reach, 0, 0))):
-        x = conv2d(pad(x, edges, mode="replicate"), kernel.reshape(shape).expand(channels, -1, -1, -1), groups=channels)
+    kernel = (kernel / kernel.sum()).to(x)
+    channels = x.shape[1]
+    for shape, edges in (
+        ((1, 1, -1, 1), (0, 0, reach, reach)),
+        ((1, 1, 1, -1), (reach, reach, 0, 0)),
+    ):
+        x = conv2d(
+            pad(x, edges, mode="replicate"),
+            kernel.reshape(shape).expand(channels, -1, -1, -1),
+            groups=channels,
+        )
     return x
 
 
@@ -68,7 +84,8 @@ def _jpeg(x: Tensor, quality: int, _) -> Tensor:
     found = []
     for picture in (255 * x).round().byte().permute(0, 2, 3, 1).numpy():
         with io.BytesIO() as file:
-            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(file, "JPEG",
-                                                                                             quality=quality)
+            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+                file, "JPEG", quality=quality
+            )
             found.append(np.asarray(Image.open(file)).reshape(picture.shape))
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(x) / 255

@@ -1,9 +1,9 @@
 """What every notebook uses: checks that raise, exercises with hints, predictions before the answer.
 
-    check("abar is the product", got, want, tol=1e-12)      compares and prints one line, or raises and teaches
-    grade(exercises.Q_SAMPLE, my_function)                  tries the reader's answer, knows the classic mistakes
-    guess = predict("Which weight wins?", ["ELBO", "EDM"])  asks; reveal(guess, "EDM") answers, and never raises
-    ledger()                                                what this notebook checked
+check("abar is the product", got, want, tol=1e-12)      compares and prints one line, or raises and teaches
+grade(exercises.Q_SAMPLE, my_function)                  tries the reader's answer, knows the classic mistakes
+guess = predict("Which weight wins?", ["ELBO", "EDM"])  asks; reveal(guess, "EDM") answers, and never raises
+ledger()                                                what this notebook checked
 """
 
 import html
@@ -17,8 +17,20 @@ import torch
 from diffclass.exercises.compare import index_text, likely_cause, numbers
 from diffclass.exercises.grading import grade
 
-__all__ = ["CheckFailed", "Entry", "Ledger", "Prediction", "check", "check_less", "check_true", "clear_ledger", "grade",
-           "ledger", "predict", "reveal"]
+__all__ = [
+    "CheckFailed",
+    "Entry",
+    "Ledger",
+    "Prediction",
+    "check",
+    "check_less",
+    "check_true",
+    "clear_ledger",
+    "grade",
+    "ledger",
+    "predict",
+    "reveal",
+]
 
 STANDARD_ERRORS = 4.0  # a true statement is rejected once in 16 000 numbers
 LARGEST_SE = 0.25  # with more noise than this share of the wanted value, zero would pass
@@ -60,10 +72,14 @@ class Ledger:
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{'✓ holds' if e.passed else '✗ fails'}</td><td style='text-align:left'>{html.escape(e.name)}</td>"
-            f"<td style='text-align:left'>{html.escape(e.evidence)}</td></tr>" for e in self.entries)
-        return (f"<table><caption>{self.passed} of {len(self)} checks hold</caption><thead><tr>"
-                "<th scope='col'>result</th><th scope='col'>what</th><th scope='col'>measured</th></tr></thead>"
-                f"<tbody>{rows}</tbody></table>")
+            f"<td style='text-align:left'>{html.escape(e.evidence)}</td></tr>"
+            for e in self.entries
+        )
+        return (
+            f"<table><caption>{self.passed} of {len(self)} checks hold</caption><thead><tr>"
+            "<th scope='col'>result</th><th scope='col'>what</th><th scope='col'>measured</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
 
 
 _LEDGER: dict[str, Entry] = {}  # by name, so that a cell run again replaces its line
@@ -90,7 +106,9 @@ def _settle(name: str, passed: bool, evidence: str, explanation: str = "") -> No
 # Checks
 
 
-def check(name: str, got, want, tol: float | None = None, se=None, relative: bool = False, scale=None) -> None:
+def check(
+    name: str, got, want, tol: float | None = None, se=None, relative: bool = False, scale=None
+) -> None:
     """Raise unless `got` is `want`, to `tol` or within four standard errors `se`; print one line if it is.
 
     Formula     max |got - want| <= tol  (divided by |want| if `relative`),  or  |got - want| <= 4 se everywhere
@@ -100,9 +118,12 @@ def check(name: str, got, want, tol: float | None = None, se=None, relative: boo
                 check that could not fail or cannot be meant
     """
     if (tol is None) == (se is None):
-        raise ValueError(f"expected exactly one of tol and se for the check {name!r}, got tol={tol}, se={se}; an exact "
-                         "statement has a tolerance, an average over noise has a standard error.")
-    g, w = numbers(got, f"the value of {name!r}"), numbers(want, f"the wanted value of {name!r}")
+        raise ValueError(
+            f"expected exactly one of tol and se for the check {name!r}, got tol={tol}, se={se}; an exact "
+            "statement has a tolerance, an average over noise has a standard error."
+        )
+    g = numbers(got, f"the value of {name!r}")
+    w = numbers(want, f"the wanted value of {name!r}")
     if g.shape != w.shape and w.size != 1:
         turned = "; one is the transpose of the other" if g.shape == w.shape[::-1] else ""
         shapes = f"got shape {list(g.shape)}, wanted {list(w.shape)}"
@@ -112,8 +133,12 @@ def check(name: str, got, want, tol: float | None = None, se=None, relative: boo
     w = np.broadcast_to(w.reshape(()) if w.size == 1 and g.shape != w.shape else w, g.shape)
     if np.isnan(g).any() or np.isnan(w).any():
         which = "got" if np.isnan(g).any() else "the wanted value"
-        _settle(name, False, f"{which} has {int(np.isnan(g).sum() or np.isnan(w).sum())} NaN among {g.size} values",
-                "likely 0/0, a logarithm of a negative number, or exp that overflowed")
+        _settle(
+            name,
+            False,
+            f"{which} has {int(np.isnan(g).sum() or np.isnan(w).sum())} NaN among {g.size} values",
+            "likely 0/0, a logarithm of a negative number, or exp that overflowed",
+        )
     with np.errstate(invalid="ignore"):
         difference = np.where(g == w, 0.0, np.abs(g - w))  # equal infinities agree
     if se is not None:
@@ -124,10 +149,16 @@ def check(name: str, got, want, tol: float | None = None, se=None, relative: boo
 
 def check_true(name: str, condition, why: str) -> None:
     """Raise, with `why` it should hold, unless `condition` is true. Errors: ValueError for what is not one truth."""
-    value = condition.item() if isinstance(condition, torch.Tensor) and condition.numel() == 1 else condition
+    value = (
+        condition.item()
+        if isinstance(condition, torch.Tensor) and condition.numel() == 1
+        else condition
+    )
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"expected True or False for the check {name!r}, got {type(condition).__name__}; end it with "
-                         ".all(), or compare numbers with check.")
+        raise ValueError(
+            f"expected True or False for the check {name!r}, got {type(condition).__name__}; end it with "
+            ".all(), or compare numbers with check."
+        )
     _settle(name, bool(value), why if value else f"is false; it should hold because {why}")
 
 
@@ -136,20 +167,32 @@ def check_less(name: str, small, large, slack: float = 0.0) -> None:
 
     Shapes      equal, or one of the two is one number
     """
-    s, l = numbers(small, f"the smaller side of {name!r}"), numbers(large, f"the larger side of {name!r}")
+    s = numbers(small, f"the smaller side of {name!r}")
+    l = numbers(large, f"the larger side of {name!r}")
     if s.shape != l.shape and min(s.size, l.size) != 1:
-        _settle(name, False, f"shapes {list(s.shape)} and {list(l.shape)} differ", "shapes are never stretched")
+        _settle(
+            name,
+            False,
+            f"shapes {list(s.shape)} and {list(l.shape)} differ",
+            "shapes are never stretched",
+        )
     margin = np.asarray(l - s)
     if margin.size == 0 or not math.isfinite(slack) or slack < 0:
-        raise ValueError(f"expected values and a slack >= 0 for the check {name!r}, got {margin.size} values and "
-                         f"{slack}.")
+        raise ValueError(
+            f"expected values and a slack >= 0 for the check {name!r}, got {margin.size} values and "
+            f"{slack}."
+        )
     if np.isnan(margin).any():
         _settle(name, False, "NaN on one side", "a bound that is not a number bounds nothing")
     worst = float(margin.min())
     at = "" if margin.size == 1 else f" at {index_text(margin.argmin(), margin.shape)}"
     held = worst >= -slack
-    _settle(name, held, f"smallest margin = {worst:.3g}{at}",
-            "" if held else f"the bound is broken by {-worst:.3g}, and {slack:g} is allowed")
+    _settle(
+        name,
+        held,
+        f"smallest margin = {worst:.3g}{at}",
+        "" if held else f"the bound is broken by {-worst:.3g}, and {slack:g} is allowed",
+    )
 
 
 def _judge_tol(name, g, w, difference, tol, relative) -> None:
@@ -159,38 +202,51 @@ def _judge_tol(name, g, w, difference, tol, relative) -> None:
         error = np.where(difference == 0, 0.0, difference / np.abs(w)) if relative else difference
     error = np.where(np.isnan(error), np.inf, error)
     at = int(error.argmax())
-    worst, label = float(error.flat[at]), "max|Δ|/|want|" if relative else "max|Δ|"
+    worst = float(error.flat[at])
+    label = "max|Δ|/|want|" if relative else "max|Δ|"
     if worst <= tol:
         return _settle(name, True, f"{label} = {worst:.1e} ≤ {tol:.3g}")
     where = f" at {index_text(at, g.shape)}" if g.size > 1 else ""
-    evidence = f"{label} = {worst:.3g} > {tol:.3g}{where}: got {g.flat[at]:.6g}, wanted {w.flat[at]:.6g}"
+    evidence = (
+        f"{label} = {worst:.3g} > {tol:.3g}{where}: got {g.flat[at]:.6g}, wanted {w.flat[at]:.6g}"
+    )
     limit = tol * np.abs(w) if relative else tol
     return _settle(name, False, evidence, likely_cause(g, w, np.maximum(limit, 1e-3 * np.abs(w))))
 
 
 def _judge_se(name, g, w, difference, se, relative, scale) -> None:
     if relative:
-        raise ValueError(f"expected relative only together with tol for the check {name!r}; a standard error "
-                         "has units.")
+        raise ValueError(
+            f"expected relative only together with tol for the check {name!r}; a standard error "
+            "has units."
+        )
     s = numbers(se, f"the standard error of {name!r}")
     if s.shape != g.shape and s.size != 1:
-        raise ValueError(f"expected one standard error, or one for each value, for {name!r}, got shape "
-                         f"{list(s.shape)}.")
+        raise ValueError(
+            f"expected one standard error, or one for each value, for {name!r}, got shape "
+            f"{list(s.shape)}."
+        )
     s = np.broadcast_to(s.reshape(()) if s.size == 1 else s, g.shape)
     if not (np.isfinite(s).all() and (s > 0).all()):
-        raise ValueError(f"expected standard errors > 0 for the check {name!r}, got {float(np.min(s)):.3g}; a sample "
-                         "of one, or of equal numbers, has none.")
+        raise ValueError(
+            f"expected standard errors > 0 for the check {name!r}, got {float(np.min(s)):.3g}; a sample "
+            "of one, or of equal numbers, has none."
+        )
     size = float(np.abs(w).max()) if scale is None else float(scale)
     if size > 0 and float(s.max()) > LARGEST_SE * size:
-        raise ValueError(f"the check {name!r} cannot fail: its standard error {float(s.max()):.3g} is more than a "
-                         f"quarter of the scale {size:.3g}, so that zero would pass; draw more samples.")
+        raise ValueError(
+            f"the check {name!r} cannot fail: its standard error {float(s.max()):.3g} is more than a "
+            f"quarter of the scale {size:.3g}, so that zero would pass; draw more samples."
+        )
     z = difference / s
     at = int(z.argmax())
     evidence = f"|z| = {z.flat[at]:.2f} {'≤' if z.flat[at] <= STANDARD_ERRORS else '>'} {STANDARD_ERRORS:g}"
     if z.flat[at] <= STANDARD_ERRORS:
         return _settle(name, True, f"{evidence} (standard error {s.flat[at]:.1e})")
     where = f" at {index_text(at, g.shape)}" if g.size > 1 else ""
-    evidence += f"{where}: got {g.flat[at]:.6g}, wanted {w.flat[at]:.6g}, standard error {s.flat[at]:.2g}"
+    evidence += (
+        f"{where}: got {g.flat[at]:.6g}, wanted {w.flat[at]:.6g}, standard error {s.flat[at]:.2g}"
+    )
     return _settle(name, False, evidence, likely_cause(g, w, STANDARD_ERRORS * s))
 
 
@@ -202,19 +258,28 @@ class Prediction:
     """A question with a place for the reader's answer; display it, or set `value`. None means not answered."""
 
     def __init__(self, question: str, options: list | None, unit: str):
-        self.question, self.options, self.unit = question, options, unit
+        self.question = question
+        self.options = options
+        self.unit = unit
         self._status = ipywidgets.HTML()
         ask = ipywidgets.HTML(f"<b>Predict before you run.</b> {html.escape(question)}")
         wide = {"description_width": "initial"}
         if options is not None:
-            self._field = ipywidgets.RadioButtons(options=[str(o) for o in options], index=None, style=wide,
-                                                  description="Your prediction", layout={"width": "max-content"})
+            self._field = ipywidgets.RadioButtons(
+                options=[str(o) for o in options],
+                index=None,
+                style=wide,
+                description="Your prediction",
+                layout={"width": "max-content"},
+            )
             self._field.observe(lambda change: self._note(), names="index")
             controls = [self._field]
         else:
             label = f"Your prediction ({unit})" if unit else "Your prediction"
             self._field = ipywidgets.FloatText(description=label, style=wide)
-            button = ipywidgets.Button(description="This is my prediction", layout={"width": "max-content"})
+            button = ipywidgets.Button(
+                description="This is my prediction", layout={"width": "max-content"}
+            )
             button.on_click(lambda _: self._commit(self._field.value))
             controls = [ipywidgets.HBox([self._field, button])]
         self._number: float | None = None  # a number field shows 0 before anyone has answered
@@ -264,8 +329,10 @@ def predict(question: str, options: list | None = None, answer=None, unit: str =
     `answer` is the reader's prediction given in code, for those who use no widgets.
     """
     if options is not None and len(options) < 2:
-        raise ValueError(f"expected at least two options to choose from, got {options!r}; leave them out to ask for a "
-                         "number.")
+        raise ValueError(
+            f"expected at least two options to choose from, got {options!r}; leave them out to ask for a "
+            "number."
+        )
     prediction = Prediction(question, None if options is None else list(options), unit)
     prediction.value = answer
     return prediction
@@ -282,8 +349,10 @@ def reveal(prediction: Prediction | None, actual) -> None:
     if guess is None:
         text = f"You made no prediction; the answer is {_shown(actual, unit)}."
     elif _is_number(guess) and _is_number(actual):
-        text = (f"You predicted {_shown(guess, unit)}, actual {_shown(actual, unit)}: "
-                f"{_distance_in_words(guess, actual)}.")
+        text = (
+            f"You predicted {_shown(guess, unit)}, actual {_shown(actual, unit)}: "
+            f"{_distance_in_words(guess, actual)}."
+        )
     elif str(guess) == str(actual):
         text = f"You predicted {_shown(guess, unit)}: right."
     else:
@@ -308,6 +377,8 @@ def _distance_in_words(guess: float, actual: float) -> str:
     if math.isclose(guess, actual, rel_tol=0.02, abs_tol=1e-12):
         return "right on the spot"
     if guess * actual <= 0:
-        return f"off by {abs(guess - actual):.3g}" + ("; the sign differs" if guess * actual < 0 else "")
+        return f"off by {abs(guess - actual):.3g}" + (
+            "; the sign differs" if guess * actual < 0 else ""
+        )
     factor = guess / actual
     return f"too {'high' if abs(factor) > 1 else 'low'} by a factor {max(factor, 1 / factor):.3g}"

@@ -41,41 +41,67 @@ class MixtureLaw:
 
     def __post_init__(self):
         for field in ("means", "scales", "weights", "priors"):
-            object.__setattr__(self, field, torch.as_tensor(getattr(self, field), dtype=torch.float64))
+            object.__setattr__(
+                self, field, torch.as_tensor(getattr(self, field), dtype=torch.float64)
+            )
         object.__setattr__(self, "labels", torch.as_tensor(self.labels, dtype=torch.int64))
         self._check_shapes()
         self._check_values()
 
     def _check_shapes(self):
         count = len(self.scales)
-        expected = {"means": (count, 2), "scales": (count,), "weights": (count,), "labels": (count,)}
+        expected = {
+            "means": (count, 2),
+            "scales": (count,),
+            "weights": (count,),
+            "labels": (count,),
+        }
         expected["priors"] = (len(self.priors),)
         for field, shape in expected.items():
             if tuple(getattr(self, field).shape) != shape:
-                raise ValueError(f"law '{self.name}': expected {field} of shape {list(shape)}, got "
-                                 f"{list(getattr(self, field).shape)}; the first four share one axis.")
+                raise ValueError(
+                    f"law '{self.name}': expected {field} of shape {list(shape)}, got "
+                    f"{list(getattr(self, field).shape)}; the first four share one axis."
+                )
         if self.labels.unique().tolist() != list(range(len(self.priors))):
-            raise ValueError(f"law '{self.name}': expected labels 0 to {len(self.priors) - 1} with no gap (one per "
-                             f"prior), got {self.labels.unique().tolist()}; renumber the classes.")
+            raise ValueError(
+                f"law '{self.name}': expected labels 0 to {len(self.priors) - 1} with no gap (one per "
+                f"prior), got {self.labels.unique().tolist()}; renumber the classes."
+            )
 
     def _check_values(self):
-        if not all(bool(torch.isfinite(t).all()) for t in (self.means, self.scales, self.weights, self.priors)):
-            raise ValueError(f"law '{self.name}': expected finite numbers, got NaN or infinity; check how it was made.")
+        if not all(
+            bool(torch.isfinite(t).all())
+            for t in (self.means, self.scales, self.weights, self.priors)
+        ):
+            raise ValueError(
+                f"law '{self.name}': expected finite numbers, got NaN or infinity; check how it was made."
+            )
         if float(self.scales.min()) <= 0:
-            raise ValueError(f"law '{self.name}': expected scales > 0, got {float(self.scales.min()):.3g}; a scale is "
-                             "a standard deviation in model units.")
+            raise ValueError(
+                f"law '{self.name}': expected scales > 0, got {float(self.scales.min()):.3g}; a scale is "
+                "a standard deviation in model units."
+            )
         if float(self.weights.min()) < 0 or float(self.priors.min()) <= 0:
-            raise ValueError(f"law '{self.name}': expected weights >= 0 and priors > 0, got a smallest weight of "
-                             f"{float(self.weights.min()):.3g} and prior of {float(self.priors.min()):.3g}.")
+            raise ValueError(
+                f"law '{self.name}': expected weights >= 0 and priors > 0, got a smallest weight of "
+                f"{float(self.weights.min()):.3g} and prior of {float(self.priors.min()):.3g}."
+            )
         totals = torch.zeros_like(self.priors).index_add_(0, self.labels, self.weights)
         if not torch.allclose(totals, torch.ones_like(totals), rtol=0, atol=1e-9):
-            raise ValueError(f"law '{self.name}': expected weights that sum to 1 within each class, got "
-                             f"{[round(t, 6) for t in totals.tolist()]}; divide each class's weights by its sum.")
+            raise ValueError(
+                f"law '{self.name}': expected weights that sum to 1 within each class, got "
+                f"{[round(t, 6) for t in totals.tolist()]}; divide each class's weights by its sum."
+            )
         if abs(float(self.priors.sum()) - 1) > 1e-9:
-            raise ValueError(f"law '{self.name}': expected priors that sum to 1, got {float(self.priors.sum()):.6g}.")
+            raise ValueError(
+                f"law '{self.name}': expected priors that sum to 1, got {float(self.priors.sum()):.6g}."
+            )
         if self.tail >= LARGEST_TAIL:
-            raise ValueError(f"law '{self.name}': expected less than {LARGEST_TAIL:g} of each class outside [-1,1]^2, "
-                             f"got up to {self.tail:.2g}; move the means inward or reduce the scales.")
+            raise ValueError(
+                f"law '{self.name}': expected less than {LARGEST_TAIL:g} of each class outside [-1,1]^2, "
+                f"got up to {self.tail:.2g}; move the means inward or reduce the scales."
+            )
 
     @property
     def num_classes(self) -> int:
@@ -100,9 +126,13 @@ class MixtureLaw:
         """
         edges = torch.cat([1 - self.means, 1 + self.means], dim=1)  # [M,4]
         outside = torch.special.ndtr(-edges / self.scales[:, None]).sum(1)
-        return float(torch.zeros_like(self.priors).index_add_(0, self.labels, self.weights * outside).max())
+        return float(
+            torch.zeros_like(self.priors).index_add_(0, self.labels, self.weights * outside).max()
+        )
 
-    def sample(self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         """Draw points and their classes; a point outside the picture (less than one in a million) is drawn again.
 
         Shapes      -> x [n,2,1,1] in pixel space [0,1], y [n]
@@ -110,7 +140,9 @@ class MixtureLaw:
         """
         if n < 1:
             raise ValueError(f"expected at least 1 point to sample, got n={n}.")
-        component = torch.multinomial(self.priors[self.labels] * self.weights, n, replacement=True, generator=generator)
+        component = torch.multinomial(
+            self.priors[self.labels] * self.weights, n, replacement=True, generator=generator
+        )
         z = torch.full((n, 2), torch.inf, dtype=torch.float64)
         while bool((outside := (z.abs() > 1).any(1)).any()):
             m = component[outside]
@@ -131,15 +163,24 @@ class MixtureLaw:
         units.check_images(x_sigma, self.image_shape, pixel_range=False)
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x_sigma)):
-            raise ValueError(f"expected one sigma, or one for each of {len(x_sigma)} points, got {list(sigma.shape)}.")
+            raise ValueError(
+                f"expected one sigma, or one for each of {len(x_sigma)} points, got {list(sigma.shape)}."
+            )
         if not bool(torch.isfinite(sigma).all()) or bool((sigma < 0).any()):
-            raise ValueError(f"expected finite noise levels sigma >= 0, got {float(sigma.min()):.3g} among them.")
-        means, scales, weights = (t.to(x_sigma.device) for t in (self.means, self.scales, self.weights))
+            raise ValueError(
+                f"expected finite noise levels sigma >= 0, got {float(sigma.min()):.3g} among them."
+            )
+        means, scales, weights = (
+            t.to(x_sigma.device) for t in (self.means, self.scales, self.weights)
+        )
         points = x_sigma.flatten(1).double()  # [B,2]
         variance = scales**2 + sigma.reshape(-1, 1) ** 2  # [B or 1, M]
         square = ((points[:, None] - means) ** 2).sum(-1)  # [B,M]
         log_terms = weights.log() - square / (2 * variance) - torch.log(2 * math.pi * variance)
-        members = [torch.nonzero(self.labels == k).flatten().to(x_sigma.device) for k in range(self.num_classes)]
+        members = [
+            torch.nonzero(self.labels == k).flatten().to(x_sigma.device)
+            for k in range(self.num_classes)
+        ]
         return torch.stack([log_terms[:, m].logsumexp(1) for m in members], dim=1)
 
     def posterior(self, x: Tensor) -> Tensor:
@@ -153,15 +194,21 @@ class MixtureLaw:
         return (self.log_density(units.to_model(x)) + self.priors.log().to(x.device)).softmax(1)
 
 
-def _law(name: str, classes: list[list[tuple[float, float, float, float]]], priors=None) -> MixtureLaw:
+def _law(
+    name: str, classes: list[list[tuple[float, float, float, float]]], priors=None
+) -> MixtureLaw:
     """A law from its classes, each a list of components (x, y, scale, weight); equal priors unless given."""
-    table = torch.tensor([component for components in classes for component in components], dtype=torch.float64)
+    table = torch.tensor(
+        [component for components in classes for component in components], dtype=torch.float64
+    )
     labels = [k for k, components in enumerate(classes) for _ in components]
     priors = [1 / len(classes)] * len(classes) if priors is None else priors
     return MixtureLaw(name, table[:, :2], table[:, 2], table[:, 3], labels, priors)
 
 
-def _arc(centre: tuple[float, float], radius: float, scale: float, start: float = 0.0, turn: float = 1.0):
+def _arc(
+    centre: tuple[float, float], radius: float, scale: float, start: float = 0.0, turn: float = 1.0
+):
     """Equal Gaussians along a circle or a part of it (angles in turns), close enough to look like one band.
 
     Neighbours lie 1.5 scales apart or nearer; the ripple along the band, 2 exp(-2 pi^2 / 1.5^2), is then below 0.1 %.
@@ -169,7 +216,10 @@ def _arc(centre: tuple[float, float], radius: float, scale: float, start: float 
     count = math.ceil(2 * math.pi * radius * turn / (1.5 * scale))
     steps = count if turn == 1 else count - 1  # a full circle does not repeat its first point
     angles = [2 * math.pi * (start + turn * i / steps) for i in range(count)]
-    return [(centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a), scale, 1 / count) for a in angles]
+    return [
+        (centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a), scale, 1 / count)
+        for a in angles
+    ]
 
 
 def _triangle(radius: float, scale: float):
@@ -184,11 +234,19 @@ def gaussians() -> MixtureLaw:
 
 def mixtures() -> MixtureLaw:
     """Three classes of three, two and four unequal Gaussians, interleaved so that no straight line separates them."""
-    return _law("mixtures", [
-        [(-0.50, 0.45, 0.09, 0.4), (0.05, 0.05, 0.08, 0.3), (0.55, -0.40, 0.08, 0.3)],
-        [(-0.10, 0.50, 0.09, 0.6), (0.10, -0.50, 0.09, 0.4)],
-        [(-0.50, -0.05, 0.08, 0.3), (-0.35, -0.50, 0.07, 0.2), (0.45, 0.05, 0.08, 0.3), (0.50, 0.50, 0.09, 0.2)],
-    ])
+    return _law(
+        "mixtures",
+        [
+            [(-0.50, 0.45, 0.09, 0.4), (0.05, 0.05, 0.08, 0.3), (0.55, -0.40, 0.08, 0.3)],
+            [(-0.10, 0.50, 0.09, 0.6), (0.10, -0.50, 0.09, 0.4)],
+            [
+                (-0.50, -0.05, 0.08, 0.3),
+                (-0.35, -0.50, 0.07, 0.2),
+                (0.45, 0.05, 0.08, 0.3),
+                (0.50, 0.50, 0.09, 0.2),
+            ],
+        ],
+    )
 
 
 def rings() -> MixtureLaw:
@@ -198,7 +256,10 @@ def rings() -> MixtureLaw:
 
 def moons() -> MixtureLaw:
     """Two interlocking half circles, each a mixture of Gaussians along its arc."""
-    return _law("moons", [_arc((-0.2, -0.12), 0.42, 0.06, 0.0, 0.5), _arc((0.2, 0.12), 0.42, 0.06, 0.5, 0.5)])
+    return _law(
+        "moons",
+        [_arc((-0.2, -0.12), 0.42, 0.06, 0.0, 0.5), _arc((0.2, 0.12), 0.42, 0.06, 0.5, 0.5)],
+    )
 
 
 def overlapping() -> MixtureLaw:
@@ -211,7 +272,9 @@ def imbalanced() -> MixtureLaw:
     return _law("imbalanced", _triangle(radius=0.25, scale=0.12), priors=[0.80, 0.15, 0.05])
 
 
-PLANE_LAWS = {law.__name__: law for law in (gaussians, mixtures, rings, moons, overlapping, imbalanced)}
+PLANE_LAWS = {
+    law.__name__: law for law in (gaussians, mixtures, rings, moons, overlapping, imbalanced)
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Digits
@@ -268,9 +331,18 @@ def digits() -> ImageSet:
     labels = source.target[order].astype(np.uint8)
     found = _digits_checksum(counts, labels)
     if found != DIGITS_SHA256:
-        raise ValueError(f"expected scikit-learn's digits with SHA-256 {DIGITS_SHA256[:12]}..., got {found[:12]}...; "
-                         "this scikit-learn has other data or NumPy permutes differently, so the split is another.")
+        raise ValueError(
+            f"expected scikit-learn's digits with SHA-256 {DIGITS_SHA256[:12]}..., got {found[:12]}...; "
+            "this scikit-learn has other data or NumPy permutes differently, so the split is another."
+        )
     images = torch.from_numpy(counts).float().div(16)[:, None]
     y = torch.from_numpy(labels).long()
     names = tuple(str(digit) for digit in source.target_names)
-    return ImageSet("digits", images[:-DIGITS_TEST], y[:-DIGITS_TEST], images[-DIGITS_TEST:], y[-DIGITS_TEST:], names)
+    return ImageSet(
+        "digits",
+        images[:-DIGITS_TEST],
+        y[:-DIGITS_TEST],
+        images[-DIGITS_TEST:],
+        y[-DIGITS_TEST:],
+        names,
+    )

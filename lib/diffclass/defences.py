@@ -11,7 +11,9 @@ from diffclass import sampling, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.randomised import Randomised
 
-Rule = Callable[[list[Tensor]], Tensor]  # the gradients of all steps so far, the last one newest -> a direction
+Rule = Callable[
+    [list[Tensor]], Tensor
+]  # the gradients of all steps so far, the last one newest -> a direction
 
 
 def plain_direction(gradients: list[Tensor]) -> Tensor:
@@ -19,20 +21,26 @@ def plain_direction(gradients: list[Tensor]) -> Tensor:
     return gradients[-1]
 
 
-def adam_direction(gradients: list[Tensor], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Tensor:
+def adam_direction(
+    gradients: list[Tensor], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
+) -> Tensor:
     """Adam's direction after n steps, as a function of all n gradients, so that it can be differentiated.
 
     Formula     m / (sqrt(v) + epsilon),  m = sum_i (1 - b1) b1^(n-i) g_i / (1 - b1^n),  v the same of g_i^2 with b2
     Source      Kingma & Ba 2015
     Shapes      n tensors [B,C,H,W] -> [B,C,H,W]; each entry is about 1 in size, whatever the size of the gradients
     """
-    mean, square = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
+    mean = torch.zeros_like(gradients[0])
+    square = torch.zeros_like(gradients[0])
     for gradient in gradients:
         mean = beta1 * mean + (1 - beta1) * gradient
         square = beta2 * square + (1 - beta2) * gradient**2
     count = len(gradients)
-    mean, square = mean / (1 - beta1**count), square / (1 - beta2**count)
-    tiny = torch.finfo(square.dtype).tiny  # the root has no slope at 0, where a pixel's gradients all vanish
+    mean = mean / (1 - beta1**count)
+    square = square / (1 - beta2**count)
+    tiny = torch.finfo(
+        square.dtype
+    ).tiny  # the root has no slope at 0, where a pixel's gradients all vanish
     return mean / (square.clamp_min(tiny).sqrt() + epsilon)
 
 
@@ -50,10 +58,14 @@ class Purifier(Randomised, ABC):
     def __init__(self, denoiser: Denoiser, exact: bool, seed: int):
         super().__init__()
         if not denoiser.has_null:
-            raise ValueError("expected a denoiser that also answers without a class, which is what purifies; this "
-                             f"{type(denoiser).__name__} was trained without a null class.")
-        self.denoiser, self.exact = denoiser, exact
-        self.num_classes, self.image_shape = denoiser.num_classes, denoiser.image_shape
+            raise ValueError(
+                "expected a denoiser that also answers without a class, which is what purifies; this "
+                f"{type(denoiser).__name__} was trained without a null class."
+            )
+        self.denoiser = denoiser
+        self.exact = exact
+        self.num_classes = denoiser.num_classes
+        self.image_shape = denoiser.image_shape
         self.seed = seed
 
     def with_gradient(self, exact: bool) -> "Purifier":
@@ -72,15 +84,21 @@ class Purifier(Randomised, ABC):
 
     def noise(self, z: Tensor) -> tuple[Tensor, ...]:
         """The noise of this call, on the image's device and in its precision."""
-        drawn = (self.draw(1, torch.Generator().manual_seed(self.seed)) if self.deterministic
-                 else self.draw(len(z), self.generator))
+        drawn = (
+            self.draw(1, torch.Generator().manual_seed(self.seed))
+            if self.deterministic
+            else self.draw(len(z), self.generator)
+        )
         return tuple(part.to(z) for part in drawn)
 
     def forward(self, x: Tensor) -> Tensor:
         """The purified image. Shapes: [B,C,H,W] in [0,1] -> the same."""
         units.check_images(x, self.image_shape)
         wanted = self.exact and torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # a purifier may need gradients of its own
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(wanted),
+        ):  # a purifier may need gradients of its own
             z = units.to_model(x)
             pure = units.to_pixel(self.purify(z, *self.noise(z))).clamp(0, 1)
         return pure if self.exact else pure + (x - x.detach())
@@ -103,15 +121,29 @@ class LikelihoodMaximisation(Purifier):
     Meaning     by the pointwise identity it raises log p_low - log p_high, a band of the likelihood, not log p itself
     """
 
-    def __init__(self, denoiser: Denoiser, *, steps: int = 5, rate: float = 0.1, budget: float | None = None,
-                 rule: Rule = adam_direction, band: tuple[float, float] = (0.4, 0.6), exact: bool = True,
-                 seed: int = 0):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        steps: int = 5,
+        rate: float = 0.1,
+        budget: float | None = None,
+        rule: Rule = adam_direction,
+        band: tuple[float, float] = (0.4, 0.6),
+        exact: bool = True,
+        seed: int = 0,
+    ):
         super().__init__(denoiser, exact, seed)
         low, high = band
         if steps < 1 or not rate > 0 or not 0 < low <= high:
-            raise ValueError(f"expected steps >= 1, rate > 0 and 0 < low <= high, got {steps}, {rate} and {band}.")
+            raise ValueError(
+                f"expected steps >= 1, rate > 0 and 0 < low <= high, got {steps}, {rate} and {band}."
+            )
         self.budget = None if budget is None else units.check_budget(budget, "linf", 1)
-        self.steps, self.rate, self.rule, self.band = steps, rate, rule, band
+        self.steps = steps
+        self.rate = rate
+        self.rule = rule
+        self.band = band
 
     @classmethod
     def released(cls, denoiser: Denoiser, **options) -> "LikelihoodMaximisation":
@@ -122,18 +154,28 @@ class LikelihoodMaximisation(Purifier):
         return cls(denoiser, **{**dict(steps=5, rate=0.1, budget=None), **options})
 
     @classmethod
-    def paper(cls, denoiser: Denoiser, budget: float = 8 / 255, steps: int = 5, **options) -> "LikelihoodMaximisation":
+    def paper(
+        cls, denoiser: Denoiser, budget: float = 8 / 255, steps: int = 5, **options
+    ) -> "LikelihoodMaximisation":
         """As RDC's paper writes it: within an L-inf budget around the image. Units: budget in pixels.
 
         Why         the paper names budget and steps, not the rate: 2.5 budgets over all steps lets the limit act
         """
-        return cls(denoiser, steps=steps, rate=units.PIXELS_TO_MODEL * 2.5 * budget / steps, budget=budget, **options)
+        return cls(
+            denoiser,
+            steps=steps,
+            rate=units.PIXELS_TO_MODEL * 2.5 * budget / steps,
+            budget=budget,
+            **options,
+        )
 
     def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Levels [N,images] and noise [N,images,C,H,W] of the N steps."""
         low, high = self.band
         uniform = torch.rand((self.steps, images), generator=generator, device=generator.device)
-        eps = torch.randn((self.steps, images, *self.image_shape), generator=generator, device=generator.device)
+        eps = torch.randn(
+            (self.steps, images, *self.image_shape), generator=generator, device=generator.device
+        )
         return low + (high - low) * uniform, eps
 
     def slope(self, u: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
@@ -148,7 +190,8 @@ class LikelihoodMaximisation(Purifier):
 
     def walk(self, z: Tensor, *noise: Tensor) -> Iterator[Tensor]:
         """The image after every step, in model space, given the noise of `draw`. Shapes: [B,C,H,W] -> N of the same."""
-        u, gradients = z, []
+        u = z
+        gradients = []
         for sigma, eps in zip(*noise, strict=True):
             gradients.append(_recomputed(self.slope, u, sigma, eps))
             u = u - self.rate * self.rule(gradients)
@@ -163,8 +206,10 @@ class LikelihoodMaximisation(Purifier):
         return u
 
     def extra_repr(self) -> str:
-        return (f"steps={self.steps}, rate={self.rate:g}, budget={self.budget}, {self.rule.__name__}, "
-                f"sigma {self.band[0]:g} to {self.band[1]:g}, exact={self.exact}")
+        return (
+            f"steps={self.steps}, rate={self.rate:g}, budget={self.budget}, {self.rule.__name__}, "
+            f"sigma {self.band[0]:g} to {self.band[1]:g}, exact={self.exact}"
+        )
 
 
 class Purification(Purifier):
@@ -177,15 +222,29 @@ class Purification(Purifier):
     Units       sigma and low in model units; 0.5 corresponds to DiffPure's t* = 0.15, 0.34 to its 0.1
     """
 
-    def __init__(self, denoiser: Denoiser, sigma: float = 0.5, *, steps: int = 10, stochastic: bool = True,
-                 low: float = 0.05, exact: bool = True, seed: int = 0):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma: float = 0.5,
+        *,
+        steps: int = 10,
+        stochastic: bool = True,
+        low: float = 0.05,
+        exact: bool = True,
+        seed: int = 0,
+    ):
         super().__init__(denoiser, exact, seed)
-        self.levels, self.stochastic = sampling.karras_levels(steps, low, float(units.check_sigma(sigma))), stochastic
+        self.levels = sampling.karras_levels(steps, low, float(units.check_sigma(sigma)))
+        self.stochastic = stochastic
 
     def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor]:
         """Noise [steps,images,C,H,W]: one to go up, and for the SDE one a step back, but for the last step."""
         count = len(self.levels) - 1 if self.stochastic else 1
-        return (torch.randn((count, images, *self.image_shape), generator=generator, device=generator.device),)
+        return (
+            torch.randn(
+                (count, images, *self.image_shape), generator=generator, device=generator.device
+            ),
+        )
 
     def back(self, x: Tensor, level: Tensor, lower: Tensor) -> Tensor:
         """The mean of one step from `level` to `lower`. Shapes: [B,C,H,W] and two numbers -> [B,C,H,W]."""
@@ -194,7 +253,8 @@ class Purification(Purifier):
 
     def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
         """See `Purifier.purify`."""
-        (eps,), levels = noise, self.levels.to(z)
+        (eps,) = noise
+        levels = self.levels.to(z)
         x = z + levels[0] * eps[0]
         for step, (level, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
             x = _recomputed(self.back, x, level, lower)
@@ -203,8 +263,10 @@ class Purification(Purifier):
         return x
 
     def extra_repr(self) -> str:
-        return (f"sigma={float(self.levels[0]):g}, steps={len(self.levels) - 1}, "
-                f"{'SDE' if self.stochastic else 'ODE'}, exact={self.exact}")
+        return (
+            f"sigma={float(self.levels[0]):g}, steps={len(self.levels) - 1}, "
+            f"{'SDE' if self.stochastic else 'ODE'}, exact={self.exact}"
+        )
 
 
 class Defended(nn.Module):
@@ -219,10 +281,14 @@ class Defended(nn.Module):
     def __init__(self, purifier: Purifier, classifier: nn.Module):
         super().__init__()
         if tuple(purifier.image_shape) != tuple(classifier.image_shape):
-            raise ValueError(f"expected a purifier and a classifier of the same images, got {purifier.image_shape} and "
-                             f"{classifier.image_shape}.")
-        self.purifier, self.classifier = purifier, classifier
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
+            raise ValueError(
+                f"expected a purifier and a classifier of the same images, got {purifier.image_shape} and "
+                f"{classifier.image_shape}."
+            )
+        self.purifier = purifier
+        self.classifier = classifier
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
 
     @property
     def deterministic(self) -> bool:
@@ -232,7 +298,9 @@ class Defended(nn.Module):
     def with_fresh_noise(self, generator: torch.Generator) -> "Defended":
         """The random defence: the purifier, and a classifier that can, draw their noise anew at every call."""
         own = getattr(self.classifier, "with_fresh_noise", None)
-        return Defended(self.purifier.with_fresh_noise(generator), own(generator) if own else self.classifier)
+        return Defended(
+            self.purifier.with_fresh_noise(generator), own(generator) if own else self.classifier
+        )
 
     def with_gradient(self, exact: bool) -> "Defended":
         """The same defence, the gradient of its purifier exact or that of the identity (BPDA)."""
@@ -256,12 +324,17 @@ class MajorityVote(nn.Module):
     def __init__(self, classifier: nn.Module, votes: int):
         super().__init__()
         if getattr(classifier, "deterministic", True):
-            raise ValueError("expected a random classifier, got a deterministic one, whose votes are all the same; "
-                             "pass classifier.with_fresh_noise(generator).")
+            raise ValueError(
+                "expected a random classifier, got a deterministic one, whose votes are all the same; "
+                "pass classifier.with_fresh_noise(generator)."
+            )
         if votes < 1:
             raise ValueError(f"expected at least one vote, got {votes}.")
-        self.classifier, self.votes, self.deterministic = classifier, votes, False
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
+        self.classifier = classifier
+        self.votes = votes
+        self.deterministic = False
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -270,7 +343,9 @@ class MajorityVote(nn.Module):
         for _ in range(self.votes):
             logits = self.classifier(x)
             if bool(torch.isnan(logits).any()):
-                raise FloatingPointError("the classifier's logits became NaN and cannot vote; infinity minus infinity "
-                                         "or 0/0 in it is the likely cause.")
+                raise FloatingPointError(
+                    "the classifier's logits became NaN and cannot vote; infinity minus infinity "
+                    "or 0/0 in it is the likely cause."
+                )
             counts += nn.functional.one_hot(logits.argmax(1), self.num_classes).to(counts)
         return counts

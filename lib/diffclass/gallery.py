@@ -12,19 +12,28 @@ from diffclass import assets, sampling, units
 from diffclass.denoisers.base import Denoiser
 
 FILE = "cifar10-gallery.png"
-LEVELS = sampling.karras_levels(18, 0.02, 20.0)  # from where pixels are noise alone to below what eight bits show
+LEVELS = sampling.karras_levels(
+    18, 0.02, 20.0
+)  # from where pixels are noise alone to below what eight bits show
 
 
-def draw(denoiser: Denoiser, by: str, per_class: int = 4, seed: int = 0, target: Path | None = None,
-         ) -> Iterator[tuple[int, int]]:
+def draw(
+    denoiser: Denoiser,
+    by: str,
+    per_class: int = 4,
+    seed: int = 0,
+    target: Path | None = None,
+) -> Iterator[tuple[int, int]]:
     """Draw `per_class` pictures of each class and write them as one PNG, a row a class; yields (steps done, steps).
 
     Randomness  from `seed`
     Writes      target/cifar10-gallery.png (`assets/` unless named), which says by whom it was generated, its checksum
     """
-    folder, classes = target or assets.folder(), denoiser.num_classes
+    folder = target or assets.folder()
+    classes = denoiser.num_classes
     labels = torch.arange(classes).repeat_interleave(per_class)
-    steps, run = len(LEVELS) - 1, sampling.heun(denoiser, labels, LEVELS, torch.Generator().manual_seed(seed))
+    steps = len(LEVELS) - 1
+    run = sampling.heun(denoiser, labels, LEVELS, torch.Generator().manual_seed(seed))
     for done in range(1, steps + 1):
         x = next(run)
         yield done, steps
@@ -32,7 +41,10 @@ def draw(denoiser: Denoiser, by: str, per_class: int = 4, seed: int = 0, target:
     rows = pixels.unflatten(0, (classes, per_class)).permute(0, 3, 1, 4, 2)  # [K,H,n,W,3]
     sheet = rows.reshape(classes * pixels.shape[2], per_class * pixels.shape[3], 3).numpy()
     note = PngImagePlugin.PngInfo()
-    note.add_text("Description", f"Generated, not photographed: drawn by {by} with seed {seed}, a row for each class.")
+    note.add_text(
+        "Description",
+        f"Generated, not photographed: drawn by {by} with seed {seed}, a row for each class.",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(folder / FILE, pnginfo=note)
     assets.record([FILE], folder)
@@ -43,7 +55,12 @@ def pictures(side: int = 32) -> tuple[Tensor, Tensor]:
 
     Shapes      -> images [N,3,side,side] in [0,1], labels [N]
     """
-    sheet = torch.from_numpy(np.array(Image.open(assets.verified(FILE)).convert("RGB"))).float() / 255
-    classes, per_class = sheet.shape[0] // side, sheet.shape[1] // side
+    sheet = (
+        torch.from_numpy(np.array(Image.open(assets.verified(FILE)).convert("RGB"))).float() / 255
+    )
+    classes = sheet.shape[0] // side
+    per_class = sheet.shape[1] // side
     tiles = sheet.unflatten(1, (per_class, side)).unflatten(0, (classes, side))  # [K,H,n,W,3]
-    return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous(), torch.arange(classes).repeat_interleave(per_class)
+    return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous(), torch.arange(
+        classes
+    ).repeat_interleave(per_class)

@@ -52,18 +52,27 @@ def hardening_loss(hardening: Hardening) -> Loss:
     Source      Madry et al. 2018 for the maximisation; the classifier is `BayesClassifier` with levels drawn anew
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
+
     def drawn(denoiser: Denoiser, images: int, generator: torch.Generator) -> BayesClassifier:
         levels = drawn_levels(hardening.low, hardening.high, hardening.levels, generator)
         bank = NoiseBank.fresh(levels, denoiser.image_shape, images, generator)
         return BayesClassifier(denoiser, bank, temperature=hardening.temperature)
 
-    def loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         x = units.to_pixel(images)
-        attacked = adversarial_images(drawn(denoiser, len(x), generator), x, labels, hardening.inner, generator)
+        attacked = adversarial_images(
+            drawn(denoiser, len(x), generator), x, labels, hardening.inner, generator
+        )
         judge = drawn(denoiser, len(x), generator)
-        own = judge.losses(x)[torch.arange(len(x), device=x.device), labels] * judge.weighting(judge.bank.levels)
-        return (cross_entropy(judge(attacked), labels)
-                + hardening.denoising * own.sum(-1).mean() / x[0].numel())
+        own = judge.losses(x)[torch.arange(len(x), device=x.device), labels] * judge.weighting(
+            judge.bank.levels
+        )
+        return (
+            cross_entropy(judge(attacked), labels)
+            + hardening.denoising * own.sum(-1).mean() / x[0].numel()
+        )
 
     return loss
 
@@ -73,9 +82,22 @@ def under_attack(hardening: Hardening, classifier: BayesClassifier, x: Tensor, y
 
     Shapes      x [N,C,H,W] in [0,1], y [N], of which the first 100 are attacked
     """
-    x, y, epsilon = x[:ATTACKED], y[:ATTACKED], hardening.inner.epsilon
+    x = x[:ATTACKED]
+    y = y[:ATTACKED]
+    epsilon = hardening.inner.epsilon
     count = survivors(classifier, x, y, epsilon, CARD_STEPS, batch=50)
     low, high = certificates.interval(count, len(y))
-    return dict(hardening=asdict(hardening), accuracy_under_attack=dict(
-        correct=count, n=len(y), low=low, high=high, attack=f"PGD-{CARD_STEPS}", loss="margin", norm="linf",
-        epsilon=epsilon, bound="upper bound of the robust accuracy"))
+    return dict(
+        hardening=asdict(hardening),
+        accuracy_under_attack=dict(
+            correct=count,
+            n=len(y),
+            low=low,
+            high=high,
+            attack=f"PGD-{CARD_STEPS}",
+            loss="margin",
+            norm="linf",
+            epsilon=epsilon,
+            bound="upper bound of the robust accuracy",
+        ),
+    )

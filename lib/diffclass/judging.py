@@ -21,10 +21,12 @@ class Judge:
         denoiser, self.model = recipes.load(world, model)
         if world == "digits":
             digits = data.digits()
-            self.class_names, self.familiar = digits.class_names, digits.train_images
+            self.class_names = digits.class_names
+            self.familiar = digits.train_images
             self.classifier = recipes.digit_classifier(denoiser)
             return
-        self.class_names, self.familiar = cifar.CIFAR10_CLASSES, None
+        self.class_names = cifar.CIFAR10_CLASSES
+        self.familiar = None
         self.classifier = recipes.cifar_classifier(denoiser, recipes.PHOTO_LEVELS)
         if cifar.cifar10_available()[0]:
             self.familiar = cifar.cifar10("train", PHOTO_REFERENCES, progress=False)[0]
@@ -44,7 +46,8 @@ class Judge:
                     the picture is (None where the training images are not at hand)
         Errors      those of `pictures.load_picture`
         """
-        image, found = pictures.load_picture(path, self.classifier.image_shape), []
+        image = pictures.load_picture(path, self.classifier.image_shape)
+        found = []
         total = len(self.classifier.bank.levels)
         for part in self.losses(image):
             found.append(part)
@@ -52,21 +55,41 @@ class Judge:
         logits = self.classifier.logits_of(torch.cat(found, 2))
         posterior = logits.softmax(1)[0].tolist()
         losses = (self.classifier.log_prior.to(logits) - logits)[0].tolist()
-        familiarity = None if self.familiar is None else asdict(pictures.distance_report(image, self.familiar))
-        yield total, total, dict(prediction=self.class_names[int(logits.argmax())], classes=list(self.class_names),
-                                 posterior=posterior, losses=losses, familiarity=familiarity)
+        familiarity = (
+            None
+            if self.familiar is None
+            else asdict(pictures.distance_report(image, self.familiar))
+        )
+        yield (
+            total,
+            total,
+            dict(
+                prediction=self.class_names[int(logits.argmax())],
+                classes=list(self.class_names),
+                posterior=posterior,
+                losses=losses,
+                familiarity=familiarity,
+            ),
+        )
 
 
 def described(verdict: dict) -> str:
     """A verdict in words: prediction, three best classes, ten losses, a warning for an unfamiliar picture."""
-    names, posterior, losses = verdict["classes"], verdict["posterior"], verdict["losses"]
-    best, least = sorted(range(len(names)), key=lambda k: -posterior[k]), min(losses)
-    lines = [verdict["prediction"],
-             "  posterior  " + "   ".join(f"{names[k]}: {posterior[k]:.1%}" for k in best[:3]),
-             f"  losses     smallest {least:.1f} nats; above it " +
-             " ".join(f"{name}:+{loss - least:.1f}" for name, loss in zip(names, losses, strict=True))]
+    names = verdict["classes"]
+    posterior = verdict["posterior"]
+    losses = verdict["losses"]
+    best = sorted(range(len(names)), key=lambda k: -posterior[k])
+    least = min(losses)
+    lines = [
+        verdict["prediction"],
+        "  posterior  " + "   ".join(f"{names[k]}: {posterior[k]:.1%}" for k in best[:3]),
+        f"  losses     smallest {least:.1f} nats; above it "
+        + " ".join(f"{name}:+{loss - least:.1f}" for name, loss in zip(names, losses, strict=True)),
+    ]
     if verdict["familiarity"] is None:
-        lines.append("  note       the training images are not at hand, so how familiar it looks was not measured")
+        lines.append(
+            "  note       the training images are not at hand, so how familiar it looks was not measured"
+        )
     elif verdict["familiarity"]["far"]:
         lines.append(f"  WARNING    {verdict['familiarity']['sentence']}")
     return "\n".join(lines)

@@ -17,8 +17,13 @@ from diffclass.noise import NoiseBank, Weighting
 CHUNK = 4096  # network inputs evaluated at once: bounds memory, changes no value
 
 
-def diffusion_errors(denoiser: Denoiser, z: Tensor, bank: NoiseBank, classes: Sequence[int] | None = None,
-                     chunk: int = CHUNK) -> Tensor:
+def diffusion_errors(
+    denoiser: Denoiser,
+    z: Tensor,
+    bank: NoiseBank,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """The squared error of the denoised image, for every class, noise level and noise sample.
 
     Formula     e[b,k,t,s] = ||D_k(z_b + sigma_t eps_ts, sigma_t) - z_b||^2, summed over the D pixels
@@ -26,11 +31,18 @@ def diffusion_errors(denoiser: Denoiser, z: Tensor, bank: NoiseBank, classes: Se
     Randomness  all in `bank`; the same noise for every class
     """
     at = bank.sigma
-    return _errors(denoiser, z, bank, spread=at, shift=torch.zeros_like(at), classes=classes, chunk=chunk)
+    return _errors(
+        denoiser, z, bank, spread=at, shift=torch.zeros_like(at), classes=classes, chunk=chunk
+    )
 
 
-def diffusion_loss(denoiser: Denoiser, z: Tensor, bank: NoiseBank, classes: Sequence[int] | None = None,
-                   chunk: int = CHUNK) -> Tensor:
+def diffusion_loss(
+    denoiser: Denoiser,
+    z: Tensor,
+    bank: NoiseBank,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """The per-class diffusion losses: `diffusion_errors` averaged over the noise samples.
 
     Shapes      z [B,C,H,W] in [-1,1] -> [B,K,T]
@@ -38,8 +50,14 @@ def diffusion_loss(denoiser: Denoiser, z: Tensor, bank: NoiseBank, classes: Sequ
     return diffusion_errors(denoiser, z, bank, classes, chunk).mean(-1)
 
 
-def elbo(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weighting: Weighting = noise.elbo_weight,
-         classes: Sequence[int] | None = None, chunk: int = CHUNK) -> Tensor:
+def elbo(
+    denoiser: Denoiser,
+    z: Tensor,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """The evidence lower bound of log p(z | k), up to a constant shared by the classes.
 
     Formula     - sum_t w_t mean_s ||D_k(z + sigma_t eps_ts, sigma_t) - z||^2
@@ -51,8 +69,14 @@ def elbo(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weighting: Weighting = 
     return -(diffusion_loss(denoiser, z, bank, classes, chunk) * weighting(bank.levels)).sum(-1)
 
 
-def log_likelihood(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weighting: Weighting = noise.elbo_weight,
-                   classes: Sequence[int] | None = None, chunk: int = CHUNK) -> Tensor:
+def log_likelihood(
+    denoiser: Denoiser,
+    z: Tensor,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """The whole of it, constant included: E log p_a(z + a eps | k) at the lowest level's edge a.
 
     Formula     -D/2 ln(2 pi e a^2) - integral_a^inf sigma^-3 E||D_k - z||^2 d sigma
@@ -60,7 +84,9 @@ def log_likelihood(denoiser: Denoiser, z: Tensor, bank: NoiseBank, weighting: We
     Shapes      z [B,C,H,W] -> [B,K]
     Units       nats per image, with respect to the volume of model space
     """
-    return noise_constant(bank.levels, z[0].numel()) + elbo(denoiser, z, bank, weighting, classes, chunk)
+    return noise_constant(bank.levels, z[0].numel()) + elbo(
+        denoiser, z, bank, weighting, classes, chunk
+    )
 
 
 def noise_constant(levels: noise.Levels, dimensions: int) -> float:
@@ -85,18 +111,30 @@ def end_term(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float)
     square = ((z[:, None] - class_means) ** 2).flatten(2).sum(-1)
     dimensions = z[0].numel()
     variance = class_traces / dimensions
-    return -(square - class_traces) / (2 * (sigma**2 + variance)) - dimensions / 2 * torch.log1p(variance / sigma**2)
+    return -(square - class_traces) / (2 * (sigma**2 + variance)) - dimensions / 2 * torch.log1p(
+        variance / sigma**2
+    )
 
 
 def class_moments(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Mean image and trace of the covariance of each class. Shapes: [N,C,H,W], [N] -> [K,C,H,W], [K]."""
     means = torch.stack([images[labels == k].mean(0) for k in range(num_classes)])
-    traces = torch.stack([((images[labels == k] - means[k]) ** 2).flatten(1).sum(1).mean() for k in range(num_classes)])
+    traces = torch.stack(
+        [
+            ((images[labels == k] - means[k]) ** 2).flatten(1).sum(1).mean()
+            for k in range(num_classes)
+        ]
+    )
     return means, traces
 
 
-def vp_elbo(denoiser: Denoiser, z: Tensor, betas: Tensor, bank: NoiseBank,
-            classes: Sequence[int] | None = None) -> Tensor:
+def vp_elbo(
+    denoiser: Denoiser,
+    z: Tensor,
+    betas: Tensor,
+    bank: NoiseBank,
+    classes: Sequence[int] | None = None,
+) -> Tensor:
     """The discrete ELBO as DDPM writes it: noise prediction, variance-preserving chain, terms t = 2..T.
 
     Formula     - sum_t beta_t^2 / (2 beta~_t alpha_t (1 - abar_t)) * mean_s ||eps - eps_k(z_t, t)||^2
@@ -108,12 +146,18 @@ def vp_elbo(denoiser: Denoiser, z: Tensor, betas: Tensor, bank: NoiseBank,
     """
     abar = noise.alpha_bar(betas).to(z)
     sigma = noise.sigma_of_alpha_bar(abar)
-    if len(bank.sigma) != len(betas) - 1 or not torch.allclose(bank.sigma.to(sigma), sigma[1:], rtol=1e-4):
-        raise ValueError(f"expected a bank over the {len(betas) - 1} steps of this schedule, got {bank.levels}; build "
-                         "it from noise.chain_levels(noise.sigma_of_alpha_bar(noise.alpha_bar(betas))).")
+    if len(bank.sigma) != len(betas) - 1 or not torch.allclose(
+        bank.sigma.to(sigma), sigma[1:], rtol=1e-4
+    ):
+        raise ValueError(
+            f"expected a bank over the {len(betas) - 1} steps of this schedule, got {bank.levels}; build "
+            "it from noise.chain_levels(noise.sigma_of_alpha_bar(noise.alpha_bar(betas)))."
+        )
     total = 0.0
     for t in range(1, len(betas)):
-        beta, signal, spread = betas[t].to(z), abar[t].sqrt(), (1 - abar[t]).sqrt()
+        beta = betas[t].to(z)
+        signal = abar[t].sqrt()
+        spread = (1 - abar[t]).sqrt()
         posterior_variance = beta * (1 - abar[t - 1]) / (1 - abar[t])
         weight = beta**2 / (2 * posterior_variance * (1 - beta) * (1 - abar[t]))
         eps = bank.noise[t - 1].expand(-1, len(z), *z.shape[1:])  # [S,B,C,H,W]
@@ -124,9 +168,15 @@ def vp_elbo(denoiser: Denoiser, z: Tensor, betas: Tensor, bank: NoiseBank,
     return total
 
 
-def noised_elbo(denoiser: Denoiser, z_tau: Tensor, sigma_tau: float, bank: NoiseBank,
-                weighting: Weighting = noise.elbo_weight, classes: Sequence[int] | None = None,
-                chunk: int = CHUNK) -> Tensor:
+def noised_elbo(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """log p_tau(z_tau | k) of an image that already carries noise, up to a constant shared by the classes (EPNDC).
 
     Formula     - sum_t w_t mean_s ( ||z~ - D_k(z_tau + r_t eps, sigma_t)||^2 - (sigma_tau^2/r_t)^2 ||eps||^2 )
@@ -137,8 +187,10 @@ def noised_elbo(denoiser: Denoiser, z_tau: Tensor, sigma_tau: float, bank: Noise
     Units       sigma_tau in model space; nats per image
     """
     if not 0 < sigma_tau < float(bank.sigma.min()):
-        raise ValueError(f"expected 0 < sigma_tau below every level of the bank, got sigma_tau {sigma_tau:.3g} and a "
-                         f"lowest level of {float(bank.sigma.min()):.3g}; build the bank with noise.noised_levels.")
+        raise ValueError(
+            f"expected 0 < sigma_tau below every level of the bank, got sigma_tau {sigma_tau:.3g} and a "
+            f"lowest level of {float(bank.sigma.min()):.3g}; build the bank with noise.noised_levels."
+        )
     spread = (bank.sigma**2 - sigma_tau**2).sqrt()
     errors = _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
     return -(errors.mean(-1) * weighting(bank.levels)).sum(-1)
@@ -151,15 +203,24 @@ def noised_weight(sigma_tau: float) -> Weighting:
     Source      NDC's equation for w_t^(tau) after rewriting its mean difference in terms of z~ - D; sigma_tau = 0
                 gives `discrete_elbo_weight`
     """
+
     def weight(levels: noise.Levels) -> Tensor:
-        low, up = levels.lower**2 - sigma_tau**2, levels.upper**2 - sigma_tau**2
+        low = levels.lower**2 - sigma_tau**2
+        up = levels.upper**2 - sigma_tau**2
         return (up - low) * up / (2 * levels.upper**4 * low)
 
     return weight
 
 
-def _errors(denoiser: Denoiser, z: Tensor, bank: NoiseBank, spread: Tensor, shift: Tensor,
-            classes: Sequence[int] | None, chunk: int) -> Tensor:
+def _errors(
+    denoiser: Denoiser,
+    z: Tensor,
+    bank: NoiseBank,
+    spread: Tensor,
+    shift: Tensor,
+    classes: Sequence[int] | None,
+    chunk: int,
+) -> Tensor:
     """||(z - shift eps) - D_k(z + spread eps, sigma)||^2 - shift^2 ||eps||^2 for every level and sample: [B,K,T,S].
 
     Rows (level, sample, image) are evaluated `chunk` at a time. Under autograd each chunk is recomputed in the
@@ -167,26 +228,42 @@ def _errors(denoiser: Denoiser, z: Tensor, bank: NoiseBank, spread: Tensor, shif
     """
     levels, samples, own = bank.noise.shape[:3]
     if own not in (1, len(z)):
-        raise ValueError(f"expected noise for 1 or {len(z)} images, got a bank drawn for {own}; "
-                         "redraw it for this batch.")
+        raise ValueError(
+            f"expected noise for 1 or {len(z)} images, got a bank drawn for {own}; "
+            "redraw it for this batch."
+        )
     if bank.image_shape != tuple(z.shape[1:]):
-        raise ValueError(f"expected noise of image shape {list(z.shape[1:])}, got {list(bank.image_shape)}.")
+        raise ValueError(
+            f"expected noise of image shape {list(z.shape[1:])}, got {list(bank.image_shape)}."
+        )
     classes = denoiser.check_classes(classes).to(z.device)
-    eps_of, flat = bank.noise.flatten(0, 1), levels * samples * len(z)
+    eps_of = bank.noise.flatten(0, 1)
+    flat = levels * samples * len(z)
     level_of = torch.arange(levels, device=z.device).repeat_interleave(samples)
 
     def errors_of(images: Tensor, rows: Tensor) -> Tensor:
-        draw, image = rows // len(z), rows % len(z)
+        draw = rows // len(z)
+        image = rows % len(z)
         level = level_of[draw]
         eps = eps_of[draw, image if own > 1 else torch.zeros_like(image)].to(images)
-        x0, wide, away = images[image], spread[level].to(images), shift[level].to(images)
-        denoised = denoiser(x0 + wide[:, None, None, None] * eps, bank.sigma[level].to(images), classes)
+        x0 = images[image]
+        wide = spread[level].to(images)
+        away = shift[level].to(images)
+        denoised = denoiser(
+            x0 + wide[:, None, None, None] * eps, bank.sigma[level].to(images), classes
+        )
         target = (x0 - away[:, None, None, None] * eps)[:, None]
-        return ((target - denoised) ** 2).flatten(2).sum(-1) - (away**2 * (eps**2).flatten(1).sum(1))[:, None]
+        return ((target - denoised) ** 2).flatten(2).sum(-1) - (
+            away**2 * (eps**2).flatten(1).sum(1)
+        )[:, None]
 
     keep = max(1, chunk // len(classes))  # a conditional network sees each row once for every class
     rows = torch.arange(flat, device=z.device)
     differentiable = torch.is_grad_enabled() and flat > keep
-    parts = [checkpoint(errors_of, z, part, use_reentrant=False) if differentiable else errors_of(z, part)
-             for part in rows.split(keep)]
+    parts = [
+        checkpoint(errors_of, z, part, use_reentrant=False)
+        if differentiable
+        else errors_of(z, part)
+        for part in rows.split(keep)
+    ]
     return torch.cat(parts).unflatten(0, (levels, samples, len(z))).permute(2, 3, 0, 1)

@@ -51,12 +51,24 @@ class Losses:
         if every < 1 or count % every:
             raise ValueError(f"expected a divisor of {count} levels, got {every}.")
         kept = slice(every // 2, None, every)
-        levels = Levels(self.levels.sigma[kept], self.levels.lower[::every], self.levels.upper[every - 1::every])
+        levels = Levels(
+            self.levels.sigma[kept],
+            self.levels.lower[::every],
+            self.levels.upper[every - 1 :: every],
+        )
         return Losses(self.index, self.labels, self.losses[..., kept], levels, self.settings)
 
 
-def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder: str | Path, settings: dict, *,
-            batch: int = 8, precision: str = "fp32") -> Iterator[tuple[int, int]]:
+def measure(
+    classifier: BayesClassifier,
+    images: Tensor,
+    labels: Tensor,
+    folder: str | Path,
+    settings: dict,
+    *,
+    batch: int = 8,
+    precision: str = "fp32",
+) -> Iterator[tuple[int, int]]:
     """Measure the losses of the images that `folder` does not have yet, yielding (images done here, images to do here).
 
     Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
@@ -66,9 +78,12 @@ def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder:
     Errors      ValueError if the folder holds losses of other settings; RuntimeError if another run writes to it
     """
     if not classifier.deterministic:
-        raise ValueError("expected a deterministic classifier, got one with fresh noise; its losses could not be "
-                         "measured again, so a resumed run would differ.")
-    accelerator, folder = Accelerator(), Path(folder)
+        raise ValueError(
+            "expected a deterministic classifier, got one with fresh noise; its losses could not be "
+            "measured again, so a resumed run would differ."
+        )
+    accelerator = Accelerator()
+    folder = Path(folder)
     levels = {name: getattr(classifier.bank, name).tolist() for name in ("sigma", "lower", "upper")}
     chosen = json.loads(json.dumps({**settings, "levels": levels}, allow_nan=False))
     with storage.locked(folder, accelerator.process_index):
@@ -76,15 +91,19 @@ def measure(classifier: BayesClassifier, images: Tensor, labels: Tensor, folder:
         done = set(read(folder).index.tolist()) if any(folder.glob("losses-*.jsonl")) else set()
         accelerator.wait_for_everyone()  # nobody writes before everybody has read what is there
         todo = [i for i in range(len(images)) if i not in done]
-        todo = todo[accelerator.process_index::accelerator.num_processes]
+        todo = todo[accelerator.process_index :: accelerator.num_processes]
         classifier = classifier.to(accelerator.device)
         path = folder / f"losses-{accelerator.process_index}.jsonl"
         storage.mend(path)
         with open(path, "a") as file:
             for start in range(0, len(todo), batch):
-                part = todo[start:start + batch]
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    losses = losses_within_memory(classifier, images[part].to(accelerator.device)).cpu()
+                part = todo[start : start + batch]
+                with torch.autocast(
+                    accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
+                ):
+                    losses = losses_within_memory(
+                        classifier, images[part].to(accelerator.device)
+                    ).cpu()
                 for index, loss in zip(part, losses, strict=True):
                     file.write(_line(index, int(labels[index]), loss))
                 file.flush()
@@ -106,8 +125,10 @@ def losses_within_memory(classifier: BayesClassifier, x: Tensor) -> Tensor:
             if classifier.chunk <= 1:
                 raise
             classifier.chunk = max(1, classifier.chunk // 2)
-            warnings.warn(f"memory ran out; going on with {classifier.chunk} network inputs at once, same result.",
-                          stacklevel=2)
+            warnings.warn(
+                f"memory ran out; going on with {classifier.chunk} network inputs at once, same result.",
+                stacklevel=2,
+            )
 
 
 def read(folder: str | Path) -> Losses:
@@ -118,30 +139,52 @@ def read(folder: str | Path) -> Losses:
     folder = Path(folder)
     files = sorted(folder.glob("losses-*.jsonl"))
     if not files or not (folder / "settings.json").exists():
-        raise FileNotFoundError(f"expected settings.json and losses-*.jsonl in {folder}, found "
-                                f"{sorted(p.name for p in folder.glob('*'))}; measure them with `diffclass evaluate`.")
+        raise FileNotFoundError(
+            f"expected settings.json and losses-*.jsonl in {folder}, found "
+            f"{sorted(p.name for p in folder.glob('*'))}; measure them with `diffclass evaluate`."
+        )
     settings = storage.settings_of(folder)
-    levels = Levels(*(torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper")))
+    levels = Levels(
+        *(torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper"))
+    )
     found: dict[int, tuple] = {}
     for path in files:
-        finished = path.read_text().split("\n")[:-1]  # what follows the last line end was interrupted
+        finished = path.read_text().split("\n")[
+            :-1
+        ]  # what follows the last line end was interrupted
         for number, line in enumerate(finished, start=1):
             try:
                 row = json.loads(line)
-                index, label, losses = row["index"], row["label"], torch.tensor(row["losses"])
+                index = row["index"]
+                label = row["label"]
+                losses = torch.tensor(row["losses"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} of {path} does not hold the losses of an image ({error}); the other "
-                                 "lines are untouched: remove it, and the same command measures it again.") from None
+                raise ValueError(
+                    f"line {number} of {path} does not hold the losses of an image ({error}); the other "
+                    "lines are untouched: remove it, and the same command measures it again."
+                ) from None
             if losses.ndim != 2 or losses.shape[1] != len(levels.sigma):
-                raise ValueError(f"expected losses of {len(levels.sigma)} levels on line {number} of {path}, got shape "
-                                 f"{list(losses.shape)}; is settings.json of another run?")
+                raise ValueError(
+                    f"expected losses of {len(levels.sigma)} levels on line {number} of {path}, got shape "
+                    f"{list(losses.shape)}; is settings.json of another run?"
+                )
             found[index] = (label, losses)
     if not found:
-        return Losses(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long),
-                      torch.zeros(0, 0, len(levels.sigma)), levels, settings)
+        return Losses(
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, 0, len(levels.sigma)),
+            levels,
+            settings,
+        )
     index = torch.tensor(sorted(found))
-    return Losses(index, torch.tensor([found[i][0] for i in index.tolist()]),
-                  torch.stack([found[i][1] for i in index.tolist()]), levels, settings)
+    return Losses(
+        index,
+        torch.tensor([found[i][0] for i in index.tolist()]),
+        torch.stack([found[i][1] for i in index.tolist()]),
+        levels,
+        settings,
+    )
 
 
 def _line(index: int, label: int, losses: Tensor) -> str:

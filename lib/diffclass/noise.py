@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-EDM_LOG_MEAN, EDM_LOG_STD, EDM_SIGMA_DATA = -1.2, 1.2, 0.5  # Karras et al. 2022, Table 1
+EDM_LOG_MEAN = -1.2  # Karras et al. 2022, Table 1
+EDM_LOG_STD = 1.2
+EDM_SIGMA_DATA = 0.5
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules: betas -> abar -> sigma
@@ -41,8 +43,10 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.99
 def alpha_bar(betas: Tensor) -> Tensor:
     """Signal power left after t steps. Formula: abar_t = prod_{s<=t} (1 - beta_s). Shapes: [T] -> [T]."""
     if float(betas.min()) <= 0 or float(betas.max()) >= 1:
-        raise ValueError(f"expected betas strictly between 0 and 1, got {float(betas.min()):.3g} to "
-                         f"{float(betas.max()):.3g}.")
+        raise ValueError(
+            f"expected betas strictly between 0 and 1, got {float(betas.min()):.3g} to "
+            f"{float(betas.max()):.3g}."
+        )
     return torch.cumprod(1 - betas, dim=0)
 
 
@@ -83,13 +87,21 @@ class Levels:
     upper: Tensor
 
     def __post_init__(self):
-        if not (self.sigma.shape == self.lower.shape == self.upper.shape and self.sigma.ndim == 1 and len(self.sigma)):
-            raise ValueError(f"expected sigma, lower and upper as equally long vectors, got "
-                             f"{[list(v.shape) for v in (self.sigma, self.lower, self.upper)]}.")
+        if not (
+            self.sigma.shape == self.lower.shape == self.upper.shape
+            and self.sigma.ndim == 1
+            and len(self.sigma)
+        ):
+            raise ValueError(
+                f"expected sigma, lower and upper as equally long vectors, got "
+                f"{[list(v.shape) for v in (self.sigma, self.lower, self.upper)]}."
+            )
         inside = (self.lower <= self.sigma) & (self.sigma <= self.upper) & (self.lower < self.upper)
         if float(self.lower[0]) <= 0 or not bool(inside.all()):
-            raise ValueError("expected 0 < lower <= sigma <= upper with lower < upper for every noise level; "
-                             f"got sigma {self.sigma.tolist()[:4]}..., lower {self.lower.tolist()[:4]}...")
+            raise ValueError(
+                "expected 0 < lower <= sigma <= upper with lower < upper for every noise level; "
+                f"got sigma {self.sigma.tolist()[:4]}..., lower {self.lower.tolist()[:4]}..."
+            )
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -116,7 +128,9 @@ def log_levels(low: float, high: float, count: int) -> Levels:
     Units       model space
     """
     _check_grid(low, high, count)
-    return midpoint_levels(torch.logspace(math.log10(low), math.log10(high), count + 1, dtype=torch.float64))
+    return midpoint_levels(
+        torch.logspace(math.log10(low), math.log10(high), count + 1, dtype=torch.float64)
+    )
 
 
 def linear_levels(low: float, high: float, count: int) -> Levels:
@@ -147,8 +161,10 @@ def noised_levels(sigma_tau: float, high: float, count: int, first: float = 0.05
     Units       model space
     """
     if not 0 < sigma_tau < high:
-        raise ValueError(f"expected 0 < sigma_tau < high, got sigma_tau {sigma_tau:.3g} and high {high:.3g}; "
-                         "the chain must start at the noise that the image carries and end above it.")
+        raise ValueError(
+            f"expected 0 < sigma_tau < high, got sigma_tau {sigma_tau:.3g} and high {high:.3g}; "
+            "the chain must start at the noise that the image carries and end above it."
+        )
     r_edges = log_levels(first * sigma_tau, math.sqrt(high**2 - sigma_tau**2), count)
     sigma_of = [(sigma_tau**2 + r**2).sqrt() for r in (r_edges.sigma, r_edges.lower, r_edges.upper)]
     return Levels(*sigma_of)
@@ -156,8 +172,10 @@ def noised_levels(sigma_tau: float, high: float, count: int, first: float = 0.05
 
 def _check_grid(low: float, high: float, count: int) -> None:
     if not (0 < low < high and math.isfinite(high)):
-        raise ValueError(f"expected noise levels with 0 < low < high, got low {low:g} and high {high:g}; "
-                         "the loss at zero noise is zero over zero, so start at 0.01 or so.")
+        raise ValueError(
+            f"expected noise levels with 0 < low < high, got low {low:g} and high {high:g}; "
+            "the loss at zero noise is zero over zero, so start at 0.01 or so."
+        )
     if count < 1:
         raise ValueError(f"expected at least one noise level, got {count}.")
 
@@ -215,7 +233,9 @@ def rdc_released_weight(levels: Levels) -> Tensor:
     Shapes      -> [T]
     """
     z = levels.sigma.log() - EDM_LOG_MEAN
-    slipped = (-(z**2) / 2 * EDM_LOG_STD**2).exp() / (levels.sigma * EDM_LOG_STD * math.sqrt(2 * math.pi))
+    slipped = (-(z**2) / 2 * EDM_LOG_STD**2).exp() / (
+        levels.sigma * EDM_LOG_STD * math.sqrt(2 * math.pi)
+    )
     return _edm_lambda(levels.sigma) * slipped * levels.step
 
 
@@ -278,27 +298,52 @@ class NoiseBank(nn.Module):
     def __init__(self, levels: Levels, noise: Tensor):
         super().__init__()
         if noise.ndim != 6 or noise.shape[0] != len(levels):
-            raise ValueError(f"expected noise of shape [T,S,N,C,H,W] with T = {len(levels)}, got {list(noise.shape)}.")
+            raise ValueError(
+                f"expected noise of shape [T,S,N,C,H,W] with T = {len(levels)}, got {list(noise.shape)}."
+            )
         for name in ("sigma", "lower", "upper"):
             self.register_buffer(name, getattr(levels, name).to(noise))
         self.register_buffer("noise", noise)
 
     @classmethod
-    def fixed(cls, levels: Levels, image_shape: tuple[int, int, int], samples: int = 1, seed: int = 0,
-              dtype: torch.dtype = torch.float32) -> "NoiseBank":
+    def fixed(
+        cls,
+        levels: Levels,
+        image_shape: tuple[int, int, int],
+        samples: int = 1,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> "NoiseBank":
         """One noise for every image, drawn from `seed`: the bank of a deterministic classifier."""
-        return cls.fresh(levels, image_shape, 1, torch.Generator().manual_seed(seed), samples, dtype)
+        return cls.fresh(
+            levels, image_shape, 1, torch.Generator().manual_seed(seed), samples, dtype
+        )
 
     @classmethod
-    def fresh(cls, levels: Levels, image_shape: tuple[int, int, int], images: int, generator: torch.Generator,
-              samples: int = 1, dtype: torch.dtype = torch.float32) -> "NoiseBank":
+    def fresh(
+        cls,
+        levels: Levels,
+        image_shape: tuple[int, int, int],
+        images: int,
+        generator: torch.Generator,
+        samples: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> "NoiseBank":
         """Independent noise for each of `images` images, drawn from `generator`, which advances."""
         shape = (len(levels), samples, images, *image_shape)
-        return cls(levels, torch.randn(shape, generator=generator, dtype=dtype, device=generator.device))
+        return cls(
+            levels, torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+        )
 
     @classmethod
-    def sobol(cls, levels: Levels, image_shape: tuple[int, int, int], samples: int, seed: int = 0,
-              dtype: torch.dtype = torch.float32) -> "NoiseBank":
+    def sobol(
+        cls,
+        levels: Levels,
+        image_shape: tuple[int, int, int],
+        samples: int,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> "NoiseBank":
         """Evenly spread noise, the same at every level: smooth curves where images have few pixels, as on the plane.
 
         Formula     eps = sqrt(2) erfinv(2u - 1) for the points u of a scrambled Sobol sequence
@@ -311,7 +356,9 @@ class NoiseBank(nn.Module):
 
     def redrawn(self, images: int, generator: torch.Generator) -> "NoiseBank":
         """A bank with the same levels and sample count, and new noise for each of `images` images."""
-        new = NoiseBank.fresh(self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype)
+        new = NoiseBank.fresh(
+            self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype
+        )
         return new.to(self.noise.device)
 
     def level(self, index: int) -> "NoiseBank":

@@ -12,13 +12,17 @@ from torch import Tensor
 from diffclass import units
 
 FAR_PERCENTILE = 99.0
-MAX_REFERENCES = 1000  # training images whose own nearest neighbour is looked up: enough to place a percentile
+MAX_REFERENCES = (
+    1000  # training images whose own nearest neighbour is looked up: enough to place a percentile
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a file to an image
 
 
-def load_picture(path: str | Path, image_shape: tuple[int, int, int], invert: bool | str = "auto") -> Tensor:
+def load_picture(
+    path: str | Path, image_shape: tuple[int, int, int], invert: bool | str = "auto"
+) -> Tensor:
     """A PNG, JPEG or WebP file as one image: turned upright, over white, cropped to the middle, resized, in [0,1].
 
     With one channel (digits are bright ink on black) "auto" inverts a picture whose border is brighter than its mean:
@@ -31,8 +35,10 @@ def load_picture(path: str | Path, image_shape: tuple[int, int, int], invert: bo
 
     channels, height, width = image_shape
     if channels not in (1, 3):
-        raise ValueError(f"expected an image shape with 1 or 3 channels, got {tuple(image_shape)}; points of the plane "
-                         "are no pictures.")
+        raise ValueError(
+            f"expected an image shape with 1 or 3 channels, got {tuple(image_shape)}; points of the plane "
+            "are no pictures."
+        )
     if not isinstance(invert, bool) and invert != "auto":
         raise ValueError(f"expected invert True, False or 'auto', got {invert!r}.")
     image = ImageOps.exif_transpose(_decoded(Path(path).expanduser()))
@@ -58,21 +64,34 @@ def _decoded(path: Path):
 
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"expected a PNG, JPEG or WebP picture at {path}, found {what}; check the name.")
+        raise FileNotFoundError(
+            f"expected a PNG, JPEG or WebP picture at {path}, found {what}; check the name."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(path.read_bytes()), formats=["PNG", "JPEG", "WEBP"])
         image.load()
     except UnidentifiedImageError as reason:
-        raise ValueError(f"expected a PNG, JPEG or WebP picture, got {path.name} ({path.stat().st_size} bytes), which "
-                         "is none of them or is damaged from the start; save it again as PNG.") from reason
+        raise ValueError(
+            f"expected a PNG, JPEG or WebP picture, got {path.name} ({path.stat().st_size} bytes), which "
+            "is none of them or is damaged from the start; save it again as PNG."
+        ) from reason
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as reason:
-        raise ValueError(f"expected a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {path.name} with more; "
-                         "make it smaller first.") from reason
-    except (OSError, SyntaxError, ValueError, EOFError) as reason:  # Pillow's ways to say that a file is broken
-        raise ValueError(f"expected a whole picture, got {path.name} ({path.stat().st_size} bytes), damaged or "
-                         f"cut short ({reason}); copy it again.") from reason
+        raise ValueError(
+            f"expected a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {path.name} with more; "
+            "make it smaller first."
+        ) from reason
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+    ) as reason:  # Pillow's ways to say that a file is broken
+        raise ValueError(
+            f"expected a whole picture, got {path.name} ({path.stat().st_size} bytes), damaged or "
+            f"cut short ({reason}); copy it again."
+        ) from reason
     return image
 
 
@@ -81,7 +100,9 @@ def _over_white(image):
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16-bit grey; a plain conversion would clip it to white
-        return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        )
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
@@ -117,17 +138,26 @@ def distance_report(picture: Tensor, train_images: Tensor) -> Familiarity:
     units.check_images(picture, tuple(train_images.shape[1:]))
     flat = train_images.flatten(1)
     if len(picture) != 1 or len(flat) < 2:
-        raise ValueError(f"expected 1 picture and 2 or more training images, got {len(picture)} and {len(flat)}.")
+        raise ValueError(
+            f"expected 1 picture and 2 or more training images, got {len(picture)} and {len(flat)}."
+        )
     distance = float(torch.linalg.vector_norm(flat - picture.flatten(1).to(flat), dim=1).min())
     count = min(len(flat), MAX_REFERENCES)
     own = _neighbour_distances(flat, torch.arange(count) * len(flat) // count)
     percentile = 100 * float((own < distance).double().mean())
     far = percentile > FAR_PERCENTILE
-    verdict = ("it is unlike the training data, so its scores mean little" if far
-               else "distances like this occur among the training images themselves")
-    return Familiarity(distance, percentile, far,
-                       f"The nearest training image is {distance:.2f} away (L2, pixels in [0,1]), farther than "
-                       f"{percentile:.1f} % of training images are from their own nearest neighbour: {verdict}.")
+    verdict = (
+        "it is unlike the training data, so its scores mean little"
+        if far
+        else "distances like this occur among the training images themselves"
+    )
+    return Familiarity(
+        distance,
+        percentile,
+        far,
+        f"The nearest training image is {distance:.2f} away (L2, pixels in [0,1]), farther than "
+        f"{percentile:.1f} % of training images are from their own nearest neighbour: {verdict}.",
+    )
 
 
 def _neighbour_distances(flat: Tensor, chosen: Tensor, chunk: int = 250) -> Tensor:

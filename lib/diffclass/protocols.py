@@ -15,8 +15,13 @@ def _of_probabilities(logits: Tensor, y: Tensor) -> Tensor:
 
 
 # "scaled CE" sees the logits through `attacks.AttackView`: shifted, and a median margin of one on the clean images.
-LOSSES = {"margin": attacks.margin_loss, "DLR": attacks.dlr_loss, "CE": attacks.cross_entropy_loss,
-          "scaled CE": attacks.cross_entropy_loss, "CE of softmax": _of_probabilities}
+LOSSES = {
+    "margin": attacks.margin_loss,
+    "DLR": attacks.dlr_loss,
+    "CE": attacks.cross_entropy_loss,
+    "scaled CE": attacks.cross_entropy_loss,
+    "CE of softmax": _of_probabilities,
+}
 METHODS = {"pgd": attacks.pgd, "apgd": attacks.apgd}
 
 
@@ -47,30 +52,54 @@ class Attack:
 
     def __post_init__(self):
         if self.start not in ("image", "random"):
-            raise ValueError(f"expected an attack to start at the 'image' or at 'random', got {self.start!r}.")
+            raise ValueError(
+                f"expected an attack to start at the 'image' or at 'random', got {self.start!r}."
+            )
         if self.loss not in LOSSES or self.method not in METHODS:
-            raise ValueError(f"expected a loss of {list(LOSSES)} and a method of {list(METHODS)}, got {self.loss!r} "
-                             f"and {self.method!r}.")
+            raise ValueError(
+                f"expected a loss of {list(LOSSES)} and a method of {list(METHODS)}, got {self.loss!r} "
+                f"and {self.method!r}."
+            )
         if min(self.steps, self.draws, self.restarts) < 1:
-            raise ValueError(f"expected at least one step, draw and restart, got {self.steps}, {self.draws} and "
-                             f"{self.restarts}.")
+            raise ValueError(
+                f"expected at least one step, draw and restart, got {self.steps}, {self.draws} and "
+                f"{self.restarts}."
+            )
         if self.draws > 1 and not self.fresh:
-            raise ValueError(f"expected one draw of fixed noise, got {self.draws}, which would all be the same; "
-                             "average over fresh noise.")
+            raise ValueError(
+                f"expected one draw of fixed noise, got {self.draws}, which would all be the same; "
+                "average over fresh noise."
+            )
         if (self.step is not None) != (self.method == "pgd"):
-            raise ValueError(f"expected a step size for pgd, and none for apgd, got {self.step} for {self.method}.")
+            raise ValueError(
+                f"expected a step size for pgd, and none for apgd, got {self.step} for {self.method}."
+            )
 
     def __str__(self) -> str:
-        noise = f"fresh noise{f' x{self.draws}' if self.draws > 1 else ''}" if self.fresh else "fixed noise"
-        return f"{self.method} {self.loss} {self.steps}, {'exact' if self.exact else 'BPDA'}, {noise}"
+        noise = (
+            f"fresh noise{f' x{self.draws}' if self.draws > 1 else ''}"
+            if self.fresh
+            else "fixed noise"
+        )
+        return (
+            f"{self.method} {self.loss} {self.steps}, {'exact' if self.exact else 'BPDA'}, {noise}"
+        )
 
     @property
     def calls(self) -> int:
         """How often one run asks the classifier about an image, also to find the scale of its logits."""
         return (self.steps + 1) * self.draws + (self.loss == "scaled CE")
 
-    def frames(self, classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, noise: torch.Generator,
-               start: torch.Generator) -> Iterator[attacks.AttackStep]:
+    def frames(
+        self,
+        classifier: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        epsilon: float,
+        norm: str,
+        noise: torch.Generator,
+        start: torch.Generator,
+    ) -> Iterator[attacks.AttackStep]:
         """One run; a random start is drawn from `start`, and a random classifier draws from `noise`.
 
         Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `attacks.AttackStep`
@@ -82,8 +111,13 @@ class Attack:
             classifier = classifier.with_fresh_noise(noise)
         if self.loss == "scaled CE":
             classifier = attacks.AttackView.calibrated(classifier, x)
-        options = dict(norm=norm, steps=self.steps, loss=LOSSES[self.loss], draws=self.draws,
-                       generator=start if self.start == "random" else None)
+        options = dict(
+            norm=norm,
+            steps=self.steps,
+            loss=LOSSES[self.loss],
+            draws=self.draws,
+            generator=start if self.start == "random" else None,
+        )
         if self.method == "pgd":
             options["step_size"] = self.step * epsilon
         return METHODS[self.method](classifier, x, y, epsilon, **options)
@@ -109,35 +143,55 @@ class Protocol:
 
     def __post_init__(self):
         if len(set(map(str, self.attacks))) < len(self.attacks):
-            raise ValueError("expected attacks of different names, got one twice; give it more restarts instead.")
+            raise ValueError(
+                "expected attacks of different names, got one twice; give it more restarts instead."
+            )
 
     def runs(self) -> list[tuple[str, Attack]]:
         """The attacks in order, each restart as one of its own, under the names that results go by."""
-        return [(f"{attack}{f', run {number}' if attack.restarts > 1 else ''}",
-                 replace(attack, start=attack.start if number == 1 else "random"))
-                for attack in self.attacks for number in range(1, attack.restarts + 1)]
+        return [
+            (
+                f"{attack}{f', run {number}' if attack.restarts > 1 else ''}",
+                replace(attack, start=attack.start if number == 1 else "random"),
+            )
+            for attack in self.attacks
+            for number in range(1, attack.restarts + 1)
+        ]
 
 
 RDC_TESTER = (Attack("DLR", exact=False, restarts=5, start="random"),)
-RDC_SOURCE = ("Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, "
-              "and the identity's gradient for likelihood maximisation.")
+RDC_SOURCE = (
+    "Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, "
+    "and the identity's gradient for likelihood maximisation."
+)
 PGD20 = (Attack("CE", 20, "pgd", fresh=False, step=0.25, start="random"),)
 MADRY = "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start."
 PAPERS = {
-    **dict.fromkeys(("dc", "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive"), (RDC_TESTER, RDC_SOURCE)),
-    "diffpure": ((Attack("CE", draws=20, start="random"), Attack("DLR", draws=20, start="random")),
-                 "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
-                 "EOT 20; its gradient by the adjoint method, ours exact."),
-    "idc": ((Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random"),
-             Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0)),
-            "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
-            "one frozen noise."),
+    **dict.fromkeys(
+        ("dc", "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive"),
+        (RDC_TESTER, RDC_SOURCE),
+    ),
+    "diffpure": (
+        (Attack("CE", draws=20, start="random"), Attack("DLR", draws=20, start="random")),
+        "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
+        "EOT 20; its gradient by the adjoint method, ours exact.",
+    ),
+    "idc": (
+        (
+            Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random"),
+            Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0),
+        ),
+        "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
+        "one frozen noise.",
+    ),
     **dict.fromkeys(("cnn", "adversarial", "adversarial-dc", "contrastive"), (PGD20, MADRY)),
 }
 PURIFIED = ("lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive", "diffpure")
 DETERMINISTIC = ("cnn", "adversarial")
-HONEST = ("Ours: exact gradient and BPDA, fixed and fresh noise, several losses and starts, at least 100 steps, the "
-          "worst for each image, judged anew.")
+HONEST = (
+    "Ours: exact gradient and BPDA, fixed and fresh noise, several losses and starts, at least 100 steps, the "
+    "worst for each image, judged anew."
+)
 # Gradients averaged at a step, one where not named: where trials on a few digits showed that more gain nothing.
 EOT = {"idc": 4, "diffpure": 4}
 
@@ -148,11 +202,15 @@ def paper(defence: str, norm: str, epsilon: float, *, classes: int = 10) -> Prot
     Errors      ValueError for an unknown name, or a DLR loss and fewer than 3 classes
     """
     if defence not in PAPERS:
-        raise ValueError(f"expected a defence with a paper, one of {list(PAPERS)}, got {defence!r}.")
+        raise ValueError(
+            f"expected a defence with a paper, one of {list(PAPERS)}, got {defence!r}."
+        )
     listed, source = PAPERS[defence]
     if classes < 3 and any(attack.loss == "DLR" for attack in listed):
-        raise ValueError(f"expected at least 3 classes, as the paper's protocol for {defence} uses the DLR loss, got "
-                         f"{classes}; the honest protocol has another loss then.")
+        raise ValueError(
+            f"expected at least 3 classes, as the paper's protocol for {defence} uses the DLR loss, got "
+            f"{classes}; the honest protocol has another loss then."
+        )
     return Protocol("paper", defence, norm, epsilon, listed, source)
 
 
@@ -167,13 +225,21 @@ def honest(defence: str, norm: str, epsilon: float, *, classes: int = 10) -> Pro
     """
     if defence not in PAPERS:
         raise ValueError(f"expected one of the defences {list(PAPERS)}, got {defence!r}.")
-    draws, ratio = EOT.get(defence, 1), "DLR" if classes > 2 else "margin"
+    draws = EOT.get(defence, 1)
+    ratio = "DLR" if classes > 2 else "margin"
     averaged = Attack("margin", 100, "pgd", draws=draws, step=0.1)
     if defence in DETERMINISTIC:
-        listed = (Attack("margin", fresh=False, restarts=5), Attack(ratio, fresh=False, restarts=5),
-                  Attack("scaled CE", fresh=False, restarts=5))
+        listed = (
+            Attack("margin", fresh=False, restarts=5),
+            Attack(ratio, fresh=False, restarts=5),
+            Attack("scaled CE", fresh=False, restarts=5),
+        )
     elif defence in PURIFIED:
-        listed = (averaged, replace(averaged, loss=ratio, exact=False, draws=1), Attack("scaled CE", fresh=False))
+        listed = (
+            averaged,
+            replace(averaged, loss=ratio, exact=False, draws=1),
+            Attack("scaled CE", fresh=False),
+        )
     else:
         listed = (averaged, Attack(ratio, fresh=False), replace(averaged, loss="scaled CE"))
     return Protocol("honest", defence, norm, epsilon, tuple(dict.fromkeys(listed)), HONEST)

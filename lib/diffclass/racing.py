@@ -18,8 +18,12 @@ from diffclass import likelihood, noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Levels, NoiseBank, Weighting
 
-Design = Callable[[Tensor, int, torch.Generator], Tensor]  # share [G], count, generator -> grid indices [count]
-Rule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # differences [B,K,K], state -> who is out [B,K], state
+Design = Callable[
+    [Tensor, int, torch.Generator], Tensor
+]  # share [G], count, generator -> grid indices [count]
+Rule = Callable[
+    [Tensor, Tensor | None], tuple[Tensor, Tensor]
+]  # differences [B,K,K], state -> who is out [B,K], state
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,9 @@ class Question:
         count = self.denoiser.num_classes
         prior = torch.full((count,), -math.log(count)) if self.log_prior is None else self.log_prior
         if tuple(prior.shape) != (count,) or not bool(torch.isfinite(prior).all()):
-            raise ValueError(f"expected a finite log-prior for each of {count} classes, got {prior.tolist()}.")
+            raise ValueError(
+                f"expected a finite log-prior for each of {count} classes, got {prior.tolist()}."
+            )
         object.__setattr__(self, "log_prior", prior.double())
 
 
@@ -52,16 +58,22 @@ class Meter:
 
     def __init__(self, question: Question, x: Tensor, generator: torch.Generator):
         units.check_images(x, question.denoiser.image_shape)
-        self.question, self.z, self.generator = question, units.to_model(x), generator
+        self.question = question
+        self.z = units.to_model(x)
+        self.generator = generator
         self.weights = question.weighting(question.levels).double().to(x.device)
         self.evaluations = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self.everyone = torch.ones(len(x), question.denoiser.num_classes, dtype=torch.bool, device=x.device)
+        self.everyone = torch.ones(
+            len(x), question.denoiser.num_classes, dtype=torch.bool, device=x.device
+        )
         self.heads = question.denoiser.one_call
 
     def draw(self, count: int) -> Tensor:
         """Fresh noise for `count` levels. Shapes: -> [count,1,B,C,H,W]."""
         shape = (count, 1, *self.z.shape)
-        return torch.randn(shape, generator=self.generator, dtype=self.z.dtype, device=self.generator.device).to(self.z)
+        return torch.randn(
+            shape, generator=self.generator, dtype=self.z.dtype, device=self.generator.device
+        ).to(self.z)
 
     def cost(self, asked: Tensor) -> Tensor:
         """Network evaluations at one level. Shapes: asked [B,K] -> [B]."""
@@ -73,15 +85,22 @@ class Meter:
 
         Shapes      index [n] on the grid, asked [B,K], eps [n,1,B,C,H,W] -> [B,K,n], float64
         """
-        grid, every = self.question.levels, range(asked.shape[1])
+        grid = self.question.levels
+        every = range(asked.shape[1])
         levels = Levels(grid.sigma[index], grid.lower[index], grid.upper[index])
-        found = torch.full((*asked.shape, len(index)), math.nan, dtype=torch.float64, device=self.z.device)
+        found = torch.full(
+            (*asked.shape, len(index)), math.nan, dtype=torch.float64, device=self.z.device
+        )
         for classes in [list(every)] if self.heads else [[k] for k in every]:
             rows = asked[:, classes].any(1).nonzero().flatten()
             if len(rows):
                 bank = NoiseBank(levels, eps[:, :, rows])
-                errors = likelihood.diffusion_errors(self.question.denoiser, self.z[rows], bank, classes)[..., 0]
-                found[rows[:, None], torch.tensor(classes, device=rows.device)] = errors.double() * self.weights[index]
+                errors = likelihood.diffusion_errors(
+                    self.question.denoiser, self.z[rows], bank, classes
+                )[..., 0]
+                found[rows[:, None], torch.tensor(classes, device=rows.device)] = (
+                    errors.double() * self.weights[index]
+                )
         self.evaluations += len(index) * self.cost(asked)
         return found.masked_fill(~asked[..., None], math.nan)
 
@@ -90,12 +109,22 @@ class Meter:
         if shared:
             return self.losses(index, self.everyone, self.draw(len(index)))
         only = torch.eye(self.everyone.shape[1], dtype=torch.bool, device=self.z.device)
-        return torch.stack([self.losses(index, own.expand_as(self.everyone), self.draw(len(index)))[:, k]
-                            for k, own in enumerate(only)], 1)
+        return torch.stack(
+            [
+                self.losses(index, own.expand_as(self.everyone), self.draw(len(index)))[:, k]
+                for k, own in enumerate(only)
+            ],
+            1,
+        )
 
     def answer(self, estimates: Tensor, alive: Tensor, decided: Tensor | None = None) -> "Answer":
         """What has been found so far, with the bill."""
-        return Answer(estimates, alive, self.evaluations.clone(), self.everyone[:, 0] if decided is None else decided)
+        return Answer(
+            estimates,
+            alive,
+            self.evaluations.clone(),
+            self.everyone[:, 0] if decided is None else decided,
+        )
 
     def scores(self, sums: Tensor) -> Tensor:
         """Sums of losses, with the prior. Shapes: [B,K] -> [B,K]."""
@@ -138,7 +167,9 @@ def _smallest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
 # All classes, at all levels or at some: unbiased
 
 
-def full(question: Question, x: Tensor, generator: torch.Generator, shared: bool = True) -> Iterator[Answer]:
+def full(
+    question: Question, x: Tensor, generator: torch.Generator, shared: bool = True
+) -> Iterator[Answer]:
     """Every class at every level of the grid, once.
 
     Unbiased    for the scores of this grid; a coarse grid has other scores, by the error of its quadrature
@@ -150,15 +181,23 @@ def full(question: Question, x: Tensor, generator: torch.Generator, shared: bool
     yield meter.answer(meter.scores(losses.sum(-1)), meter.everyone)
 
 
-def sampled(question: Question, x: Tensor, generator: torch.Generator, count: int, share: Tensor, design: Design,
-            shared: bool = True) -> Iterator[Answer]:
+def sampled(
+    question: Question,
+    x: Tensor,
+    generator: torch.Generator,
+    count: int,
+    share: Tensor,
+    design: Design,
+    shared: bool = True,
+) -> Iterator[Answer]:
     """Every class at `count` levels drawn from the grid, each weighted by how often it is drawn.
 
     Formula     score_k ~ 1/n sum_i (w_g / share_g) e_k(g, eps_i) at g = g_i,  - ln prior_k
     Unbiased    for the scores of the grid, for every share > 0: both designs draw level g n share_g times on average
     Shapes      x [B,C,H,W] in [0,1], share [G]; the levels are drawn once for the batch -> one `Answer`
     """
-    meter, share = Meter(question, x, generator), _checked(share, question.levels)
+    meter = Meter(question, x, generator)
+    share = _checked(share, question.levels)
     index = design(share, count, generator)
     losses = meter.losses_of_all(index, shared) / share[index].to(x.device)
     yield meter.answer(meter.scores(losses.mean(-1)), meter.everyone)
@@ -171,7 +210,9 @@ def independent(share: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 def systematic(share: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """One level from each of `count` stretches of equal share, at one random offset. Shapes: [G] -> [count]."""
-    position = (torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
+    position = (
+        torch.arange(count) + torch.rand(1, generator=generator, dtype=torch.float64)
+    ) / count
     return torch.searchsorted(share.cumsum(0), position, right=True).clamp(max=len(share) - 1)
 
 
@@ -181,9 +222,15 @@ def log_share(levels: Levels) -> Tensor:
 
 
 def _checked(share: Tensor, levels: Levels) -> Tensor:
-    if tuple(share.shape) != (len(levels),) or float(share.min()) <= 0 or abs(float(share.sum()) - 1) > 1e-6:
-        raise ValueError(f"expected {len(levels)} shares > 0 of sum 1, got {len(share)} from {float(share.min()):.3g} "
-                         f"with sum {float(share.sum()):.6g}; a level never drawn would be missing from the scores.")
+    if (
+        tuple(share.shape) != (len(levels),)
+        or float(share.min()) <= 0
+        or abs(float(share.sum()) - 1) > 1e-6
+    ):
+        raise ValueError(
+            f"expected {len(levels)} shares > 0 of sum 1, got {len(share)} from {float(share.min()):.3g} "
+            f"with sum {float(share.sum()):.6g}; a level never drawn would be missing from the scores."
+        )
     return share.double()
 
 
@@ -198,7 +245,13 @@ class Pilot:
     evaluations: int
 
 
-def pilot(question: Question, images: Tensor, generator: torch.Generator, samples: int = 2, even: float = 0.1) -> Pilot:
+def pilot(
+    question: Question,
+    images: Tensor,
+    generator: torch.Generator,
+    samples: int = 2,
+    even: float = 0.1,
+) -> Pilot:
     """Measure the two best classes of other images at every level of the grid, `samples` >= 2 times.
 
     Formula     share_g = (1 - even) s_g / sum s + even / G,   s_g^2 = mean over images of Var_eps[w_g (e_2nd - e_1st)]
@@ -206,8 +259,11 @@ def pilot(question: Question, images: Tensor, generator: torch.Generator, sample
     Shapes      images [N,C,H,W] in [0,1]
     """
     if samples < 2 or not 0 < even <= 1:
-        raise ValueError(f"expected samples >= 2, to see a variance, and 0 < even <= 1, got {samples} and {even}.")
-    meter, grid = Meter(question, images, generator), torch.arange(len(question.levels))
+        raise ValueError(
+            f"expected samples >= 2, to see a variance, and 0 < even <= 1, got {samples} and {even}."
+        )
+    meter = Meter(question, images, generator)
+    grid = torch.arange(len(question.levels))
     losses = torch.stack([meter.losses_of_all(grid) for _ in range(samples)], -1)  # [N,K,G,S]
     best = meter.scores(losses.mean(-1).sum(-1)).topk(2, largest=False).indices
     first, second = losses[torch.arange(len(images))[:, None], best].unbind(1)
@@ -216,15 +272,25 @@ def pilot(question: Question, images: Tensor, generator: torch.Generator, sample
     drawn = (second - first) / share[:, None]  # [N,G,S]
     mean = (share[:, None] * drawn).sum(1).mean(-1)
     variance = (share[:, None] * (drawn - mean[:, None, None]) ** 2).sum(1).mean(-1)
-    return Pilot(share.cpu(), float(drawn.abs().max()), float(variance.max().sqrt()), int(meter.evaluations.sum()))
+    return Pilot(
+        share.cpu(),
+        float(drawn.abs().max()),
+        float(variance.max().sqrt()),
+        int(meter.evaluations.sum()),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Elimination without a guarantee. Biased: a class that is dropped by bad luck, or by its first levels, never returns
 
 
-def staged(question: Question, x: Tensor, generator: torch.Generator, counts: Sequence[int] = (8, 64),
-           keep: Sequence[int] = (5, 1)) -> Iterator[Answer]:
+def staged(
+    question: Question,
+    x: Tensor,
+    generator: torch.Generator,
+    counts: Sequence[int] = (8, 64),
+    keep: Sequence[int] = (5, 1),
+) -> Iterator[Answer]:
     """Li's staged elimination: a sparse sub-grid for all classes, denser ones for those that are left.
 
     Formula     stage j: measure the living at the counts[j] levels of index (i + 1/2) G / counts[j], once each;
@@ -233,13 +299,25 @@ def staged(question: Question, x: Tensor, generator: torch.Generator, counts: Se
     Biased      see above; who survives until counts[-1] = G has the score that `full` gives under the same noise
     Shapes      x [B,C,H,W] in [0,1] -> one `Answer` a stage
     """
-    size, classes = len(question.levels), question.denoiser.num_classes
-    if not (len(counts) == len(keep) and 0 < counts[0] and sorted(set(counts)) == list(counts) and counts[-1] <= size
-            and keep[0] <= classes and sorted(set(keep), reverse=True) == list(keep) and keep[-1] == 1):
-        raise ValueError(f"expected counts that grow to at most {size} levels and as many keep that fall from at most "
-                         f"{classes} classes to 1, got counts {tuple(counts)} and keep {tuple(keep)}.")
+    size = len(question.levels)
+    classes = question.denoiser.num_classes
+    if not (
+        len(counts) == len(keep)
+        and 0 < counts[0]
+        and sorted(set(counts)) == list(counts)
+        and counts[-1] <= size
+        and keep[0] <= classes
+        and sorted(set(keep), reverse=True) == list(keep)
+        and keep[-1] == 1
+    ):
+        raise ValueError(
+            f"expected counts that grow to at most {size} levels and as many keep that fall from at most "
+            f"{classes} classes to 1, got counts {tuple(counts)} and keep {tuple(keep)}."
+        )
     meter = Meter(question, x, generator)
-    eps, alive, done = meter.draw(size), meter.everyone, torch.zeros(size, dtype=torch.bool)
+    eps = meter.draw(size)
+    alive = meter.everyone
+    done = torch.zeros(size, dtype=torch.bool)
     sums = estimates = torch.zeros_like(alive, dtype=torch.float64)
     for count, survivors in zip(counts, keep, strict=True):
         index = torch.arange(count) * (size // count) + size // count // 2
@@ -251,8 +329,14 @@ def staged(question: Question, x: Tensor, generator: torch.Generator, counts: Se
         yield meter.answer(estimates, alive)
 
 
-def sift_and_refine(question: Question, x: Tensor, generator: torch.Generator, threshold: float, sift: int = 16,
-                    most: int = 3) -> Iterator[Answer]:
+def sift_and_refine(
+    question: Question,
+    x: Tensor,
+    generator: torch.Generator,
+    threshold: float,
+    sift: int = 16,
+    most: int = 3,
+) -> Iterator[Answer]:
     """NDC's way with many classes: sift with few levels, upwards, until few are left; measure those from scratch.
 
     Formula     drop k once  sum_t (G/sift) w_t e_k(t) - ln prior_k > min_j (the same) + threshold;  stop at `most`
@@ -260,19 +344,28 @@ def sift_and_refine(question: Question, x: Tensor, generator: torch.Generator, t
     Source      Chen et al. 2024 (NDC), its code, where errors are pixel means and the factor G/sift is left out
     Shapes      x [B,C,H,W] in [0,1] -> one `Answer` for each sifted level and one for the refinement
     """
-    size, classes = len(question.levels), question.denoiser.num_classes
+    size = len(question.levels)
+    classes = question.denoiser.num_classes
     if not (threshold > 0 and 1 <= sift <= size and 1 <= most <= classes):
-        raise ValueError(f"expected threshold > 0, sift <= {size}, most <= {classes}, got {threshold}, {sift}, {most}.")
-    meter, stride = Meter(question, x, generator), size // sift
-    alive, estimates = meter.everyone, meter.scores(torch.zeros_like(meter.everyone, dtype=torch.float64))
+        raise ValueError(
+            f"expected threshold > 0, sift <= {size}, most <= {classes}, got {threshold}, {sift}, {most}."
+        )
+    meter = Meter(question, x, generator)
+    stride = size // sift
+    alive = meter.everyone
+    estimates = meter.scores(torch.zeros_like(meter.everyone, dtype=torch.float64))
     for index in (torch.arange(sift) * stride + stride // 2).split(1):
         asked = alive & (alive.sum(1) > most)[:, None]
-        estimates = estimates + size / sift * meter.losses(index, asked, meter.draw(1))[..., 0].nan_to_num(0.0)
+        estimates = estimates + size / sift * meter.losses(index, asked, meter.draw(1))[
+            ..., 0
+        ].nan_to_num(0.0)
         least = estimates.masked_fill(~alive, math.inf).amin(1, keepdim=True)
         alive = alive & (~asked | (estimates <= least + threshold))
         yield meter.answer(estimates, alive)
     alive = _smallest(estimates, alive, most)
-    refined = meter.losses(torch.arange(size), alive & (alive.sum(1) > 1)[:, None], meter.draw(size)).sum(-1)
+    refined = meter.losses(
+        torch.arange(size), alive & (alive.sum(1) > 1)[:, None], meter.draw(size)
+    ).sum(-1)
     yield meter.answer(torch.where(refined.isnan(), estimates, meter.scores(refined)), alive)
 
 
@@ -280,8 +373,14 @@ def sift_and_refine(question: Question, x: Tensor, generator: torch.Generator, t
 # Races: a class is out only when the evidence against it holds whenever one looks
 
 
-def race(question: Question, x: Tensor, generator: torch.Generator, share: Tensor, rule: Rule,
-         budget: int) -> Iterator[Answer]:
+def race(
+    question: Question,
+    x: Tensor,
+    generator: torch.Generator,
+    share: Tensor,
+    rule: Rule,
+    budget: int,
+) -> Iterator[Answer]:
     """One random level at a time for the classes alive, until one is left, or the budget is spent: undecided.
 
     Formula     X_kj = (w_g / share_g) (e_k - e_j) - ln prior_k + ln prior_j,  of expectation score_k - score_j
@@ -289,22 +388,34 @@ def race(question: Question, x: Tensor, generator: torch.Generator, share: Tenso
     Shapes      x [B,C,H,W] in [0,1], share [G], budget in network evaluations an image; levels are drawn once for the
                 batch -> one `Answer` a draw
     """
-    meter, share = Meter(question, x, generator), _checked(share, question.levels)
-    alive, state = meter.everyone, None
+    meter = Meter(question, x, generator)
+    share = _checked(share, question.levels)
+    alive = meter.everyone
+    state = None
     sums = draws = torch.zeros_like(alive, dtype=torch.float64)
     if (least := int(meter.cost(alive).max())) > budget:
-        raise ValueError(f"expected a budget of at least {least}, one level of every class, got {budget}.")
-    while bool((running := (alive.sum(1) > 1) & (meter.evaluations + meter.cost(alive) <= budget)).any()):
-        asked, index = alive & running[:, None], independent(share, 1, generator)
-        drawn = meter.scores(meter.losses(index, asked, meter.draw(1))[..., 0] / float(share[index]))
-        sums, draws = sums + drawn.nan_to_num(0.0), draws + asked
+        raise ValueError(
+            f"expected a budget of at least {least}, one level of every class, got {budget}."
+        )
+    while bool(
+        (running := (alive.sum(1) > 1) & (meter.evaluations + meter.cost(alive) <= budget)).any()
+    ):
+        asked = alive & running[:, None]
+        index = independent(share, 1, generator)
+        drawn = meter.scores(
+            meter.losses(index, asked, meter.draw(1))[..., 0] / float(share[index])
+        )
+        sums = sums + drawn.nan_to_num(0.0)
+        draws = draws + asked
         out, state = rule(drawn[:, :, None] - drawn[:, None], state)
         left = alive & ~(out & asked)  # should that be nobody, the best so far stays
         alive = torch.where(left.any(1, keepdim=True), left, _smallest(sums / draws, alive, 1))
         yield meter.answer(sums / draws, alive, alive.sum(1) == 1)
 
 
-def betting(x: Tensor, state: Tensor | None, *, alpha: float, reach: float) -> tuple[Tensor, Tensor]:
+def betting(
+    x: Tensor, state: Tensor | None, *, alpha: float, reach: float
+) -> tuple[Tensor, Tensor]:
     """Class k is out once bets that it is worse than its rivals have multiplied their stake by 1/alpha.
 
     Formula     M_k = mean over rivals j and bets c of prod_i (1 + c clip(X_kj,i, -reach, reach) / reach)
@@ -321,7 +432,9 @@ def betting(x: Tensor, state: Tensor | None, *, alpha: float, reach: float) -> t
     return _convinced(won, alpha, reach), won
 
 
-def normal_mixture(x: Tensor, state: Tensor | None, *, alpha: float, scale: float) -> tuple[Tensor, Tensor]:
+def normal_mixture(
+    x: Tensor, state: Tensor | None, *, alpha: float, scale: float
+) -> tuple[Tensor, Tensor]:
     """The same with exponential bets of every size: far cheaper, and it assumes far more.
 
     Formula     M_k = mean over j of integral_0^inf exp(c S - c^2 n scale^2 / 2) 2 N(c; 0, 1/scale^2) dc
@@ -341,8 +454,12 @@ def normal_mixture(x: Tensor, state: Tensor | None, *, alpha: float, scale: floa
 def _convinced(log_capital: Tensor, alpha: float, unit: float) -> Tensor:
     """Whether the mean capital over rivals and bets has reached 1/alpha. Shapes: [B,K,K,bets] -> [B,K]."""
     if not (0 < alpha < 1 and 0 < unit < math.inf):
-        raise ValueError(f"expected alpha between 0 and 1 and a finite reach or scale > 0, got {alpha} and {unit}.")
+        raise ValueError(
+            f"expected alpha between 0 and 1 and a finite reach or scale > 0, got {alpha} and {unit}."
+        )
     classes, bets = log_capital.shape[2:]
     oneself = torch.eye(classes, dtype=torch.bool, device=log_capital.device)[..., None]
-    mean = log_capital.masked_fill(oneself, -math.inf).flatten(2).logsumexp(-1) - math.log((classes - 1) * bets)
+    mean = log_capital.masked_fill(oneself, -math.inf).flatten(2).logsumexp(-1) - math.log(
+        (classes - 1) * bets
+    )
     return mean >= -math.log(alpha)

@@ -29,5 +29,6 @@ class Randomised(nn.Module):
     def twin(self) -> Self:
         """A copy whose attributes can be set without changing this one; weights and noise are shared."""
         twin = copy.copy(self)
-        twin._buffers, twin._modules = dict(self._buffers), dict(self._modules)
+        twin._buffers = dict(self._buffers)
+        twin._modules = dict(self._modules)
         return twin

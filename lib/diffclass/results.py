@@ -53,43 +53,68 @@ class Record:
 
     def __post_init__(self):
         if not (self.what and self.source):
-            raise ValueError(f"expected a record that says what was measured and by whom, got what={self.what!r}, "
-                             f"source={self.source!r}.")
+            raise ValueError(
+                f"expected a record that says what was measured and by whom, got what={self.what!r}, "
+                f"source={self.source!r}."
+            )
         numbers = {k: getattr(self, k) for k in ("value", "low", "high", "level")}
         bad = {k: v for k, v in numbers.items() if isinstance(v, bool) or not _is_finite(v)}
         if bad:
-            raise ValueError(f"expected finite numbers in a record, got {bad} for {self.what!r}; a failed run is not "
-                             "a result.")
+            raise ValueError(
+                f"expected finite numbers in a record, got {bad} for {self.what!r}; a failed run is not "
+                "a result."
+            )
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"expected n, the number of observations, to be a whole number >= 1, got {self.n!r}.")
+            raise ValueError(
+                f"expected n, the number of observations, to be a whole number >= 1, got {self.n!r}."
+            )
         if not self.low <= self.value <= self.high or not 0 < self.level < 1:
-            raise ValueError(f"expected low <= value <= high at a level in (0, 1), got {self.low} <= {self.value} <= "
-                             f"{self.high} at {self.level}; is the interval in percent and the value a share?")
+            raise ValueError(
+                f"expected low <= value <= high at a level in (0, 1), got {self.low} <= {self.value} <= "
+                f"{self.high} at {self.level}; is the interval in percent and the value a share?"
+            )
         self._check_share()
         if self.checkpoint is not None and not re.fullmatch("[0-9a-f]{64}", str(self.checkpoint)):
-            raise ValueError(f"expected the checkpoint as 64 hexadecimal digits, got {self.checkpoint!r}; "
-                             "use sha256_of.")
+            raise ValueError(
+                f"expected the checkpoint as 64 hexadecimal digits, got {self.checkpoint!r}; "
+                "use sha256_of."
+            )
         try:
             json.dumps(self.settings, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"expected settings of plain JSON values, got {self.settings!r} ({error}).") from error
+            raise ValueError(
+                f"expected settings of plain JSON values, got {self.settings!r} ({error})."
+            ) from error
 
     def _check_share(self) -> None:
         if self.unit != SHARE:
             return
         if not (0 <= self.low and self.high <= 1):
-            raise ValueError(f"expected a share in [0,1], got {self.value} [{self.low}, {self.high}]; "
-                             "divide percent by 100.")
-        if self.method == "Clopper-Pearson" and abs(self.value * self.n - round(self.value * self.n)) > 1e-6:
-            raise ValueError(f"expected a share that is a whole number of {self.n}, got {self.value} = "
-                             f"{self.value * self.n:.4f} of {self.n}; is n the number of images it was measured on?")
+            raise ValueError(
+                f"expected a share in [0,1], got {self.value} [{self.low}, {self.high}]; "
+                "divide percent by 100."
+            )
+        if (
+            self.method == "Clopper-Pearson"
+            and abs(self.value * self.n - round(self.value * self.n)) > 1e-6
+        ):
+            raise ValueError(
+                f"expected a share that is a whole number of {self.n}, got {self.value} = "
+                f"{self.value * self.n:.4f} of {self.n}; is n the number of images it was measured on?"
+            )
 
     def __str__(self) -> str:
         how = f"{100 * self.level:g} % {self.method}"
         if self.unit == SHARE:
-            count = f"{round(self.value * self.n)} of {self.n}" if self.method == "Clopper-Pearson" else f"n = {self.n}"
+            count = (
+                f"{round(self.value * self.n)} of {self.n}"
+                if self.method == "Clopper-Pearson"
+                else f"n = {self.n}"
+            )
             return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] ({count}, {how})"
-        return f"{self.value:.4g} {self.unit} [{self.low:.4g}, {self.high:.4g}] (n = {self.n}, {how})"
+        return (
+            f"{self.value:.4g} {self.unit} [{self.low:.4g}, {self.high:.4g}] (n = {self.n}, {how})"
+        )
 
     def append(self, path) -> Path:
         """Add the record to the file `path` as one line, written in one piece and flushed to the disk.
@@ -98,7 +123,10 @@ class Record:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+        line = (
+            json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, sort_keys=True).encode()
+            + b"\n"
+        )
         _mend_end(path)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -107,7 +135,9 @@ class Record:
         finally:
             os.close(handle)
         if written != len(line):
-            raise OSError(f"expected to write {len(line)} bytes to {path}, wrote {written}; is the disk full?")
+            raise OSError(
+                f"expected to write {len(line)} bytes to {path}, wrote {written}; is the disk full?"
+            )
         return path
 
 
@@ -120,7 +150,9 @@ def read(path) -> list[Record]:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"expected records in {path}, found no such file; run the command that measures them.")
+        raise FileNotFoundError(
+            f"expected records in {path}, found no such file; run the command that measures them."
+        )
     lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -130,20 +162,46 @@ def read(path) -> list[Record]:
             records.append(_parse(line))
         except ValueError as error:
             if number < len(lines):  # this line has its end, so it was not an interrupted write
-                raise ValueError(f"line {number} of {path} is not a record: {error} The other lines are untouched; "
-                                 "repair or remove this one.") from error
-            warnings.warn(f"line {number} of {path} is an interrupted write and was left out; {len(records)} records "
-                          "before it are complete.", stacklevel=2)
+                raise ValueError(
+                    f"line {number} of {path} is not a record: {error} The other lines are untouched; "
+                    "repair or remove this one."
+                ) from error
+            warnings.warn(
+                f"line {number} of {path} is an interrupted write and was left out; {len(records)} records "
+                "before it are complete.",
+                stacklevel=2,
+            )
     return records
 
 
-def accuracy_record(correct: int, n: int, what: str, bounds: tuple[float, float], *, source: str, level: float = 0.95,
-                    settings: dict | None = None, seed: int | None = None, checkpoint: str | None = None) -> Record:
+def accuracy_record(
+    correct: int,
+    n: int,
+    what: str,
+    bounds: tuple[float, float],
+    *,
+    source: str,
+    level: float = 0.95,
+    settings: dict | None = None,
+    seed: int | None = None,
+    checkpoint: str | None = None,
+) -> Record:
     """The record of `correct` hits among `n` images; `bounds` is `certificates.interval(correct, n, level)`."""
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"expected 0 <= correct <= n with n >= 1, got {correct} of {n}.")
     low, high = (float(b) for b in bounds)
-    return Record(what, int(correct) / int(n), int(n), low, high, level, settings or {}, seed, checkpoint, source)
+    return Record(
+        what,
+        int(correct) / int(n),
+        int(n),
+        low,
+        high,
+        level,
+        settings or {},
+        seed,
+        checkpoint,
+        source,
+    )
 
 
 def sha256_of(path) -> str:
@@ -164,7 +222,9 @@ def _parse(line: bytes) -> Record:
     content = json.loads(line.decode())  # both of their errors are ValueErrors
     known = {f.name for f in fields(Record)}
     if not isinstance(content, dict) or not set(content) <= known:
-        extra = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
+        extra = (
+            sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
+        )
         raise ValueError(f"expected the fields of a Record, got also {extra}.")
     try:
         return Record(**content)
@@ -183,8 +243,10 @@ def _mend_end(path: Path) -> None:
     try:
         _parse(content[start:])
     except ValueError:
-        warnings.warn(f"{path} ended in an interrupted write of {len(content) - start} bytes, which was removed.",
-                      stacklevel=3)
+        warnings.warn(
+            f"{path} ended in an interrupted write of {len(content) - start} bytes, which was removed.",
+            stacklevel=3,
+        )
         os.truncate(path, start)
         return
     with open(path, "ab") as file:

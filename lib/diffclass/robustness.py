@@ -23,7 +23,17 @@ ROWS = "rows.jsonl"
 # Perturbations are float32, not the 256 levels of a picture file: the attacked classifier reads floats, and rounding
 # would change the attack. In float32 the judged image is rebuilt bit by bit; 512 images of 3x32x32 take 6 MB.
 SHARD_BYTES = 14_000_000  # of one file of them
-NEEDED = {"world", "checkpoints", "protocol", "chosen", "seed", "batch", "n", "draws", "images"}  # of the settings
+NEEDED = {
+    "world",
+    "checkpoints",
+    "protocol",
+    "chosen",
+    "seed",
+    "batch",
+    "n",
+    "draws",
+    "images",
+}  # of the settings
 SLACK = 1e-6  # of a budget, for rounding
 
 
@@ -54,7 +64,9 @@ class Found:
     def protocol(self) -> Protocol:
         """The protocol of the settings."""
         content = self.settings["protocol"]
-        return Protocol(**{**content, "attacks": tuple(Attack(**attack) for attack in content["attacks"])})
+        return Protocol(
+            **{**content, "attacks": tuple(Attack(**attack) for attack in content["attacks"])}
+        )
 
     @property
     def sizes(self) -> list[float]:
@@ -78,20 +90,29 @@ def generator(seed: int, *purpose) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def judged(classifier: nn.Module, x: Tensor, y: Tensor, draws: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def judged(
+    classifier: nn.Module, x: Tensor, y: Tensor, draws: int, noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """How often of `draws` each image is classified correctly, and the mean margin of the best wrong class.
 
     Shapes      x [B,C,H,W], y [B] -> hits [B], margin [B]; a classifier without noise is asked as often, in vain
     Errors      FloatingPointError for logits that are NaN, whose argmax would count as a class
     """
-    judge = classifier.with_fresh_noise(noise) if hasattr(classifier, "with_fresh_noise") else classifier
-    hits, margin = torch.zeros_like(y), torch.zeros(len(y), dtype=torch.float64, device=y.device)
+    judge = (
+        classifier.with_fresh_noise(noise)
+        if hasattr(classifier, "with_fresh_noise")
+        else classifier
+    )
+    hits = torch.zeros_like(y)
+    margin = torch.zeros(len(y), dtype=torch.float64, device=y.device)
     for _ in range(draws):
         with torch.no_grad():
             logits = judge(x)
         if bool(torch.isnan(logits).any()):
-            raise FloatingPointError("the classifier's logits became NaN and cannot be judged; infinity minus infinity "
-                                     "or 0/0 in it is the likely cause.")
+            raise FloatingPointError(
+                "the classifier's logits became NaN and cannot be judged; infinity minus infinity "
+                "or 0/0 in it is the likely cause."
+            )
         hits = hits + (logits.argmax(1) == y)
         margin = margin + attacks.margin_loss(logits, y).double() / draws
     return hits, margin
@@ -108,16 +129,45 @@ def fingerprint(images: Tensor, labels: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def settings_of(classifier: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, own: dict, *, seed: int,
-                batch: int) -> dict:
+def settings_of(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    own: dict,
+    *,
+    seed: int,
+    batch: int,
+) -> dict:
     """All that a run depends on, as JSON values: `own` is the caller's (world, defence, checkpoints, version)."""
-    return json.loads(json.dumps({**own, "protocol": asdict(protocol), "chosen": repr(protocol), "seed": seed,
-                                  "batch": batch, "n": len(images), "draws": draws_of(classifier, protocol),
-                                  "images": fingerprint(images, labels)}, allow_nan=False))
+    return json.loads(
+        json.dumps(
+            {
+                **own,
+                "protocol": asdict(protocol),
+                "chosen": repr(protocol),
+                "seed": seed,
+                "batch": batch,
+                "n": len(images),
+                "draws": draws_of(classifier, protocol),
+                "images": fingerprint(images, labels),
+            },
+            allow_nan=False,
+        )
+    )
 
 
-def run(classifier: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, folder: str | Path, own: dict, *,
-        seed: int = 0, batch: int = 64) -> Iterator[Progress]:
+def run(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    folder: str | Path,
+    own: dict,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+) -> Iterator[Progress]:
     """Attack all images, batch by batch and attack by attack, keeping what is done after each.
 
     Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
@@ -135,9 +185,13 @@ def run(classifier: nn.Module, images: Tensor, labels: Tensor, protocol: Protoco
     with storage.locked(folder):
         chosen = settings_of(classifier, images, labels, protocol, own, seed=seed, batch=batch)
         storage.settle(folder, chosen, "perturbations found")
-        found = read(folder) if (folder / ROWS).exists() else Found(chosen, [], torch.zeros(0, *classifier.image_shape))
+        found = (
+            read(folder)
+            if (folder / ROWS).exists()
+            else Found(chosen, [], torch.zeros(0, *classifier.image_shape))
+        )
         deltas = torch.zeros(images.shape)
-        deltas[:len(found.deltas)] = found.deltas
+        deltas[: len(found.deltas)] = found.deltas
         found = Found(chosen, found.rows, deltas)
         for start in range(0, len(images), batch):
             yield from _attacked(_Batch(classifier, images, labels, found, folder, start))
@@ -146,30 +200,60 @@ def run(classifier: nn.Module, images: Tensor, labels: Tensor, protocol: Protoco
 class _Batch:
     """Some images of a run: their pixels, and views of their rows and perturbations."""
 
-    def __init__(self, classifier: nn.Module, images: Tensor, labels: Tensor, found: Found, folder: Path, start: int):
-        self.classifier, self.found, self.folder, self.start = classifier, found, folder, start
+    def __init__(
+        self,
+        classifier: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        found: Found,
+        folder: Path,
+        start: int,
+    ):
+        self.classifier = classifier
+        self.found = found
+        self.folder = folder
+        self.start = start
         self.part = slice(start, min(start + found.settings["batch"], len(images)))
         where = next(chain(classifier.parameters(), classifier.buffers()), images).device
-        self.x, self.y = images[self.part].to(where), labels[self.part].to(where)
-        self.rows, self.deltas = found.rows[self.part], found.deltas[self.part]
+        self.x = images[self.part].to(where)
+        self.y = labels[self.part].to(where)
+        self.rows = found.rows[self.part]
+        self.deltas = found.deltas[self.part]
 
     def noise(self, *purpose) -> torch.Generator:
         """Noise of its own for every purpose."""
         return generator(self.found.settings["seed"], self.start, *purpose)
 
-    def judge(self, purpose: str, kept=slice(None), deltas: Tensor | None = None) -> tuple[list, list]:
+    def judge(
+        self, purpose: str, kept=slice(None), deltas: Tensor | None = None
+    ) -> tuple[list, list]:
         """Hits and margins of the perturbed images `kept`, by noise of that purpose."""
         deltas = self.deltas[kept] if deltas is None else deltas
-        hits, margin = judged(self.classifier, perturbed(self.x[kept], deltas), self.y[kept],
-                              self.found.settings["draws"], self.noise(purpose))
+        hits, margin = judged(
+            self.classifier,
+            perturbed(self.x[kept], deltas),
+            self.y[kept],
+            self.found.settings["draws"],
+            self.noise(purpose),
+        )
         return hits.tolist(), margin.tolist()
 
     def begin(self) -> None:
         """The rows of clean images: their hits to be shown, and hits with other noise, from which attacks start."""
-        (clean, _), (hits, margin) = self.judge("clean"), self.judge("selection, none")
-        self.rows = [dict(index=self.start + i, label=int(y), clean=clean[i], attacks={"none": [hits[i], margin[i]]},
-                          strongest="none", hits=None, calls=2 * self.found.settings["draws"])
-                     for i, y in enumerate(self.y)]
+        (clean, _) = self.judge("clean")
+        (hits, margin) = self.judge("selection, none")
+        self.rows = [
+            dict(
+                index=self.start + i,
+                label=int(y),
+                clean=clean[i],
+                attacks={"none": [hits[i], margin[i]]},
+                strongest="none",
+                hits=None,
+                calls=2 * self.found.settings["draws"],
+            )
+            for i, y in enumerate(self.y)
+        ]
         self.found.rows.extend(self.rows)
 
     def keep(self, name: str, indices: list[int], deltas: Tensor, calls: int) -> None:
@@ -182,7 +266,8 @@ class _Batch:
             row["calls"] += calls + self.found.settings["draws"]
             before = row["attacks"][row["strongest"]]
             if (-hits[place], margin[place]) > (-before[0], before[1]):
-                row["strongest"], self.deltas[i] = name, deltas[place]
+                row["strongest"] = name
+                self.deltas[i] = deltas[place]
 
     def write(self) -> None:
         """Perturbations first: rows never speak of one that is not there."""
@@ -190,10 +275,17 @@ class _Batch:
         known = len(self.found.rows)
         for number in range(self.part.start // shard, (self.part.stop - 1) // shard + 1):
             path = self.folder / f"deltas-{number}.safetensors"
-            own = self.found.deltas[number * shard:min((number + 1) * shard, known)].half().contiguous()
+            own = (
+                self.found.deltas[number * shard : min((number + 1) * shard, known)]
+                .half()
+                .contiguous()
+            )
             save_file({"deltas": own}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
-        storage.write(self.folder / ROWS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.found.rows))
+        storage.write(
+            self.folder / ROWS,
+            "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.found.rows),
+        )
 
 
 def per_file(deltas: Tensor) -> int:
@@ -213,7 +305,9 @@ def storable(deltas: Tensor) -> Tensor:
 
 def _attacked(batch: _Batch) -> Iterator[Progress]:
     """Every attack that a batch still lacks, on the images that are not yet fooled at every draw."""
-    found, protocol, total = batch.found, batch.found.protocol, batch.found.settings["n"]
+    found = batch.found
+    protocol = batch.found.protocol
+    total = batch.found.settings["n"]
     if not batch.rows:
         batch.begin()
     for name, attack in protocol.runs():
@@ -223,20 +317,31 @@ def _attacked(batch: _Batch) -> Iterator[Progress]:
         for i in set(range(len(batch.rows))) - set(alive):
             batch.rows[i]["attacks"][name] = None
         if alive:
-            x, y = batch.x[alive], batch.y[alive]
-            *_, last = attack.frames(batch.classifier, x, y, protocol.epsilon, protocol.norm, batch.noise(name),
-                                     batch.noise(name, "start"))
+            x = batch.x[alive]
+            y = batch.y[alive]
+            *_, last = attack.frames(
+                batch.classifier,
+                x,
+                y,
+                protocol.epsilon,
+                protocol.norm,
+                batch.noise(name),
+                batch.noise(name, "start"),
+            )
             batch.keep(name, alive, (last.x - x).float().cpu(), attack.calls)
         batch.write()
         yield Progress(batch.part.start, total, name)
     if batch.rows[0]["hits"] is None:
         for row, hits in zip(batch.rows, batch.judge("evaluation")[0], strict=True):
-            row["hits"], row["calls"] = hits, row["calls"] + found.settings["draws"]
+            row["hits"] = hits
+            row["calls"] = row["calls"] + found.settings["draws"]
         batch.write()
     yield Progress(batch.part.stop, total, "all attacks")
 
 
-def rescored(classifier: nn.Module, images: Tensor, labels: Tensor, found: Found) -> Iterator[tuple[list, list]]:
+def rescored(
+    classifier: nn.Module, images: Tensor, labels: Tensor, found: Found
+) -> Iterator[tuple[list, list]]:
     """Ask again, batch by batch, with the noise of the claim: the hits on clean and on perturbed images.
 
     Shapes      images [N,C,H,W], labels [N] -> yields (clean, perturbed), a list of hits each
@@ -253,10 +358,16 @@ def read(folder: str | Path) -> Found:
     Errors      FileNotFoundError for a folder without a run; ValueError for a file that is damaged
     """
     folder = Path(folder)
-    missing = [name for name in (storage.SETTINGS, ROWS, "deltas-0.safetensors") if not (folder / name).exists()]
+    missing = [
+        name
+        for name in (storage.SETTINGS, ROWS, "deltas-0.safetensors")
+        if not (folder / name).exists()
+    ]
     if missing:
-        raise FileNotFoundError(f"expected the results of an attack in {folder}, found no {missing[0]}; "
-                                "`diffclass evaluate --attack honest --store FOLDER` writes them.")
+        raise FileNotFoundError(
+            f"expected the results of an attack in {folder}, found no {missing[0]}; "
+            "`diffclass evaluate --attack honest --store FOLDER` writes them."
+        )
     rows = []
     for number, line in enumerate((folder / ROWS).read_text().splitlines(), start=1):
         try:
@@ -265,20 +376,30 @@ def read(folder: str | Path) -> Found:
         except (ValueError, TypeError):
             known = False
         if not known or row["index"] != number - 1:
-            raise ValueError(f"line {number} of {folder / ROWS} is not the row of image {number - 1}; the file was "
-                             "changed by something else: restore it, or attack again in another folder.")
+            raise ValueError(
+                f"line {number} of {folder / ROWS} is not the row of image {number - 1}; the file was "
+                "changed by something else: restore it, or attack again in another folder."
+            )
         rows.append(row)
-    shards = sorted(folder.glob("deltas-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+    shards = sorted(
+        folder.glob("deltas-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])
+    )
     try:
         deltas = torch.cat([load_file(path)["deltas"] for path in shards]).float()
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"expected perturbations in {folder}/deltas-*.safetensors, got a file without ({error}); it "
-                         "was probably cut short.") from None
+        raise ValueError(
+            f"expected perturbations in {folder}/deltas-*.safetensors, got a file without ({error}); it "
+            "was probably cut short."
+        ) from None
     if len(deltas) < len(rows):
-        raise ValueError(f"expected a perturbation for each of {len(rows)} rows in {folder}, got {len(deltas)}; a file "
-                         "deltas-*.safetensors is missing.")
+        raise ValueError(
+            f"expected a perturbation for each of {len(rows)} rows in {folder}, got {len(deltas)}; a file "
+            "deltas-*.safetensors is missing."
+        )
     settings = storage.settings_of(folder)
     lacking = sorted(NEEDED - set(settings))
     if lacking:
-        raise ValueError(f"expected {folder / storage.SETTINGS} to be that of an attack, got one without {lacking}.")
-    return Found(settings, rows, deltas[:len(rows)])
+        raise ValueError(
+            f"expected {folder / storage.SETTINGS} to be that of an attack, got one without {lacking}."
+        )
+    return Found(settings, rows, deltas[: len(rows)])

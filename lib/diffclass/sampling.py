@@ -16,13 +16,17 @@ def karras_levels(steps: int, low: float = 0.02, high: float = 80.0, rho: float 
     Shapes      -> [steps + 1]
     """
     if steps < 2 or not 0 < low < high:
-        raise ValueError(f"expected at least 2 steps between levels 0 < low < high, got {steps} from {high} to {low}.")
+        raise ValueError(
+            f"expected at least 2 steps between levels 0 < low < high, got {steps} from {high} to {low}."
+        )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
-def heun(denoiser: Denoiser, labels: Tensor, levels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+def heun(
+    denoiser: Denoiser, labels: Tensor, levels: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Walk one image a label from noise to data, yielding the denoised images of every step; the last are the samples.
 
     Formula     d = (x - D(x, s))/s;  x' = x + (s' - s) d;  corrected by (d + d')/2 while s' > 0
@@ -32,12 +36,16 @@ def heun(denoiser: Denoiser, labels: Tensor, levels: Tensor, generator: torch.Ge
     """
     device = next(denoiser.parameters(), torch.zeros(())).device
     denoiser.check_classes(labels)
-    x = torch.randn((len(labels), *denoiser.image_shape), generator=generator).to(device) * float(levels[0])
+    x = torch.randn((len(labels), *denoiser.image_shape), generator=generator).to(device) * float(
+        levels[0]
+    )
 
     def denoised(x: Tensor, sigma: float) -> Tensor:
         out = torch.empty_like(x)
         with torch.no_grad():
-            for label in labels.unique().tolist():  # one class at a time: a denoiser answers for all its images at once
+            for label in (
+                labels.unique().tolist()
+            ):  # one class at a time: a denoiser answers for all its images at once
                 rows = labels == label
                 out[rows] = denoiser(x[rows], sigma, [label])[:, 0]
         return out

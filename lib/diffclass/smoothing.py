@@ -9,8 +9,14 @@ from diffclass import units
 from diffclass.certificates import Votes
 
 
-def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, generator: torch.Generator,
-                batch: int = 250) -> Iterator[Tensor]:
+def count_votes(
+    classifier: nn.Module,
+    x: Tensor,
+    sigma_pixel: float,
+    n: int,
+    generator: torch.Generator,
+    batch: int = 250,
+) -> Iterator[Tensor]:
     """Votes of `classifier` on x + sigma_pixel eps, as running counts after every batch.
 
     Formula     counts_k = #{i <= n: argmax f(x + sigma eps_i) = k}
@@ -23,9 +29,13 @@ def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, ge
     """
     units.check_images(x, classifier.image_shape)
     if len(x) != 1:
-        raise ValueError(f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time.")
+        raise ValueError(
+            f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time."
+        )
     if min(n, batch) < 1:
-        raise ValueError(f"expected at least one vote, in batches of at least one, got n={n}, batch={batch}.")
+        raise ValueError(
+            f"expected at least one vote, in batches of at least one, got n={n}, batch={batch}."
+        )
     sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
     counts = torch.zeros(classifier.num_classes, dtype=torch.long)
     for start in range(0, n, batch):
@@ -34,15 +44,25 @@ def count_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, n: int, ge
         with torch.no_grad():
             logits = classifier(x + sigma_pixel * eps)
         if bool(torch.isnan(logits).any()):
-            raise FloatingPointError("the classifier's logits became NaN on noised images (sigma_pixel "
-                                     f"{sigma_pixel:g}) and cannot vote; infinity minus infinity or 0/0 in it is the "
-                                     "likely cause.")
+            raise FloatingPointError(
+                "the classifier's logits became NaN on noised images (sigma_pixel "
+                f"{sigma_pixel:g}) and cannot vote; infinity minus infinity or 0/0 in it is the "
+                "likely cause."
+            )
         counts = counts + torch.bincount(logits.argmax(1).cpu(), minlength=len(counts))
         yield counts.clone()
 
 
-def draw_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, *, selection: int = 100, estimation: int = 1000,
-               seed: int = 0, batch: int = 250) -> Iterator[tuple[int, Votes | None]]:
+def draw_votes(
+    classifier: nn.Module,
+    x: Tensor,
+    sigma_pixel: float,
+    *,
+    selection: int = 100,
+    estimation: int = 1000,
+    seed: int = 0,
+    batch: int = 250,
+) -> Iterator[tuple[int, Votes | None]]:
     """The two independent counts of Cohen's Algorithm 1: one to guess the class, another to bound its probability.
 
     Shapes      x [1,C,H,W] -> yields (votes counted so far, None), and at the end (all, `Votes`)
@@ -50,7 +70,8 @@ def draw_votes(classifier: nn.Module, x: Tensor, sigma_pixel: float, *, selectio
     Errors      those of `count_votes`
     """
     generator = torch.Generator().manual_seed(seed)
-    done, counts = 0, []
+    done = 0
+    counts = []
     for wanted in (selection, estimation):
         running = None
         for running in count_votes(classifier, x, sigma_pixel, wanted, generator, batch):
@@ -70,16 +91,25 @@ class NoiseAveraged(nn.Module):
     Errors      ValueError for a noise level <= 0 or fewer than one draw
     """
 
-    def __init__(self, classifier: nn.Module, sigma_pixel: float, draws: int, generator: torch.Generator):
+    def __init__(
+        self, classifier: nn.Module, sigma_pixel: float, draws: int, generator: torch.Generator
+    ):
         super().__init__()
         if draws < 1:
             raise ValueError(f"expected at least one draw to average over, got {draws}.")
-        self.classifier, self.sigma_pixel = classifier, float(units.check_sigma(sigma_pixel, "sigma_pixel"))
-        self.draws, self.generator = draws, generator
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
+        self.classifier = classifier
+        self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+        self.draws = draws
+        self.generator = generator
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean logits. Shapes: [B,C,H,W] -> [B,K]."""
         many = x.repeat(self.draws, 1, 1, 1)
         eps = torch.randn(many.shape, generator=self.generator, dtype=x.dtype).to(x.device)
-        return self.classifier(many + self.sigma_pixel * eps).unflatten(0, (self.draws, len(x))).mean(0)
+        return (
+            self.classifier(many + self.sigma_pixel * eps)
+            .unflatten(0, (self.draws, len(x)))
+            .mean(0)
+        )

@@ -23,7 +23,9 @@ def settings_of(folder: Path) -> dict:
     try:
         return json.loads((folder / SETTINGS).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in {folder / SETTINGS}, got a file that is not ({error}).") from None
+        raise ValueError(
+            f"expected JSON in {folder / SETTINGS}, got a file that is not ({error})."
+        ) from None
 
 
 def settle(folder: Path, chosen: dict, what: str) -> None:
@@ -37,8 +39,10 @@ def settle(folder: Path, chosen: dict, what: str) -> None:
     there = settings_of(folder)
     differing = sorted(k for k in chosen | there if chosen.get(k) != there.get(k))
     if differing:
-        raise ValueError(f"expected {folder} to hold {what} with the same settings, but {differing} differ; "
-                         "name another folder, or use the settings it was begun with.")
+        raise ValueError(
+            f"expected {folder} to hold {what} with the same settings, but {differing} differ; "
+            "name another folder, or use the settings it was begun with."
+        )
 
 
 def mend(path: Path) -> None:
@@ -46,7 +50,7 @@ def mend(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):
-            path.write_bytes(content[:content.rfind(b"\n") + 1])
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 @contextlib.contextmanager
@@ -60,8 +64,10 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise RuntimeError(f"expected to be the only one that writes to {folder}, but another run holds its lock; wait "
-                           "for it, or name another folder.") from None
+        raise RuntimeError(
+            f"expected to be the only one that writes to {folder}, but another run holds its lock; wait "
+            "for it, or name another folder."
+        ) from None
     try:
         yield
     finally:

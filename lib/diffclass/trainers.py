@@ -65,26 +65,76 @@ class Recipe:
     monitored: int = 0
 
 
-CIFAR = dict(world="cifar10", network="UNet", mirror=True, precision="bf16", compiled=True, stored=torch.float16,
-             levels=36, measured=1000, monitored=256)
-CIFAR_TEACHER, CIFAR_STUDENT = recipes.MODELS["cifar10"]["teacher"], recipes.MODELS["cifar10"]["student"]
+CIFAR = dict(
+    world="cifar10",
+    network="UNet",
+    mirror=True,
+    precision="bf16",
+    compiled=True,
+    stored=torch.float16,
+    levels=36,
+    measured=1000,
+    monitored=256,
+)
+CIFAR_TEACHER = recipes.MODELS["cifar10"]["teacher"]
+CIFAR_STUDENT = recipes.MODELS["cifar10"]["student"]
 RECIPES = {
     recipes.TEACHER: Recipe("digits", "ConditionalDenoiser", "DigitNet", 500, 256, 2e-3),
-    recipes.STUDENT: Recipe("digits", "MultiHeadDenoiser", "DigitNet", 3000, 128, 3e-3, teacher=recipes.TEACHER),
-    CIFAR_TEACHER: Recipe(kind="ConditionalDenoiser", steps=15_000, batch=1024, rate=8e-4, ema=0.999,
-                          config=dict(widths=(96, 192, 192), layers=2, dropout=0.1), **CIFAR),
-    CIFAR_STUDENT: Recipe(kind="MultiHeadDenoiser", steps=12_000, batch=512, rate=1e-3, ema=0.999,
-                          config=dict(widths=(32, 64, 96), layers=2, attention=False), teacher=CIFAR_TEACHER, **CIFAR),
-    recipes.CONTRASTIVE["digits"]: Recipe("digits", "MultiHeadDenoiser", "DigitNet", 1000, 128, 3e-3, contrastive=True),
+    recipes.STUDENT: Recipe(
+        "digits", "MultiHeadDenoiser", "DigitNet", 3000, 128, 3e-3, teacher=recipes.TEACHER
+    ),
+    CIFAR_TEACHER: Recipe(
+        kind="ConditionalDenoiser",
+        steps=15_000,
+        batch=1024,
+        rate=8e-4,
+        ema=0.999,
+        config=dict(widths=(96, 192, 192), layers=2, dropout=0.1),
+        **CIFAR,
+    ),
+    CIFAR_STUDENT: Recipe(
+        kind="MultiHeadDenoiser",
+        steps=12_000,
+        batch=512,
+        rate=1e-3,
+        ema=0.999,
+        config=dict(widths=(32, 64, 96), layers=2, attention=False),
+        teacher=CIFAR_TEACHER,
+        **CIFAR,
+    ),
+    recipes.CONTRASTIVE["digits"]: Recipe(
+        "digits", "MultiHeadDenoiser", "DigitNet", 1000, 128, 3e-3, contrastive=True
+    ),
     recipes.CONTRASTIVE["cifar10"]: Recipe(
-        kind="MultiHeadDenoiser", steps=4000, batch=128, rate=2e-3, ema=0.998, contrastive=True,
-        **{**CIFAR, "network": "PatchNet", "levels": 12}),
+        kind="MultiHeadDenoiser",
+        steps=4000,
+        batch=128,
+        rate=2e-3,
+        ema=0.998,
+        contrastive=True,
+        **{**CIFAR, "network": "PatchNet", "levels": 12},
+    ),
     recipes.HARDENED["digits"]: Recipe(
-        "digits", "MultiHeadDenoiser", "DigitNet", 400, 64, 1e-3, ema=0.98, start=recipes.STUDENT,
-        hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE)),
+        "digits",
+        "MultiHeadDenoiser",
+        "DigitNet",
+        400,
+        64,
+        1e-3,
+        ema=0.98,
+        start=recipes.STUDENT,
+        hardening=Hardening(Inner(0.1, 2, 0.8), *recipes.DIGIT_RANGE),
+    ),
     recipes.HARDENED["cifar10"]: Recipe(
-        kind="MultiHeadDenoiser", steps=6000, batch=256, rate=5e-4, ema=0.998, start=recipes.CONTRASTIVE["cifar10"],
-        hardening=Hardening(Inner(8 / 255, 2, 0.8), *recipes.CIFAR_RANGE), **CIFAR),
+        kind="MultiHeadDenoiser",
+        steps=6000,
+        batch=256,
+        rate=5e-4,
+        ema=0.998,
+        start=recipes.CONTRASTIVE["cifar10"],
+        hardening=Hardening(Inner(8 / 255, 2, 0.8), *recipes.CIFAR_RANGE),
+        **CIFAR,
+    ),
 }
 
 
@@ -94,25 +144,47 @@ def classifier_of(recipe: Recipe, denoiser: Denoiser, levels: int | None = None)
     return make(denoiser, noise.log_levels(*span, levels or recipe.levels))
 
 
-def train(name: str, folder: Path, *, steps: int | None = None, batch: int | None = None, widths: tuple | None = None,
-          minutes: float | None = None, measured: int | None = None, seed: int = 0) -> Iterator[Progress]:
+def train(
+    name: str,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    batch: int | None = None,
+    widths: tuple | None = None,
+    minutes: float | None = None,
+    measured: int | None = None,
+    seed: int = 0,
+) -> Iterator[Progress]:
     """Train a network of `RECIPES`, yielding progress; the last act writes weights, card and checksum.
 
     Shapes      a student copies the teacher found in `folder`; `minutes` pauses the run after that time, resumable
     Randomness  all from `seed`
     Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present)
     """
-    recipe, chip = RECIPES[name], Accelerator()
+    recipe = RECIPES[name]
+    chip = Accelerator()
     images, labels = images_of(recipe.world, "train")
     denoiser, loss = _begun(recipe, folder, chip, tuple(images.shape[1:]), widths, seed)
     accelerated = torch.accelerator.is_available()
-    run = Training(denoiser, units.to_model(images), labels, loss=loss, steps=steps or recipe.steps,
-                   batch=batch or recipe.batch, rate=recipe.rate, ema=recipe.ema, mirror=recipe.mirror, seed=seed,
-                   precision=recipe.precision, compiled=recipe.compiled and accelerated,
-                   checkpoint=folder / "checkpoints" / name)
+    run = Training(
+        denoiser,
+        units.to_model(images),
+        labels,
+        loss=loss,
+        steps=steps or recipe.steps,
+        batch=batch or recipe.batch,
+        rate=recipe.rate,
+        ema=recipe.ema,
+        mirror=recipe.mirror,
+        seed=seed,
+        precision=recipe.precision,
+        compiled=recipe.compiled and accelerated,
+        checkpoint=folder / "checkpoints" / name,
+    )
     watched = recipe.monitored if accelerated or denoiser.one_call else 0
     monitor = Monitor(recipe, folder / "checkpoints" / name, watched)
-    started, progress = time.monotonic(), None
+    started = time.monotonic()
+    progress = None
     for progress in run:
         monitor.look(run, progress)
         yield progress
@@ -123,22 +195,41 @@ def train(name: str, folder: Path, *, steps: int | None = None, batch: int | Non
     chip.wait_for_everyone()
 
 
-def _begun(recipe: Recipe, folder: Path, chip: Accelerator, shape: tuple, widths: tuple | None,
-           seed: int) -> tuple[Denoiser, Loss]:
+def _begun(
+    recipe: Recipe, folder: Path, chip: Accelerator, shape: tuple, widths: tuple | None, seed: int
+) -> tuple[Denoiser, Loss]:
     """The network as its training begins, and what it is trained by."""
     if recipe.hardening:
         if widths:
-            raise ValueError(f"expected no widths for a network that goes on from {recipe.start}, got {widths}.")
-        return network.load_denoiser(folder / recipe.start)[0].requires_grad_(True), hardening_loss(recipe.hardening)
-    loss, null = contrastive_loss(*recipes.CLASSIFIERS[recipe.world][1]) if recipe.contrastive else denoising_loss, True
+            raise ValueError(
+                f"expected no widths for a network that goes on from {recipe.start}, got {widths}."
+            )
+        return network.load_denoiser(folder / recipe.start)[0].requires_grad_(True), hardening_loss(
+            recipe.hardening
+        )
+    loss = (
+        contrastive_loss(*recipes.CLASSIFIERS[recipe.world][1])
+        if recipe.contrastive
+        else denoising_loss
+    )
+    null = True
     if recipe.teacher:
         teacher = network.load_denoiser(folder / recipe.teacher)[0].to(chip.device)
-        loss, null = distillation_loss(teacher), teacher.has_null
+        loss = distillation_loss(teacher)
+        null = teacher.has_null
     return _fresh(recipe, shape, widths, null, seed), loss
 
 
-def _fresh(recipe: Recipe, shape: tuple, widths: tuple | None, null: bool = True, seed: int = 0) -> Denoiser:
-    own = {} if not widths else {"widths": widths} if recipe.network == "UNet" else {"width": widths[0]}
+def _fresh(
+    recipe: Recipe, shape: tuple, widths: tuple | None, null: bool = True, seed: int = 0
+) -> Denoiser:
+    own = (
+        {}
+        if not widths
+        else {"widths": widths}
+        if recipe.network == "UNet"
+        else {"width": widths[0]}
+    )
     config = {**recipe.config, **own}
     return network.build(recipe.kind, recipe.network, 10, shape, has_null=null, seed=seed, **config)
 
@@ -148,14 +239,17 @@ class Monitor(Curve):
 
     def __init__(self, recipe: Recipe, checkpoint: Path, images: int):
         super().__init__(checkpoint)
-        self.recipe, self.count = recipe, images
+        self.recipe = recipe
+        self.count = images
 
     def look(self, run: Training, progress: Progress) -> None:
         """Measure the averaged network of this step, if it is one of the twenty."""
         if not self.count or not progress.is_milestone or not run.accelerator.is_main_process:
             return
         device = run.accelerator.device
-        test, labels = (part[:self.count].to(device) for part in images_of(self.recipe.world, "test"))
+        test, labels = (
+            part[: self.count].to(device) for part in images_of(self.recipe.world, "test")
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             classifier = classifier_of(self.recipe, run.average.eval(), levels=12).to(device)
             correct = recipes.accuracy(classifier, test, labels)
@@ -167,20 +261,28 @@ def remaining(world: str, folder: Path, only: str | None = None) -> list[str]:
 
     Shapes      only is "teacher", "student" or None
     """
-    own = {name: recipe for name, recipe in RECIPES.items()
-           if recipe.world == world and not (recipe.hardening or recipe.contrastive)}
+    own = {
+        name: recipe
+        for name, recipe in RECIPES.items()
+        if recipe.world == world and not (recipe.hardening or recipe.contrastive)
+    }
     teacher, student = sorted(own, key=lambda name: bool(own[name].teacher))
     if only:
         return [teacher if only == "teacher" else student]
     checkpoints = folder / "checkpoints"
     begun = (checkpoints / student).exists() and not (checkpoints / teacher).exists()
-    return [student] if begun and assets.parts(teacher, [p.name for p in folder.iterdir()]) else [teacher, student]
+    return (
+        [student]
+        if begun and assets.parts(teacher, [p.name for p in folder.iterdir()])
+        else [teacher, student]
+    )
 
 
 def stoppable(run: Iterator[Progress]) -> Iterator[Progress]:
     """The same progress, but Ctrl-C waits for the end of a step, so that the checkpoint is whole and the resumed run
     equals an unbroken one. A second Ctrl-C does not wait. For the main thread, where signals arrive."""
-    pressed, before = [], signal.getsignal(signal.SIGINT)
+    pressed = []
+    before = signal.getsignal(signal.SIGINT)
 
     def press(number, frame):
         pressed.append(number)
@@ -193,7 +295,9 @@ def stoppable(run: Iterator[Progress]) -> Iterator[Progress]:
                 yield progress
                 if pressed:
                     raise KeyboardInterrupt
-                if progress.step == progress.steps:  # what follows only measures, and the checkpoint is complete
+                if (
+                    progress.step == progress.steps
+                ):  # what follows only measures, and the checkpoint is complete
                     signal.signal(signal.SIGINT, before)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -211,8 +315,10 @@ class Speed:
     peak: float
 
     def __str__(self) -> str:
-        return (f"{self.images:,.0f} images/s, {self.images * self.flops / 1e12:.3g} TFLOP/s, "
-                f"{self.images * self.flops / self.peak:.0%} of the matrix peak")
+        return (
+            f"{self.images:,.0f} images/s, {self.images * self.flops / 1e12:.3g} TFLOP/s, "
+            f"{self.images * self.flops / self.peak:.0%} of the matrix peak"
+        )
 
 
 def step_flops(name: str, widths: tuple | None = None) -> float:
@@ -223,14 +329,20 @@ def step_flops(name: str, widths: tuple | None = None) -> float:
     """
     recipe = RECIPES[name]
     if recipe.hardening:
-        return 3 * forward_flops(RECIPES[recipe.start]) * recipe.hardening.levels * (recipe.hardening.inner.steps + 2)
+        return (
+            3
+            * forward_flops(RECIPES[recipe.start])
+            * recipe.hardening.levels
+            * (recipe.hardening.inner.steps + 2)
+        )
     taught = 11 * forward_flops(RECIPES[recipe.teacher]) if recipe.teacher else 0
     return 3 * forward_flops(recipe, widths) + taught
 
 
 def forward_flops(recipe: Recipe, widths: tuple | None = None) -> int:
     """FLOP of one call of a recipe's network on one image: of one class, or of all heads at once."""
-    asked, shape = None if recipe.kind == "MultiHeadDenoiser" else [0], SHAPES[recipe.world]
+    asked = None if recipe.kind == "MultiHeadDenoiser" else [0]
+    shape = SHAPES[recipe.world]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _fresh(recipe, shape, widths).eval()(torch.zeros(1, *shape), 1.0, asked)
     return counter.get_total_flops()
@@ -240,11 +352,14 @@ def matrix_peak(precision: str, size: int = 4096, seconds: float = 0.3) -> float
     """FLOP a second of a product of two large matrices on this process's chip, in the precision of the network."""
     device = Accelerator().device
     size = size if torch.accelerator.is_available() else size // 4
-    matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    matrix = torch.ones(
+        size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     matrix @ matrix
     wait()
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
+    count = 0
     while time.perf_counter() - started < seconds:
         matrix @ matrix
         count += 1
@@ -254,7 +369,8 @@ def matrix_peak(precision: str, size: int = 4096, seconds: float = 0.3) -> float
 
 def _finish(name: str, folder: Path, run: Training, measured: int, monitor: Monitor) -> None:
     """Measure the averaged network; write weights, card and checksum; put the checkpoint away."""
-    recipe, device = RECIPES[name], run.accelerator.device
+    recipe = RECIPES[name]
+    device = run.accelerator.device
     test, labels = (part[:measured].to(device) for part in images_of(recipe.world, "test"))
     average = run.average.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -263,7 +379,9 @@ def _finish(name: str, folder: Path, run: Training, measured: int, monitor: Moni
         content = _card(name, recipe, run, correct, len(labels))
         if recipe.hardening:
             content |= under_attack(recipe.hardening, classifier, test, labels)
-    network.save_denoiser(average, folder / name, content | {"curve": monitor.points()}, recipe.stored)
+    network.save_denoiser(
+        average, folder / name, content | {"curve": monitor.points()}, recipe.stored
+    )
     assets.record([name], folder)
     for left in (folder / "checkpoints" / name, monitor.path):
         left.unlink(missing_ok=True)
@@ -275,8 +393,23 @@ def _card(name: str, recipe: Recipe, run: Training, correct: int, n: int) -> dic
     told = ("kind", "network", "precision", "teacher", "contrastive", "start")
     own = {key: value for key, value in asdict(recipe).items() if key in told}
     settings = {**run.settings, "config": network.describe(run.average)}
-    method = " --method adversarial-dc" * bool(recipe.hardening) + " --method contrastive" * recipe.contrastive
-    return dict(name=name, **own, data=DATA[recipe.world], settings=settings, **run.facts(),
-                command=f"diffclass train {recipe.world}{method}",
-                accuracy=dict(correct=correct, n=n, low=low, high=high, weighting="ELBO",
-                              levels=f"{recipe.levels} log-spaced in [{span[0]:g}, {span[1]:g}]"))
+    method = (
+        " --method adversarial-dc" * bool(recipe.hardening)
+        + " --method contrastive" * recipe.contrastive
+    )
+    return dict(
+        name=name,
+        **own,
+        data=DATA[recipe.world],
+        settings=settings,
+        **run.facts(),
+        command=f"diffclass train {recipe.world}{method}",
+        accuracy=dict(
+            correct=correct,
+            n=n,
+            low=low,
+            high=high,
+            weighting="ELBO",
+            levels=f"{recipe.levels} log-spaced in [{span[0]:g}, {span[1]:g}]",
+        ),
+    )

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from diffclass import cifar, data
 from diffclass.denoisers.base import Denoiser
 
-DATA = {"digits": "scikit-learn digits, 1397 training images", "cifar10": "CIFAR-10, 50 000 training images"}
+DATA = {
+    "digits": "scikit-learn digits, 1397 training images",
+    "cifar10": "CIFAR-10, 50 000 training images",
+}
 # What a loss is given: the denoiser, a batch of model-space images, their labels, and the generator of this step
 Loss = Callable[[Denoiser, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -35,25 +38,43 @@ def images_of(world: str, split: str) -> tuple[Tensor, Tensor]:
     if world == "cifar10":
         return cifar.cifar10(split)
     digits = data.digits()
-    return (digits.train_images, digits.train_labels) if split == "train" else (digits.test_images, digits.test_labels)
+    return (
+        (digits.train_images, digits.train_labels)
+        if split == "train"
+        else (digits.test_images, digits.test_labels)
+    )
 
 
-def draw_sigma(count: int, generator: torch.Generator, log_mean: float = -0.8, log_std: float = 1.2,
-               sigma_range: tuple[float, float] = (0.01, 80.0)) -> Tensor:
+def draw_sigma(
+    count: int,
+    generator: torch.Generator,
+    log_mean: float = -0.8,
+    log_std: float = 1.2,
+    sigma_range: tuple[float, float] = (0.01, 80.0),
+) -> Tensor:
     """Training noise levels: ln sigma ~ N(log_mean, log_std^2), kept in the denoiser's range. Shapes: -> [B]."""
     normal = torch.randn(count, generator=generator, device=generator.device)
     return (log_mean + log_std * normal).exp().clamp(*sigma_range)
 
 
-def _noised(denoiser: Denoiser, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _noised(
+    denoiser: Denoiser, images: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     sigma = draw_sigma(len(images), generator, sigma_range=denoiser.sigma_range).to(images)
     eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-    weight = (sigma**2 + 0.25) / (0.25 * sigma**2)  # EDM's 1 / c_out^2: every level starts with a loss of about one
+    weight = (sigma**2 + 0.25) / (
+        0.25 * sigma**2
+    )  # EDM's 1 / c_out^2: every level starts with a loss of about one
     return images + sigma[:, None, None, None] * eps, sigma, weight
 
 
-def denoising_loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator,
-                   null_rate: float = 0.1) -> Tensor:
+def denoising_loss(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    null_rate: float = 0.1,
+) -> Tensor:
     """EDM's denoising loss under the true label; a share `null_rate` of the labels is withheld (the null class).
 
     Formula     mean over images and pixels of lambda(sigma) (D_y(x + sigma eps, sigma) - x)^2
@@ -62,7 +83,10 @@ def denoising_loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator
     """
     x_sigma, sigma, weight = _noised(denoiser, images, generator)
     if denoiser.has_null:
-        dropped = torch.rand(len(labels), generator=generator, device=generator.device).to(images.device) < null_rate
+        dropped = (
+            torch.rand(len(labels), generator=generator, device=generator.device).to(images.device)
+            < null_rate
+        )
         labels = torch.where(dropped, denoiser.num_classes, labels)
     square = (denoiser.paired(x_sigma, sigma, labels) - images) ** 2
     return (weight[:, None, None, None] * square).mean()
@@ -76,7 +100,9 @@ def distillation_loss(teacher: Denoiser) -> Loss:
     """
     every = list(range(teacher.num_classes + teacher.has_null))
 
-    def loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         x_sigma, sigma, weight = _noised(denoiser, images, generator)
         with torch.no_grad():
             wanted = teacher(x_sigma, sigma, every)
@@ -86,7 +112,9 @@ def distillation_loss(teacher: Denoiser) -> Loss:
     return loss
 
 
-def contrastive_loss(low: float, high: float, temperature: float = 10.0, denoising: float = 0.5) -> Loss:
+def contrastive_loss(
+    low: float, high: float, temperature: float = 10.0, denoising: float = 0.5
+) -> Loss:
     """Cross-entropy of the ELBO that one drawn level estimates, so that the heads of wrong classes learn without a
     teacher; plus the diffusion losses of the true class and of "no class", by which both stay denoisers.
 
@@ -96,18 +124,26 @@ def contrastive_loss(low: float, high: float, temperature: float = 10.0, denoisi
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     Errors      ValueError for a denoiser without a null class
     """
-    def loss(denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+
+    def loss(
+        denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         if not denoiser.has_null:
-            raise ValueError("expected a denoiser with a null class, which is trained along, got one without.")
+            raise ValueError(
+                "expected a denoiser with a null class, which is trained along, got one without."
+            )
         part = torch.rand(len(images), generator=generator, device=generator.device).to(images)
         sigma = low * (high / low) ** part
         eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-        denoised = denoiser(images + sigma[:, None, None, None] * eps, sigma, range(denoiser.num_classes + 1))
+        denoised = denoiser(
+            images + sigma[:, None, None, None] * eps, sigma, range(denoiser.num_classes + 1)
+        )
         square = (denoised - images[:, None]).float().square().flatten(2).sum(2)
         evidence = -math.log(high / low) * square / sigma[:, None] ** 2
         own = evidence.gather(1, labels[:, None]).mean() + evidence[:, -1].mean()
-        return (nn.functional.cross_entropy(evidence[:, :-1] / temperature, labels)
-                - denoising * own / (2 * images[0].numel()))
+        return nn.functional.cross_entropy(
+            evidence[:, :-1] / temperature, labels
+        ) - denoising * own / (2 * images[0].numel())
 
     return loss
 
@@ -129,8 +165,10 @@ def global_draws_from(generator: torch.Generator):
 def own_share(batch: int, processes: int) -> int:
     """How many images of a batch are this process's. Errors: ValueError if the batch cannot be divided evenly."""
     if batch % processes:
-        raise ValueError(f"expected a batch that {processes} processes can share evenly, got {batch} images; take a "
-                         f"multiple of {processes}.")
+        raise ValueError(
+            f"expected a batch that {processes} processes can share evenly, got {batch} images; take a "
+            f"multiple of {processes}."
+        )
     return batch // processes
 
 
@@ -150,10 +188,23 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a card without its commit is better than no card
-        command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12",
-                   "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    with contextlib.suppress(
+        OSError, subprocess.SubprocessError
+    ):  # a card without its commit is better than no card
+        command = [
+            "git",
+            "--no-optional-locks",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--exclude=*",
+            "--abbrev=12",
+            "--dirty=+",
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
     return None
 
 
@@ -169,7 +220,12 @@ class Curve:
         """Keep what was measured after this step."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
-            file.write(json.dumps(dict(images=progress.images, seconds=round(progress.seconds, 1), **point)) + "\n")
+            file.write(
+                json.dumps(
+                    dict(images=progress.images, seconds=round(progress.seconds, 1), **point)
+                )
+                + "\n"
+            )
 
     def points(self) -> list[dict]:
         """What was measured so far; what a run that was cut short repeated counts once."""
@@ -207,21 +263,52 @@ class Training:
     Precision   "fp32", or "bf16": the network in bfloat16 under autocast, weights and arithmetic of levels in float32
     """
 
-    def __init__(self, denoiser: Denoiser, images: Tensor, labels: Tensor, *, loss: Loss = denoising_loss, steps: int,
-                 batch: int = 256, rate: float = 2e-3, ema: float = 0.995, mirror: bool = False, seed: int = 0,
-                 precision: str = "fp32", compiled: bool = False, checkpoint: str | Path | None = None,
-                 save_every: int = 100):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss = denoising_loss,
+        steps: int,
+        batch: int = 256,
+        rate: float = 2e-3,
+        ema: float = 0.995,
+        mirror: bool = False,
+        seed: int = 0,
+        precision: str = "fp32",
+        compiled: bool = False,
+        checkpoint: str | Path | None = None,
+        save_every: int = 100,
+    ):
         self.accelerator = Accelerator()
         self.own = own_share(batch, self.accelerator.num_processes)
         device = self.accelerator.device
-        fastest = torch.channels_last if torch.accelerator.is_available() else torch.contiguous_format  # as measured
+        fastest = (
+            torch.channels_last if torch.accelerator.is_available() else torch.contiguous_format
+        )  # as measured
         self.denoiser = denoiser.to(device, memory_format=fastest)
-        self.images, self.labels, self.loss = images.to(device), labels.to(device), loss
-        self.settings = dict(steps=steps, batch=batch, rate=rate, ema=ema, mirror=mirror, seed=seed, count=len(images))
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.loss = loss
+        self.settings = dict(
+            steps=steps,
+            batch=batch,
+            rate=rate,
+            ema=ema,
+            mirror=mirror,
+            seed=seed,
+            count=len(images),
+        )
         self.average = copy.deepcopy(denoiser).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(denoiser.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.step, self.seconds, self.precision = 0, 0.0, precision
-        self.checkpoint, self.save_every = Path(checkpoint) if checkpoint else None, save_every
+        self.optimiser = torch.optim.AdamW(
+            denoiser.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.precision = precision
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.save_every = save_every
         if self.checkpoint and self.checkpoint.exists():
             self._resume()
         if compiled:  # in place, so that the names of the weights stay
@@ -233,15 +320,25 @@ class Training:
             while self.step < steps:
                 started = time.perf_counter()
                 measured = self._one_step(steps)
-                due = self.step + 1 == steps or self.checkpoint and (self.step + 1) % self.save_every == 0
-                if (due or self.step % 10 == 0) and not torch.isfinite(measured):  # asking waits for the accelerator
-                    raise FloatingPointError(f"the loss became {float(measured)} at step {self.step}; lower the rate "
-                                             f"({self.settings['rate']:g}) and start again from the last checkpoint.")
+                due = (
+                    self.step + 1 == steps
+                    or self.checkpoint
+                    and (self.step + 1) % self.save_every == 0
+                )
+                if (due or self.step % 10 == 0) and not torch.isfinite(
+                    measured
+                ):  # asking waits for the accelerator
+                    raise FloatingPointError(
+                        f"the loss became {float(measured)} at step {self.step}; lower the rate "
+                        f"({self.settings['rate']:g}) and start again from the last checkpoint."
+                    )
                 self.step += 1
                 self.seconds += time.perf_counter() - started
                 if self.checkpoint and due:
                     self.save()
-                yield Progress(self.step, steps, self.step * self.settings["batch"], self.seconds, measured)
+                yield Progress(
+                    self.step, steps, self.step * self.settings["batch"], self.seconds, measured
+                )
         except FloatingPointError:  # what is in memory is spoilt: the checkpoint before it stays
             raise
         except BaseException:
@@ -254,7 +351,9 @@ class Training:
             self.save()
 
     def _one_step(self, steps: int) -> Tensor:
-        settings, device, rank = self.settings, self.accelerator.device, self.accelerator.process_index
+        settings = self.settings
+        device = self.accelerator.device
+        rank = self.accelerator.process_index
         seed = (settings["seed"] * 1_000_003 + self.step) * self.accelerator.num_processes + rank
         generator = torch.Generator(device).manual_seed(seed)
         chosen = torch.randint(len(self.images), (self.own,), generator=generator, device=device)
@@ -276,7 +375,9 @@ class Training:
         self.optimiser.step()
         keep = min(settings["ema"], (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep)
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep
+            )
         return self.accelerator.reduce(loss.detach(), "mean")
 
     def _share_gradients(self) -> None:
@@ -289,10 +390,16 @@ class Training:
 
     def facts(self) -> dict:
         """What every model card says of a run: how much, how long, on what, with what, when."""
-        return dict(images_seen=self.step * self.settings["batch"], seconds=round(self.seconds, 1),
-                    device=self.accelerator.device.type, processes=self.accelerator.num_processes,
-                    threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0], commit=commit(),
-                    date=datetime.now(UTC).strftime("%Y-%m-%d"))
+        return dict(
+            images_seen=self.step * self.settings["batch"],
+            seconds=round(self.seconds, 1),
+            device=self.accelerator.device.type,
+            processes=self.accelerator.num_processes,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__.split("+")[0],
+            commit=commit(),
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        )
 
     def save(self) -> None:
         """Write the checkpoint (one process does); the previous one survives an interruption."""
@@ -305,7 +412,11 @@ class Training:
         header = json.dumps(dict(settings=self.settings, step=self.step, seconds=self.seconds))
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".part")
-        save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, partial, {"run": header})
+        save_file(
+            {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()},
+            partial,
+            {"run": header},
+        )
         partial.replace(self.checkpoint)
 
     def _resume(self) -> None:
@@ -314,17 +425,26 @@ class Training:
                 run = json.loads((file.metadata() or {}).get("run", "null"))
             tensors = load_file(self.checkpoint)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"expected a training checkpoint in {self.checkpoint.name}, got a damaged file ({error}); "
-                             "delete it to start afresh.") from None
-        differing = {k for k in self.settings if run is None or run["settings"].get(k) != self.settings[k]}
+            raise ValueError(
+                f"expected a training checkpoint in {self.checkpoint.name}, got a damaged file ({error}); "
+                "delete it to start afresh."
+            ) from None
+        differing = {
+            k for k in self.settings if run is None or run["settings"].get(k) != self.settings[k]
+        }
         if differing:
-            raise ValueError(f"expected to resume {self.checkpoint.name} with the settings it was started with, but "
-                             f"{sorted(differing)} differ; delete it to start afresh, or use the old settings.")
+            raise ValueError(
+                f"expected to resume {self.checkpoint.name} with the settings it was started with, but "
+                f"{sorted(differing)} differ; delete it to start afresh, or use the old settings."
+            )
         own = self.denoiser.state_dict()
         if {n[4:] for n in tensors if n.startswith("now.")} != set(own) or any(
-                tensors[f"now.{n}"].shape != v.shape for n, v in own.items()):
-            raise ValueError(f"the checkpoint {self.checkpoint.name} holds another architecture; "
-                             "delete it to start afresh.")
+            tensors[f"now.{n}"].shape != v.shape for n, v in own.items()
+        ):
+            raise ValueError(
+                f"the checkpoint {self.checkpoint.name} holds another architecture; "
+                "delete it to start afresh."
+            )
         self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
         self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
         state: dict[int, dict] = {}
@@ -333,4 +453,5 @@ class Training:
                 _, index, field = name.split(".")
                 state.setdefault(int(index), {})[field] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        self.step, self.seconds = run["step"], run["seconds"]
+        self.step = run["step"]
+        self.seconds = run["seconds"]

@@ -19,7 +19,10 @@ from diffclass.randomised import Randomised
 from diffclass.training import Loss
 
 # The translators of each world, the best first: the small one of photographs is what a CPU can train.
-FILES = {"digits": ("digits-idc.safetensors",), "cifar10": ("cifar10-idc.safetensors", "cifar10-idc-small.safetensors")}
+FILES = {
+    "digits": ("digits-idc.safetensors",),
+    "cifar10": ("cifar10-idc.safetensors", "cifar10-idc-small.safetensors"),
+}
 TEMPERATURE = 0.1  # of the released attack head, softmax(-d / 0.1)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,16 +37,31 @@ class PrunedUNet(nn.Module):
     Shapes      x [B,C,H,W], log_odds [B], None -> [B,C,H,W]
     """
 
-    def __init__(self, channels: int = 3, size: int = 32, widths: Sequence[int] = (64, 256), dropout: float = 0.3):
+    def __init__(
+        self,
+        channels: int = 3,
+        size: int = 32,
+        widths: Sequence[int] = (64, 256),
+        dropout: float = 0.3,
+    ):
         super().__init__()
-        from diffusers import UNet2DModel  # here, not above: it takes seconds and digits do not need it
+        from diffusers import (
+            UNet2DModel,
+        )  # here, not above: it takes seconds and digits do not need it
 
         self.config = dict(widths=list(widths), dropout=dropout)
-        self.unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1,
-                                block_out_channels=tuple(widths), attention_head_dim=widths[-1] // 8,
-                                down_block_types=("ResnetDownsampleBlock2D",) * len(widths), dropout=dropout,
-                                up_block_types=("ResnetUpsampleBlock2D",) * len(widths),
-                                resnet_time_scale_shift="scale_shift")
+        self.unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1,
+            block_out_channels=tuple(widths),
+            attention_head_dim=widths[-1] // 8,
+            down_block_types=("ResnetDownsampleBlock2D",) * len(widths),
+            dropout=dropout,
+            up_block_types=("ResnetUpsampleBlock2D",) * len(widths),
+            resnet_time_scale_shift="scale_shift",
+        )
 
     def forward(self, x: Tensor, log_odds: Tensor, classes: None = None) -> Tensor:
         """One call of the network."""
@@ -52,7 +70,9 @@ class PrunedUNet(nn.Module):
 
 def _pruned(image_shape: Sequence[int], seed: int, **config) -> PrunedUNet:
     """The U-Net with weights N(0, 0.02^2) drawn from `seed`, as IDC's are."""
-    with torch.random.fork_rng(devices=[]):  # modules first fill themselves from the global generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # modules first fill themselves from the global generator
         net = PrunedUNet(image_shape[0], image_shape[1], **config)
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
@@ -64,10 +84,16 @@ def _pruned(image_shape: Sequence[int], seed: int, **config) -> PrunedUNet:
 
 def _small(name: str, image_shape: Sequence[int], seed: int, **config) -> nn.Module:
     """The digits' own network, or that on patches, with one head and no classes."""
-    return networks.build("MultiHeadDenoiser", name, 1, tuple(image_shape), has_null=False, seed=seed, **config).network
+    return networks.build(
+        "MultiHeadDenoiser", name, 1, tuple(image_shape), has_null=False, seed=seed, **config
+    ).network
 
 
-_NETWORKS = {"DigitNet": partial(_small, "DigitNet"), "PatchNet": partial(_small, "PatchNet"), "PrunedUNet": _pruned}
+_NETWORKS = {
+    "DigitNet": partial(_small, "DigitNet"),
+    "PatchNet": partial(_small, "PatchNet"),
+    "PrunedUNet": _pruned,
+}
 
 
 class Translator(nn.Module):
@@ -80,7 +106,8 @@ class Translator(nn.Module):
 
     def __init__(self, network: nn.Module, labels: Tensor, bridge: Bridge | None = None):
         super().__init__()
-        self.network, self.bridge = network, bridge or Bridge()
+        self.network = network
+        self.bridge = bridge or Bridge()
         self.register_buffer("labels", check_apart(labels))
 
     @property
@@ -106,16 +133,23 @@ def translation_loss(inter: float = 0.2) -> Loss:
     Source      Mei et al. 2024 (IDC), with 0.2 in the released code; O_k of Proposition 1 is `Bridge.offsets`
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
-    def loss(translator: Translator, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        bridge, targets = translator.bridge, units.to_model(translator.labels)
-        t = torch.randint(bridge.steps, (len(images),), generator=generator, device=generator.device)
+
+    def loss(
+        translator: Translator, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        bridge = translator.bridge
+        targets = units.to_model(translator.labels)
+        t = torch.randint(
+            bridge.steps, (len(images),), generator=generator, device=generator.device
+        )
         eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
         x_t = bridge.forward(targets[labels], images, t, eps)
         predicted = x_t - translator(x_t, t)
         offsets = bridge.offsets(targets, targets[labels], images, t, eps)
         d = (offsets - predicted[:, None]).abs().flatten(2).mean(-1)
         right = nn.functional.one_hot(labels, len(targets)).bool()
-        intra, nearest = d[right], d.masked_fill(right, torch.inf).amin(1)
+        intra = d[right]
+        nearest = d.masked_fill(right, torch.inf).amin(1)
         return (intra - inter * (intra > nearest) * nearest).mean()
 
     return loss
@@ -150,16 +184,30 @@ class TranslationClassifier(Randomised):
                 one, which is what the released code evaluates
     """
 
-    def __init__(self, translator: Translator, steps: Sequence[int] | None = None, *, seed: int = 0,
-                 temperature: float = TEMPERATURE):
+    def __init__(
+        self,
+        translator: Translator,
+        steps: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        temperature: float = TEMPERATURE,
+    ):
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"expected a temperature > 0, got {temperature}; the released head uses 0.1.")
-        self.translator, self.temperature = translator, float(temperature)
-        self.steps = check_steps(every_step(translator.bridge.steps) if steps is None else steps, translator.bridge)
-        self.num_classes, self.image_shape = translator.num_classes, translator.image_shape
+            raise ValueError(
+                f"expected a temperature > 0, got {temperature}; the released head uses 0.1."
+            )
+        self.translator = translator
+        self.temperature = float(temperature)
+        self.steps = check_steps(
+            every_step(translator.bridge.steps) if steps is None else steps, translator.bridge
+        )
+        self.num_classes = translator.num_classes
+        self.image_shape = translator.image_shape
         shape = (len(self.steps) - 1, 1, *self.image_shape)
-        self.register_buffer("noise", torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        self.register_buffer(
+            "noise", torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        )
 
     def _noise(self, x: Tensor) -> Tensor:
         if self.deterministic:
@@ -170,12 +218,16 @@ class TranslationClassifier(Randomised):
     def walk(self, x: Tensor) -> Iterator[TranslationStep]:
         """The translation, one network call after another; the last estimate decides. Shapes: x [B,C,H,W] in [0,1]."""
         units.check_images(x, self.image_shape)
-        x_t, labels, noise = units.to_model(x), self.translator.labels.to(x), self._noise(x)
+        x_t = units.to_model(x)
+        labels = self.translator.labels.to(x)
+        noise = self._noise(x)
         for i, t in enumerate(self.steps):
             estimate = self.translator(x_t, t).clamp(-1, 1)
             yield TranslationStep(t, x_t, estimate, distances(units.to_pixel(estimate), labels))
             if i + 1 < len(self.steps):
-                mean, variance = self.translator.bridge.posterior(x_t, estimate, t, self.steps[i + 1])
+                mean, variance = self.translator.bridge.posterior(
+                    x_t, estimate, t, self.steps[i + 1]
+                )
                 x_t = mean + variance.sqrt() * noise[i]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,24 +248,36 @@ def classification_flops(classifier: TranslationClassifier) -> int:
     like = next(classifier.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         classifier(torch.zeros(1, *classifier.image_shape).to(like))
-    counts, root = counter.get_flop_counts(), type(classifier).__name__
-    return sum(sum(counts[f"{root}.{name}"].values()) for name, layer in classifier.named_modules()
-               if isinstance(layer, nn.Linear | nn.Conv2d))
+    counts = counter.get_flop_counts()
+    root = type(classifier).__name__
+    return sum(
+        sum(counts[f"{root}.{name}"].values())
+        for name, layer in classifier.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
-def build(network: str, labels: Tensor, bridge: Bridge | None = None, seed: int = 0, **config) -> Translator:
+def build(
+    network: str, labels: Tensor, bridge: Bridge | None = None, seed: int = 0, **config
+) -> Translator:
     """A fresh translator by its network's name around labels [K,C,H,W]. Randomness: weights from `seed`."""
     if network not in _NETWORKS:
-        raise ValueError(f"expected one of {list(_NETWORKS)}, got {network!r}; was the file made by another version?")
+        raise ValueError(
+            f"expected one of {list(_NETWORKS)}, got {network!r}; was the file made by another version?"
+        )
     return Translator(_NETWORKS[network](tuple(labels.shape[1:]), seed, **config), labels, bridge)
 
 
-def save_translator(translator: Translator, path: str | Path, card: dict | None = None,
-                    dtype: torch.dtype = torch.float32) -> None:
+def save_translator(
+    translator: Translator,
+    path: str | Path,
+    card: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write weights, labels, architecture and model card as safetensors; old files survive an interruption."""
     net = translator.network
     own = {k: v for k, v in net.config.items() if k not in ("channels", "classes", "heads", "size")}
@@ -229,8 +293,10 @@ def load_translator(path: str | Path) -> tuple[Translator, dict]:
     path = Path(path)
     state, architecture, card = networks.load_weights(path)
     if "bridge" not in architecture or "labels" not in state:
-        raise ValueError(f"expected {path.name} to hold a translator with its bridge and labels, got the architecture "
-                         f"{sorted(architecture)}; denoisers are read by `network.load_denoiser`.")
+        raise ValueError(
+            f"expected {path.name} to hold a translator with its bridge and labels, got the architecture "
+            f"{sorted(architecture)}; denoisers are read by `network.load_denoiser`."
+        )
     bridge = Bridge(**architecture.pop("bridge"))
     translator = build(labels=state["labels"], bridge=bridge, **architecture)
     return networks.filled(translator, state, f"{architecture['network']} in {path.name}"), card

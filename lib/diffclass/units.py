@@ -52,11 +52,15 @@ def linf_of_l2(radius: float, dimensions: int) -> float:
 
 def _describe(x: Tensor) -> str:
     finite = x[torch.isfinite(x)] if x.is_floating_point() else x
-    spread = f"min {float(finite.min()):.3g} max {float(finite.max()):.3g} " if finite.numel() else ""
+    spread = (
+        f"min {float(finite.min()):.3g} max {float(finite.max()):.3g} " if finite.numel() else ""
+    )
     return f"{spread}of shape {list(x.shape)} and dtype {str(x.dtype).removeprefix('torch.')}"
 
 
-def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_range: bool = True) -> Tensor:
+def check_images(
+    x, image_shape: tuple[int, int, int] | None = None, *, pixel_range: bool = True
+) -> Tensor:
     """Return `x` if it is a batch of finite floating-point images, else raise one sentence that says what is wrong.
 
     Shapes      x [B,C,H,W]; `image_shape` is (C,H,W) or None for any
@@ -64,22 +68,30 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
     Errors      TypeError for what is not a float tensor; ValueError for shape, NaN or range
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected images as a torch.Tensor, got {type(x).__name__}; pass torch.as_tensor(x).")
+        raise TypeError(
+            f"expected images as a torch.Tensor, got {type(x).__name__}; pass torch.as_tensor(x)."
+        )
     if not x.is_floating_point():
         hint = "divide by 255 first" if x.dtype == torch.uint8 else "convert with .float()"
         raise TypeError(f"expected floating-point images in [0,1], got {_describe(x)}; {hint}.")
     expected = "[B,C,H,W]" if image_shape is None else f"[B,{','.join(map(str, image_shape))}]"
     if x.ndim != 4 or (image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape)):
-        hint = ("add the batch axis with x[None]" if x.ndim == 3 else
-                "is this the world that the classifier was made for?")
+        hint = (
+            "add the batch axis with x[None]"
+            if x.ndim == 3
+            else "is this the world that the classifier was made for?"
+        )
         raise ValueError(f"expected images of shape {expected}, got {_describe(x)}; {hint}")
     x, given = x.detach(), x
     if x.numel() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"expected finite images, got {bad} NaN or infinite values among {x.numel()}; "
-                         "an earlier step (a division, an attack, a corrupt file) made them.")
+        raise ValueError(
+            f"expected finite images, got {bad} NaN or infinite values among {x.numel()}; "
+            "an earlier step (a division, an attack, a corrupt file) made them."
+        )
     if pixel_range and x.numel() and (float(x.min()) < -1e-6 or float(x.max()) > 1 + 1e-6):
-        low, high = float(x.min()), float(x.max())
+        low = float(x.min())
+        high = float(x.max())
         if high > 2:
             hint = "these look like [0,255]; divide by 255"
         elif low < 0 and low >= -1 - 1e-6 and high <= 1 + 1e-6:
@@ -93,11 +105,15 @@ def check_images(x, image_shape: tuple[int, int, int] | None = None, *, pixel_ra
 def check_labels(y: Tensor, images: int, num_classes: int) -> Tensor:
     """Return class labels [B] if there is one existing class for each image, else raise a ValueError."""
     if y.is_floating_point() or tuple(y.shape) != (images,):
-        raise ValueError(f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and "
-                         f"dtype {str(y.dtype).removeprefix('torch.')}.")
+        raise ValueError(
+            f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and "
+            f"dtype {str(y.dtype).removeprefix('torch.')}."
+        )
     if y.numel() and (int(y.min()) < 0 or int(y.max()) >= num_classes):
-        raise ValueError(f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is "
-                         "this the world that the classifier was made for?")
+        raise ValueError(
+            f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is "
+            "this the world that the classifier was made for?"
+        )
     return y
 
 
@@ -112,8 +128,10 @@ def check_sigma(sigma, name: str = "sigma") -> Tensor:
     bad = sigma[~(torch.isfinite(sigma) & (sigma > 0))]
     if sigma.numel() == 0 or bad.numel():
         got = f"{float(bad.flatten()[0]):.3g}" if sigma.numel() else "nothing"
-        raise ValueError(f"expected a finite noise level {name} > 0, got {got}; there is no loss at zero noise, "
-                         "so use a small level such as 0.01 instead.")
+        raise ValueError(
+            f"expected a finite noise level {name} > 0, got {got}; there is no loss at zero noise, "
+            "so use a small level such as 0.01 instead."
+        )
     return sigma
 
 
@@ -129,6 +147,8 @@ def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
     if not math.isfinite(epsilon) or epsilon < 0:
         raise ValueError(f"expected an attack budget >= 0, got {epsilon}.")
     if epsilon > largest:
-        raise ValueError(f"attack budget {epsilon:g} ({norm}) is larger than the pixel range allows ({largest:.3g}); "
-                         f"did you mean {epsilon:g}/255?")
+        raise ValueError(
+            f"attack budget {epsilon:g} ({norm}) is larger than the pixel range allows ({largest:.3g}); "
+            f"did you mean {epsilon:g}/255?"
+        )
     return float(epsilon)

@@ -10,8 +10,11 @@ from diffclass import assets, baselines, recipes, translation
 from diffclass.defences import Defended, LikelihoodMaximisation, MajorityVote, Purification
 from diffclass.denoisers.base import Denoiser
 
-BUDGETS = {"digits": {"linf": 0.1, "l2": 1.0}, "cifar10": {"linf": 8 / 255, "l2": 0.5},
-           "plane": {"linf": 0.05, "l2": 0.05}}  # in pixels
+BUDGETS = {
+    "digits": {"linf": 0.1, "l2": 1.0},
+    "cifar10": {"linf": 8 / 255, "l2": 0.5},
+    "plane": {"linf": 0.05, "l2": 0.05},
+}  # in pixels
 VOTES = 11
 
 
@@ -46,8 +49,11 @@ class _Parts:
 
     def unconditional(self) -> Denoiser:
         """A denoiser that also answers without a class, for purifiers."""
-        return self.bayes().denoiser if self.world == "plane" else recipes.loaded(
-            assets.verified(_unconditional(self.world)))
+        return (
+            self.bayes().denoiser
+            if self.world == "plane"
+            else recipes.loaded(assets.verified(_unconditional(self.world)))
+        )
 
     def classifier(self, denoiser: Denoiser) -> nn.Module:
         """The course's diffusion classifier of this world, with another denoiser."""
@@ -55,7 +61,9 @@ class _Parts:
 
     def vote(self) -> nn.Module:
         """The majority of fresh noises of the diffusion classifier."""
-        return MajorityVote(self.bayes().with_fresh_noise(torch.Generator().manual_seed(self.seed)), VOTES)
+        return MajorityVote(
+            self.bayes().with_fresh_noise(torch.Generator().manual_seed(self.seed)), VOTES
+        )
 
     def baseline(self, method: str) -> nn.Module:
         """The plain or the adversarially trained network."""
@@ -65,7 +73,9 @@ class _Parts:
     def translation(self) -> nn.Module:
         """The classifier that translates into label pictures."""
         file = _trained(_translator(self.world), f"diffclass train {self.world} --method idc")
-        return translation.TranslationClassifier(translation.load_translator(file)[0], seed=self.seed)
+        return translation.TranslationClassifier(
+            translation.load_translator(file)[0], seed=self.seed
+        )
 
     def purified(self, classifier: str, make: Callable[..., nn.Module], *steps: int) -> nn.Module:
         """A purifier before a classifier; its seed is another one, as the same would repeat the classifier's noise."""
@@ -95,8 +105,14 @@ _EXACT = ("dc", "rdc1", "rdc5", "rdc-released", "vote")  # what a world without 
 NAMES = {"digits": (*_PLAIN, *_PURIFIED), "cifar10": (*_PLAIN, *_PURIFIED), "plane": _EXACT}
 
 
-def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
-            fresh: torch.Generator | None = None) -> nn.Module:
+def defence(
+    world: str,
+    name: str,
+    *,
+    exact: bool = True,
+    seed: int = 0,
+    fresh: torch.Generator | None = None,
+) -> nn.Module:
     """A defence by name, from pixels to logits, ready to be asked and attacked.
 
     dc is the diffusion classifier, adversarial-dc the same trained on attacked images, contrastive the same trained to
@@ -116,7 +132,9 @@ def defence(world: str, name: str, *, exact: bool = True, seed: int = 0,
     if fresh is None:
         return made
     if not hasattr(made, "with_fresh_noise"):
-        raise ValueError(f"expected no generator for {name}, which has no noise that could be drawn by one.")
+        raise ValueError(
+            f"expected no generator for {name}, which has no noise that could be drawn by one."
+        )
     return made.with_fresh_noise(fresh)
 
 
@@ -125,8 +143,12 @@ def checkpoints(world: str, name: str) -> dict[str, str]:
     kind, _ = _world(world)
     if kind == "plane":
         return {}
-    own = {"idc": _translator(kind), "adversarial-dc": recipes.HARDENED[kind], "contrastive": recipes.CONTRASTIVE[kind],
-           **baselines.FILES[kind]}
+    own = {
+        "idc": _translator(kind),
+        "adversarial-dc": recipes.HARDENED[kind],
+        "contrastive": recipes.CONTRASTIVE[kind],
+        **baselines.FILES[kind],
+    }
     classifier = _PURIFIED[name][0] if name in _PURIFIED else name
     files = [own.get(classifier) or recipes.available_model(kind, None)]
     if name in _PURIFIED and _unconditional(kind) not in files:
@@ -166,7 +188,11 @@ def _translator(kind: str) -> str:
 def _unconditional(kind: str) -> str:
     """The weights of a denoiser with a null class: those of dc, or the contrastive ones where they have none."""
     file = recipes.available_model(kind, None)
-    return file if recipes.has_null(file) or not _present(recipes.CONTRASTIVE[kind]) else recipes.CONTRASTIVE[kind]
+    return (
+        file
+        if recipes.has_null(file) or not _present(recipes.CONTRASTIVE[kind])
+        else recipes.CONTRASTIVE[kind]
+    )
 
 
 def _present(file: str) -> bool:
@@ -176,6 +202,8 @@ def _present(file: str) -> bool:
 def _trained(file: str, command: str):
     """The verified path of an asset that a command makes."""
     if not _present(file):
-        raise FileNotFoundError(f"expected the weights {file} in {assets.folder().name}/, found none; train them with "
-                                f"`{command}`.")
+        raise FileNotFoundError(
+            f"expected the weights {file} in {assets.folder().name}/, found none; train them with "
+            f"`{command}`."
+        )
     return assets.verified(file)

@@ -10,12 +10,32 @@ from diffclass.audit import attack, certificates, components, object, randomness
 from diffclass.audit.base import AMBER, GREEN, LIGHTS, RED, Case, Check, Picture
 from diffclass.audit.cases import case_of
 
-__all__ = ["AMBER", "CHECKS", "GREEN", "GROUPS", "LIGHTS", "RED", "Case", "Check", "Picture", "case_of", "run"]
+__all__ = [
+    "AMBER",
+    "CHECKS",
+    "GREEN",
+    "GROUPS",
+    "LIGHTS",
+    "RED",
+    "Case",
+    "Check",
+    "Picture",
+    "case_of",
+    "run",
+]
 
 _MODULES = (object, attack, randomness, components, certificates, reporting)
-CHECKS: tuple[Callable[[Case], Check], ...] = tuple(sorted(
-    (value for module in _MODULES for value in vars(module).values() if isfunction(value) and hasattr(value, "number")),
-    key=lambda made: made.number))
+CHECKS: tuple[Callable[[Case], Check], ...] = tuple(
+    sorted(
+        (
+            value
+            for module in _MODULES
+            for value in vars(module).values()
+            if isfunction(value) and hasattr(value, "number")
+        ),
+        key=lambda made: made.number,
+    )
+)
 GROUPS = tuple(module.GROUP for module in _MODULES)
 
 

@@ -4,7 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from diffclass import attacks
-from diffclass.audit.base import AMBER, GREEN, RED, CannotJudge, Case, Found, Picture, check, outweighs, proven, worst
+from diffclass.audit.base import (
+    AMBER,
+    GREEN,
+    RED,
+    CannotJudge,
+    Case,
+    Found,
+    Picture,
+    check,
+    outweighs,
+    proven,
+    worst,
+)
 
 GROUP = "attack"
 
@@ -13,7 +25,9 @@ def _accuracy(fell: Tensor) -> float:
     return 1 - float(fell.double().mean())
 
 
-@check(7, GROUP, "the attack is broken or the gradient is masked: do the checks of the object first")
+@check(
+    7, GROUP, "the attack is broken or the gradient is masked: do the checks of the object first"
+)
 def unbounded_reaches_zero(case: Case) -> Found:
     """Whether nothing survives a budget at which every image can be made grey: 0.5 in L-inf, 0.5 sqrt(D) in L2.
 
@@ -22,11 +36,16 @@ def unbounded_reaches_zero(case: Case) -> Found:
     epsilon = 0.5 * (1 if case.norm == "linf" else case.x[0].numel() ** 0.5)
     places = case.few
     fell = case.falls(case.attacked(places, epsilon=epsilon).x, places)
-    left, chance = int((~fell).sum()), 0.01 if case.deterministic else 1 / case.classifier.num_classes
-    return proven(left, len(fell), chance), f"{left} of {len(fell)} images survive {case.norm} {epsilon:.3g}"
+    left = int((~fell).sum())
+    chance = 0.01 if case.deterministic else 1 / case.classifier.num_classes
+    return proven(
+        left, len(fell), chance
+    ), f"{left} of {len(fell)} images survive {case.norm} {epsilon:.3g}"
 
 
-@check(8, GROUP, "let a budget of 0 return the images themselves, and compute accuracy in one place")
+@check(
+    8, GROUP, "let a budget of 0 return the images themselves, and compute accuracy in one place"
+)
 def zero_budget_is_clean(case: Case) -> Found:
     """Whether an attack without budget changes no pixel and no verdict."""
     places = case.few
@@ -36,37 +55,67 @@ def zero_budget_is_clean(case: Case) -> Found:
     if not case.deterministic:
         return (GREEN if moved == 0 else RED), told
     other = int((found.flagged != case.clean_falls[places]).sum())
-    return (GREEN if moved == 0 and not other else RED), f"{told}, and {other} of {len(places)} verdicts change"
+    return (
+        GREEN if moved == 0 and not other else RED
+    ), f"{told}, and {other} of {len(places)} verdicts change"
 
 
-@check(9, GROUP, "strengthen the attack (smaller steps at larger budgets, warm starts) until the curve falls")
+@check(
+    9,
+    GROUP,
+    "strengthen the attack (smaller steps at larger budgets, warm starts) until the curve falls",
+)
 def monotone_in_budget(case: Case) -> Found:
     """Whether accuracy falls as the budget grows.
 
     Passes when at no step of the curve more images recover than fall; red when they do so beyond the sign test's 1 %.
     """
-    places, most = case.few, 1.0 if case.norm == "linf" else case.x[0].numel() ** 0.5
-    budgets = sorted({share * case.epsilon for share in (0.5, 1, 2) if share * case.epsilon <= most})
+    places = case.few
+    most = 1.0 if case.norm == "linf" else case.x[0].numel() ** 0.5
+    budgets = sorted(
+        {share * case.epsilon for share in (0.5, 1, 2) if share * case.epsilon <= most}
+    )
     curve = [case.clean_falls[places]]
     for epsilon in budgets:
         same = epsilon == case.epsilon
-        curve.append(case.fallen[places] if same else case.falls(case.attacked(places, epsilon=epsilon).x, places))
-    back = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in zip(curve[:-1], curve[1:], strict=True)]
+        curve.append(
+            case.fallen[places]
+            if same
+            else case.falls(case.attacked(places, epsilon=epsilon).x, places)
+        )
+    back = [
+        (int((a & ~b).sum()), int((b & ~a).sum()))
+        for a, b in zip(curve[:-1], curve[1:], strict=True)
+    ]
     red = any(outweighs(up, down) for up, down in back)
     accuracy = tuple(map(_accuracy, curve))
-    told = ("accuracy " + ", ".join(f"{a:.0%} at {e:.3g}" for e, a in zip([0, *budgets], accuracy, strict=True))
-            + f" ({len(places)} images)")
-    return RED if red else GREEN, told, Picture((0.0, *budgets), {"accuracy": accuracy}, "budget / pixels", "accuracy")
+    told = (
+        "accuracy "
+        + ", ".join(f"{a:.0%} at {e:.3g}" for e, a in zip([0, *budgets], accuracy, strict=True))
+        + f" ({len(places)} images)"
+    )
+    return (
+        RED if red else GREEN,
+        told,
+        Picture((0.0, *budgets), {"accuracy": accuracy}, "budget / pixels", "accuracy"),
+    )
 
 
-@check(10, GROUP, "choose smaller steps and more of them; a gradient that points wrong far from the image is masked")
+@check(
+    10,
+    GROUP,
+    "choose smaller steps and more of them; a gradient that points wrong far from the image is masked",
+)
 def iterative_beats_single(case: Case) -> Found:
     """Whether the attack fells what one step of the whole budget fells; judged by the paired sign test."""
     one = case.attacked(case.everyone, attack=attacks.pgd, steps=1, step_size=case.epsilon)
     fell = case.falls(one.x, case.everyone)
-    only_one, only_many = int((fell & ~case.fallen).sum()), int((case.fallen & ~fell).sum())
-    told = (f"accuracy {_accuracy(case.fallen):.1%} under the attack, {_accuracy(fell):.1%} under one step; {only_one} "
-            f"images fall to the single step alone, {only_many} to the attack alone")
+    only_one = int((fell & ~case.fallen).sum())
+    only_many = int((case.fallen & ~fell).sum())
+    told = (
+        f"accuracy {_accuracy(case.fallen):.1%} under the attack, {_accuracy(fell):.1%} under one step; {only_one} "
+        f"images fall to the single step alone, {only_many} to the attack alone"
+    )
     return RED if outweighs(only_one, only_many) else GREEN, told
 
 
@@ -77,14 +126,27 @@ def steps_converged(case: Case) -> Found:
     light, _, more = case.beyond(case.falls(longer.x, case.left))
     film = 1 - case.main.film.double().mean(1)
     told = f"{2 * case.steps} steps instead of {case.steps} fell {more}"
-    return light, told, Picture(tuple(range(len(film))), {"accuracy by the attack's own count": tuple(film.tolist())},
-                                "steps", "accuracy")
+    return (
+        light,
+        told,
+        Picture(
+            tuple(range(len(film))),
+            {"accuracy by the attack's own count": tuple(film.tolist())},
+            "steps",
+            "accuracy",
+        ),
+    )
 
 
-@check(12, GROUP, "restart from random points, and count an image as robust only if it survives them all")
+@check(
+    12,
+    GROUP,
+    "restart from random points, and count an image as robust only if it survives them all",
+)
 def restarts_converged(case: Case, restarts: int = 5) -> Found:
     """Whether five random starts fell less than 1 % more of all images."""
-    places, draw = case.left, case.generator(12)
+    places = case.left
+    draw = case.generator(12)
     tries = [case.attacked(places, start=draw).x for _ in range(restarts)]
     light, _, more = case.beyond(case.falls_to_any(tries, places))
     return light, f"{restarts} random starts fell {more}"
@@ -102,29 +164,51 @@ def random_search(case: Case, places: Tensor, queries: int, draw: torch.Generato
     Source      after Andriushchenko et al. 2020 (Square)
     Shapes      places [m] -> [m,C,H,W];  costs queries x m forward passes
     """
-    x0, y = case.x[places], case.y[places]
-    best, height = x0, torch.full((len(x0),), -torch.inf, dtype=torch.float64)
+    x0 = case.x[places]
+    y = case.y[places]
+    best = x0
+    height = torch.full((len(x0),), -torch.inf, dtype=torch.float64)
     rows, columns = x0.shape[2:]
     for query in range(queries):
-        side = 1 - max(0.0, 2 * query / queries - 0.5) / 1.5  # a quarter of the queries is plain noise
-        h, w = max(1, round(side * rows)), max(1, round(side * columns))
-        top, left = (int(torch.randint(size, (), generator=draw)) for size in (rows - h + 1, columns - w + 1))
+        side = (
+            1 - max(0.0, 2 * query / queries - 0.5) / 1.5
+        )  # a quarter of the queries is plain noise
+        h = max(1, round(side * rows))
+        w = max(1, round(side * columns))
+        top, left = (
+            int(torch.randint(size, (), generator=draw)) for size in (rows - h + 1, columns - w + 1)
+        )
         push = torch.zeros_like(x0)
         sign = torch.randint(2, (len(x0), x0.shape[1], h, w), generator=draw).to(x0) * 2 - 1
-        push[:, :, top:top + h, left:left + w] = sign
+        push[:, :, top : top + h, left : left + w] = sign
         if case.norm == "l2":
             push = push / push.flatten(1).norm(dim=1)[:, None, None, None]
         start = x0 if side == 1 else best
-        x = attacks.project(start + (1 if side == 1 else 2) * case.epsilon * push, x0, case.epsilon, case.norm)
+        x = attacks.project(
+            start + (1 if side == 1 else 2) * case.epsilon * push, x0, case.epsilon, case.norm
+        )
         with torch.no_grad():
-            margin = torch.cat([attacks.margin_loss(case.target(a), b) for a, b in
-                                zip(x.split(case.batch), y.split(case.batch), strict=True)]).double().cpu()
+            margin = (
+                torch.cat(
+                    [
+                        attacks.margin_loss(case.target(a), b)
+                        for a, b in zip(x.split(case.batch), y.split(case.batch), strict=True)
+                    ]
+                )
+                .double()
+                .cpu()
+            )
         higher = margin > height
-        best, height = torch.where(higher.to(x0.device)[:, None, None, None], x, best), torch.maximum(margin, height)
+        best = torch.where(higher.to(x0.device)[:, None, None, None], x, best)
+        height = torch.maximum(margin, height)
     return best
 
 
-@check(13, GROUP, "gradients are masked: find the function whose gradient is real (BPDA, EOT, another loss)")
+@check(
+    13,
+    GROUP,
+    "gradients are masked: find the function whose gradient is real (BPDA, EOT, another loss)",
+)
 def white_beats_black(case: Case, passes: int = 1000) -> Found:
     """Whether any survivor falls to a search without gradients: noise first, then Square; 0.2 % are tolerated."""
     places = case.left
@@ -150,7 +234,8 @@ class Fitted(nn.Module):
         rows = torch.cat([x.flatten(1), torch.ones_like(x[:, 0, 0, :1])], 1).double()
         found = torch.linalg.pinv(rows) @ nn.functional.one_hot(y, classes).to(rows)
         self.register_buffer("matrix", found.to(x))
-        self.num_classes, self.image_shape = classes, tuple(x.shape[1:])
+        self.num_classes = classes
+        self.image_shape = tuple(x.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.matrix[:-1] + self.matrix[-1]
@@ -162,21 +247,34 @@ class Fitted(nn.Module):
         Shapes      -> [n]
         """
         gap = self(x).gather(1, y[:, None]) - self(x)
-        apart = (self.matrix[:-1, y].T[:, None] - self.matrix[:-1].T).norm(p=1 if norm == "linf" else 2, dim=2)
+        apart = (self.matrix[:-1, y].T[:, None] - self.matrix[:-1].T).norm(
+            p=1 if norm == "linf" else 2, dim=2
+        )
         return (gap / apart).masked_fill(apart == 0, torch.inf).amin(1)
 
 
-@check(14, GROUP, "a transferred image that fools where the gradient does not is a sign of masking; attack by transfer")
+@check(
+    14,
+    GROUP,
+    "a transferred image that fools where the gradient does not is a sign of masking; attack by transfer",
+)
 def transfer_sanity(case: Case) -> Found:
     """Whether images made on other classifiers fool less often than the white-box attack does, paired sign test."""
-    few, lights, told = case.few, [], []
+    few = case.few
+    lights = []
+    told = []
     sources = case.sources or {"a linear fit": Fitted(case.x, case.y, case.classifier.num_classes)}
     for name, source in sources.items():
         fell = case.falls(case.attacked(few, target=source).x, few)
-        from_it, white = int((fell & ~case.fallen[few]).sum()), int((case.fallen[few] & ~fell).sum())
+        from_it = int((fell & ~case.fallen[few]).sum())
+        white = int((case.fallen[few] & ~fell).sum())
         lights.append(RED if outweighs(from_it, white) else GREEN)
-        told.append(f"{int(fell.sum())} of {len(few)} fall to images made on {name}, {from_it} of them alone")
-    return worst(lights), f"{'; '.join(told)}; {int(case.fallen[few].sum())} fall to the white-box attack"
+        told.append(
+            f"{int(fell.sum())} of {len(few)} fall to images made on {name}, {from_it} of them alone"
+        )
+    return worst(
+        lights
+    ), f"{'; '.join(told)}; {int(case.fallen[few].sum())} fall to the white-box attack"
 
 
 def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -199,37 +297,52 @@ def loss_agnostic(case: Case) -> Found:
     """
     losses = [attacks.margin_loss, attacks.cross_entropy_loss, masked_loss]
     losses += [attacks.dlr_loss] * (case.classifier.num_classes >= 3)
-    few, places, steps = case.few, torch.cat([case.few, case.left]).unique(), max(1, case.steps // 2)
-    fell, lights = {}, []
+    few = case.few
+    places = torch.cat([case.few, case.left]).unique()
+    steps = max(1, case.steps // 2)
+    fell = {}
+    lights = []
     for loss in losses:
         all_of = torch.zeros(len(case.x), dtype=torch.bool)
         all_of[places] = case.falls(case.attacked(places, loss=loss, steps=steps).x, places)
         fell[loss.__name__] = all_of[few]
         lights.append(case.beyond(all_of[case.left], 0.02)[0])
-    together, spared = torch.stack(list(fell.values())).any(0), {}
+    together = torch.stack(list(fell.values())).any(0)
+    spared = {}
     for name, one in fell.items():
         spared[name] = int((together & ~one).sum())
-        light, luckier = proven(spared[name], len(few), 0.02), int((one & ~case.fallen[few]).sum())
+        light = proven(spared[name], len(few), 0.02)
+        luckier = int((one & ~case.fallen[few]).sum())
         sure = case.deterministic or outweighs(int((case.fallen[few] & ~one).sum()), luckier)
         lights.append(AMBER if light == RED and not sure else light)
     told = f"of {len(few)} images {int(together.sum())} fall to some loss; " + ", ".join(
-        f"{name} spares {count}" for name, count in spared.items())
-    return worst(lights), told, Picture(tuple(fell), {"accuracy": tuple(map(_accuracy, fell.values()))}, "", "accuracy")
+        f"{name} spares {count}" for name, count in spared.items()
+    )
+    return (
+        worst(lights),
+        told,
+        Picture(tuple(fell), {"accuracy": tuple(map(_accuracy, fell.values()))}, "", "accuracy"),
+    )
 
 
 @check(16, GROUP, "mend the attack: it does not even break a model without any defence")
 def weak_model_falls(case: Case) -> Found:
     """Whether the same attack takes an undefended linear model to 1 %, at a budget where the closed form says 0 %."""
-    weak, few = Fitted(case.x, case.y, case.classifier.num_classes), case.few
+    weak = Fitted(case.x, case.y, case.classifier.num_classes)
+    few = case.few
     reach = float(weak.radius(case.x[few], case.y[few], case.norm).max())
     if not torch.isfinite(torch.tensor(reach)):
-        raise CannotJudge("the images have one label only, so no linear model can be fooled on them.")
+        raise CannotJudge(
+            "the images have one label only, so no linear model can be fooled on them."
+        )
     most = 1.0 if case.norm == "linf" else case.x[0].numel() ** 0.5
     epsilon = min(most, max(case.epsilon, 2 * reach))
     found = case.attacked(few, target=weak, epsilon=epsilon)
     left = int((case.answers(found.x, classifier=weak)[0] == case.labels[few]).sum())
-    told = (f"{left} of {len(few)} images survive on a linear model fitted to them, at {case.norm} {epsilon:.3g}, "
-            "where none should")
+    told = (
+        f"{left} of {len(few)} images survive on a linear model fitted to them, at {case.norm} {epsilon:.3g}, "
+        "where none should"
+    )
     return proven(left, len(few), 0.01), told
 
 
@@ -240,10 +353,13 @@ def targeted_too(case: Case) -> Found:
     Passes when they add at most 1 % of all images, and the attack towards the class that an image was sent to spares
     at most 10 % of those images.
     """
-    classes, left = case.classifier.num_classes, case.left
+    classes = case.classifier.num_classes
+    left = case.left
     steps = max(1, case.steps // 4)
-    tries = [case.attacked(left, towards=(case.labels[left] + k) % classes, steps=steps).x
-             for k in range(1, classes)]
+    tries = [
+        case.attacked(left, towards=(case.labels[left] + k) % classes, steps=steps).x
+        for k in range(1, classes)
+    ]
     light, _, more = case.beyond(case.falls_to_any(tries, left))
     told = f"attacks towards {classes - 1} other classes fell {more}"
     reached = case.answers(case.main.x)[0]
@@ -252,5 +368,7 @@ def targeted_too(case: Case) -> Found:
         return light, told
     again = case.attacked(few, towards=reached[few], steps=max(1, case.steps // 2))
     spared = int((~case.falls(again.x, few)).sum())
-    return (worst([light, proven(spared, len(few), 0.1)]),
-            f"{told}, and spare {spared} of {len(few)} that the untargeted attack sent to their class")
+    return (
+        worst([light, proven(spared, len(few), 0.1)]),
+        f"{told}, and spare {spared} of {len(few)} that the untargeted attack sent to their class",
+    )

@@ -31,7 +31,9 @@ class Picture:
     @property
     def finite(self) -> bool:
         """Whether there are numbers in every line, and all of them can be drawn."""
-        return bool(self.lines) and all(line and all(map(math.isfinite, line)) for line in self.lines.values())
+        return bool(self.lines) and all(
+            line and all(map(math.isfinite, line)) for line in self.lines.values()
+        )
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class CannotJudge(Exception):
 Found = tuple[str, str] | tuple[str, str, Picture]  # light, evidence, and what there is to draw
 
 
-def check(number: int, group: str, advice: str) -> Callable[[Callable[["Case"], Found]], Callable[["Case"], Check]]:
+def check(
+    number: int, group: str, advice: str
+) -> Callable[[Callable[["Case"], Found]], Callable[["Case"], Check]]:
     """Make a check of a function from a case to a light and its evidence; what it raises becomes a light as well."""
+
     def decorate(look: Callable[["Case"], Found]) -> Callable[["Case"], Check]:
         @functools.wraps(look)
         def judged(case: "Case") -> Check:
@@ -72,14 +77,27 @@ def check(number: int, group: str, advice: str) -> Callable[[Callable[["Case"], 
             try:
                 light, evidence, *picture = look(case)
             except CannotJudge as reason:
-                light, evidence, picture = AMBER, str(reason), []
+                light = AMBER
+                evidence = str(reason)
+                picture = []
             except Exception as error:  # an audit goes on: the next checks say what else is wrong
-                light, picture = RED, []
+                light = RED
+                picture = []
                 evidence = f"the check could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
             drawn = next((one for one in picture if one.finite), None)
-            return Check(number, look.__name__, group, light, evidence, advice, drawn, time.perf_counter() - start)
+            return Check(
+                number,
+                look.__name__,
+                group,
+                light,
+                evidence,
+                advice,
+                drawn,
+                time.perf_counter() - start,
+            )
 
-        judged.number, judged.group = number, group
+        judged.number = number
+        judged.group = group
         return judged
 
     return decorate
@@ -123,7 +141,13 @@ def is_deterministic(module: nn.Module) -> bool:
     """What a classifier, or the one inside a view of it, declares; one that says nothing is taken at that."""
     inner = getattr(module, "classifier", None)
     own = getattr(module, "deterministic", None)
-    return own if own is not None else is_deterministic(inner) if isinstance(inner, nn.Module) else True
+    return (
+        own
+        if own is not None
+        else is_deterministic(inner)
+        if isinstance(inner, nn.Module)
+        else True
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +210,18 @@ class Case:
         units.check_labels(self.y, len(self.x), self.classifier.num_classes)
         units.check_budget(self.epsilon, self.norm, self.x[0].numel())
         if min(len(self.x), self.batch, self.closer, self.steps, self.draws, self.starts) < 1:
-            raise ValueError(f"expected at least one image, step, draw and start, got {len(self.x)} images, steps="
-                             f"{self.steps}, draws={self.draws}, starts={self.starts}, batch={self.batch}, closer="
-                             f"{self.closer}.")
-        if self.deltas is not None and (len(self.rows) < len(self.x) or len(self.deltas) < len(self.x)):
-            raise ValueError(f"expected a row and a perturbation for each of {len(self.x)} images, got "
-                             f"{len(self.rows)} and {len(self.deltas)}; audit no more images than were attacked.")
+            raise ValueError(
+                f"expected at least one image, step, draw and start, got {len(self.x)} images, steps="
+                f"{self.steps}, draws={self.draws}, starts={self.starts}, batch={self.batch}, closer="
+                f"{self.closer}."
+            )
+        if self.deltas is not None and (
+            len(self.rows) < len(self.x) or len(self.deltas) < len(self.x)
+        ):
+            raise ValueError(
+                f"expected a row and a perturbation for each of {len(self.x)} images, got "
+                f"{len(self.rows)} and {len(self.deltas)}; audit no more images than were attacked."
+            )
 
     @property
     def target(self) -> nn.Module:
@@ -222,14 +252,28 @@ class Case:
         """A generator of the audit's own for one purpose."""
         return torch.Generator().manual_seed(1000 * self.seed + salt)
 
-    def attacked(self, places: Tensor, *, target: nn.Module | None = None, attack=None, epsilon: float | None = None,
-                 start: torch.Generator | None = None, towards: Tensor | None = None, **options) -> Outcome:
+    def attacked(
+        self,
+        places: Tensor,
+        *,
+        target: nn.Module | None = None,
+        attack=None,
+        epsilon: float | None = None,
+        start: torch.Generator | None = None,
+        towards: Tensor | None = None,
+        **options,
+    ) -> Outcome:
         """Run the case's attack on some of its images, with whatever is to be different.
 
         Shapes      places [m]; towards [m]: the class that each image is to be taken for, or None for any other
         """
-        options = {**dict(norm=self.norm, steps=self.steps, loss=self.loss, draws=self.draws), **options}
-        run, target, found = attack or self.attack, target or self.target, []
+        options = {
+            **dict(norm=self.norm, steps=self.steps, loss=self.loss, draws=self.draws),
+            **options,
+        }
+        run = attack or self.attack
+        target = target or self.target
+        found = []
         epsilon = self.epsilon if epsilon is None else epsilon
         if not len(places):
             nobody = torch.zeros(0, dtype=torch.bool)
@@ -238,8 +282,16 @@ class Case:
             if towards is not None:
                 options["loss"] = attacks.targeted_loss(towards[some].to(self.y))
             part = places[some]
-            frames = list(run(target, self.x[part], self.y[part], epsilon, generator=start, **options))
-            found.append((frames[-1].x, frames[-1].fooled.cpu(), torch.stack([one.fooled.cpu() for one in frames])))
+            frames = list(
+                run(target, self.x[part], self.y[part], epsilon, generator=start, **options)
+            )
+            found.append(
+                (
+                    frames[-1].x,
+                    frames[-1].fooled.cpu(),
+                    torch.stack([one.fooled.cpu() for one in frames]),
+                )
+            )
         x, flagged, film = zip(*found, strict=True)
         return Outcome(torch.cat(x), torch.cat(flagged), torch.cat(film, 1))
 
@@ -249,7 +301,10 @@ class Case:
         if not len(x):
             return torch.zeros(repeats, 0, dtype=torch.long)
         with torch.no_grad():
-            said = [torch.cat([judge(part).argmax(1).cpu() for part in x.split(self.batch)]) for _ in range(repeats)]
+            said = [
+                torch.cat([judge(part).argmax(1).cpu() for part in x.split(self.batch)])
+                for _ in range(repeats)
+            ]
         return torch.stack(said)
 
     def wrong(self, x: Tensor, places: Tensor) -> Tensor:
@@ -280,17 +335,24 @@ class Case:
         """The attack that is audited, on all images: the stored perturbations, else what the case's attack finds."""
         if self.deltas is not None:
             draws = self.records[0].settings.get("draws", 1) if self.records else 1
-            flagged = torch.tensor([2 * row["hits"] < draws for row in self.rows[:len(self.x)]])
-            return Outcome((self.x + self.deltas[:len(self.x)].to(self.x)).clamp(0, 1), flagged, flagged[None])
-        found, draw = self.attacked(self.everyone), self.generator(0)
-        x, flagged, wrong = found.x, found.flagged, self.wrong(found.x, self.everyone)
+            flagged = torch.tensor([2 * row["hits"] < draws for row in self.rows[: len(self.x)]])
+            return Outcome(
+                (self.x + self.deltas[: len(self.x)].to(self.x)).clamp(0, 1), flagged, flagged[None]
+            )
+        found = self.attacked(self.everyone)
+        draw = self.generator(0)
+        x = found.x
+        flagged = found.flagged
+        wrong = self.wrong(found.x, self.everyone)
         for _ in range(self.starts - 1):
             places = self.everyone[wrong <= 0.5]
             again = self.attacked(places, start=draw)
             share = self.wrong(again.x, places)
             better = share > wrong[places]
-            x, flagged, wrong = (whole.index_put((places[better],), part[better]) for whole, part in
-                                 ((x, again.x), (flagged, again.flagged), (wrong, share)))
+            x, flagged, wrong = (
+                whole.index_put((places[better],), part[better])
+                for whole, part in ((x, again.x), (flagged, again.flagged), (wrong, share))
+            )
         return Outcome(x, flagged, found.film)
 
     @functools.cached_property
@@ -301,7 +363,7 @@ class Case:
     @property
     def left(self) -> Tensor:
         """The places of the first `closer` images that survive the main attack: the claim. Shapes: -> [m]."""
-        return self.everyone[~self.fallen][:self.closer]
+        return self.everyone[~self.fallen][: self.closer]
 
     @functools.cached_property
     def luck(self) -> Tensor:
@@ -317,10 +379,13 @@ class Case:
         Shapes      fell [m], over `left`
         Meaning     of a random classifier, what falls also has to win the paired sign test against `luck`
         """
-        more, lucky = int((fell & ~self.luck).sum()), int((self.luck & ~fell).sum())
+        more = int((fell & ~self.luck).sum())
+        lucky = int((self.luck & ~fell).sum())
         survivors = int((~self.fallen).sum())
         light = proven(more, len(fell), allowed, survivors / len(self.x)) if len(fell) else GREEN
         if light == RED and not self.deterministic and not outweighs(more, lucky):
             light = AMBER
-        told = f"{more} of {len(fell)} survivors" + (f" (of {survivors})" if survivors > len(fell) else "")
+        told = f"{more} of {len(fell)} survivors" + (
+            f" (of {survivors})" if survivors > len(fell) else ""
+        )
         return light, more, told + (f", {lucky} by luck alone" if lucky else "")

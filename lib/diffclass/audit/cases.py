@@ -9,7 +9,9 @@ from diffclass.audit.base import Case
 TELESCOPED = 8  # draws behind the telescoped gradient
 
 
-def case_of(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "linf", **options) -> Case:
+def case_of(
+    classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "linf", **options
+) -> Case:
     """A case whose attacks get an `AttackView`, and every other road that the classifier's kind offers.
 
     Of a majority vote the voter is attacked, as votes have no gradient. Routes of a purified classifier are the other
@@ -21,14 +23,25 @@ def case_of(classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: s
     view = AttackView.calibrated(voter, x[:64])
     routes = {name: AttackView(route, view.temperature) for name, route in _routes(voter).items()}
     levels = {count: AttackView(other, view.temperature) for count, other in _levels(voter).items()}
-    return Case(classifier, x, y, epsilon, norm, **{**dict(view=view, routes=routes, levels=levels), **options})
+    return Case(
+        classifier,
+        x,
+        y,
+        epsilon,
+        norm,
+        **{**dict(view=view, routes=routes, levels=levels), **options},
+    )
 
 
 def _routes(classifier: nn.Module) -> dict[str, nn.Module]:
     if hasattr(classifier, "with_gradient"):
-        other = "the identity's gradient (BPDA)" if classifier.purifier.exact else "the exact gradient"
-        return {other: classifier.with_gradient(not classifier.purifier.exact),
-                "the classifier alone": classifier.classifier}
+        other = (
+            "the identity's gradient (BPDA)" if classifier.purifier.exact else "the exact gradient"
+        )
+        return {
+            other: classifier.with_gradient(not classifier.purifier.exact),
+            "the classifier alone": classifier.classifier,
+        }
     if not hasattr(classifier, "weighting"):
         return {}
     found = {}
@@ -44,12 +57,14 @@ def _levels(classifier: nn.Module) -> dict[int, nn.Module]:
     """Twins with half and twice as many noise levels of the classifier, or steps of the purifier."""
     if hasattr(classifier, "bank"):
         bank = classifier.bank
-        count, ends = len(bank.levels), (float(bank.lower[0]), float(bank.upper[-1]))
+        count = len(bank.levels)
+        ends = (float(bank.lower[0]), float(bank.upper[-1]))
 
         def other(more: int) -> nn.Module:
             twin = classifier.twin()
-            twin.bank = noise.NoiseBank.fixed(noise.log_levels(*ends, more), classifier.image_shape, bank.samples,
-                                              seed=count).to(bank.noise)
+            twin.bank = noise.NoiseBank.fixed(
+                noise.log_levels(*ends, more), classifier.image_shape, bank.samples, seed=count
+            ).to(bank.noise)
             return twin
     elif hasattr(getattr(classifier, "purifier", None), "steps"):
         count = classifier.purifier.steps

@@ -5,7 +5,12 @@ from torch import Tensor, nn
 
 
 def _generators(module: nn.Module) -> list[torch.Generator]:
-    found = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Generator)]
+    found = [
+        value
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, torch.Generator)
+    ]
     return list({id(generator): generator for generator in found}.values())
 
 
@@ -21,8 +26,10 @@ class Frozen(nn.Module):
 
     def __init__(self, classifier: nn.Module, seed: int = 0):
         super().__init__()
-        self.classifier, self.seed = classifier, seed
-        self.num_classes, self.image_shape = classifier.num_classes, classifier.image_shape
+        self.classifier = classifier
+        self.seed = seed
+        self.num_classes = classifier.num_classes
+        self.image_shape = classifier.image_shape
 
     def forward(self, x: Tensor) -> Tensor:
         kept = [(generator, generator.get_state()) for generator in _generators(self.classifier)]

@@ -13,13 +13,20 @@ from diffclass.audit.base import Case
 from diffclass.certificates import Certificate, Votes, smoothing_radius
 from diffclass.smoothing import draw_votes
 
-SHAPE, CLASSES = (1, 8, 8), 4
-STRONG, WEAK, SPREAD = 0.2, 0.03, 0.1  # how far the classes' pixels lie from grey, and the noise around that
+SHAPE = (1, 8, 8)
+CLASSES = 4
+STRONG = 0.2  # how far the classes' pixels lie from grey, and the noise around that
+WEAK = 0.03
+SPREAD = 0.1
 EPSILON = 0.16  # L-inf budget in pixels: above WEAK, so that weak pixels can be turned around, and below STRONG
 VOTE_NOISE = 0.12  # smoothing noise in pixels, of which nearly all votes agree
-HADAMARD = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32)
-STATEMENT = ("A budget above 0.2 turns the strong pixels around and breaks it; gradient attacks reach the closed form, "
-             "black boxes do not pass it.")
+HADAMARD = torch.tensor(
+    [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float32
+)
+STATEMENT = (
+    "A budget above 0.2 turns the strong pixels around and breaks it; gradient attacks reach the closed form, "
+    "black boxes do not pass it."
+)
 
 
 def means() -> Tensor:
@@ -54,7 +61,8 @@ class Honest(nn.Module):
         weight = scale * rows.sign() * (rows.abs() - EPSILON).clamp_min(0)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", weight.clamp(max=0).abs().sum(1))
-        self.num_classes, self.image_shape = CLASSES, SHAPE
+        self.num_classes = CLASSES
+        self.image_shape = SHAPE
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.weight.T + self.bias
@@ -142,7 +150,8 @@ class Noisy(Honest):
     def __init__(self, seed: int = 0, noise: float = 2.0):
         super().__init__()
         rows = means().flatten(1)
-        self.weight, self.noise = 12 * rows, noise
+        self.weight = 12 * rows
+        self.noise = noise
         self.bias = self.weight.clamp(max=0).abs().sum(1)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -179,7 +188,8 @@ def case(name: str, count: int = 64, seed: int = 0) -> Case:
     Shapes      `count` images; votes of a smoothed classifier come with the honest and the inflated one
     Errors      KeyError for a name that is not in FAULTS
     """
-    classifier, (x, y) = FAULTS[name][0](), images(count, seed)
+    classifier = FAULTS[name][0]()
+    (x, y) = images(count, seed)
     made = Case(classifier, x, y, EPSILON, statement=STATEMENT, closer=16, seed=seed)
     if name not in ("honest", "inflated"):
         return made

@@ -7,7 +7,8 @@ from diffclass.certificates import interval
 
 GROUP = "reporting"
 ENOUGH = 500  # images below which an accuracy is known to more than four points
-CLEAN, ATTACKED = "clean accuracy", "upper bound of the robust accuracy"  # how the records of a run under attack begin
+CLEAN = "clean accuracy"  # how the records of a run under attack begin
+ATTACKED = "upper bound of the robust accuracy"
 
 
 def _accuracies(case: Case) -> list:
@@ -24,30 +25,47 @@ def _attacked(case: Case) -> list:
     return found
 
 
-@check(32, GROUP, "print every accuracy with its binomial interval, and measure at least 500 images")
+@check(
+    32, GROUP, "print every accuracy with its binomial interval, and measure at least 500 images"
+)
 def interval_everywhere(case: Case) -> Found:
     """Whether each accuracy has its interval, Clopper & Pearson's where it says so; amber for fewer than 500 images."""
-    found, wrong = _accuracies(case), []
+    found = _accuracies(case)
+    wrong = []
     for record in found:
         exact = interval(round(record.value * record.n), record.n, record.level)
-        if not record.low < record.high or record.method == "Clopper-Pearson" and max(
-                abs(record.low - exact[0]), abs(record.high - exact[1])) > 1e-6:
+        if (
+            not record.low < record.high
+            or record.method == "Clopper-Pearson"
+            and max(abs(record.low - exact[0]), abs(record.high - exact[1])) > 1e-6
+        ):
             wrong.append(record.what)
-    few, widest = min(one.settings.get("n", one.n) for one in found), max((one.high - one.low) / 2 for one in found)
-    told = (f"{len(wrong)} of {len(found)} accuracies lack a true interval{f' ({wrong[0]})' if wrong else ''}; the "
-            f"fewest images are {few}, the widest interval is +-{widest:.1%}")
+    few = min(one.settings.get("n", one.n) for one in found)
+    widest = max((one.high - one.low) / 2 for one in found)
+    told = (
+        f"{len(wrong)} of {len(found)} accuracies lack a true interval{f' ({wrong[0]})' if wrong else ''}; the "
+        f"fewest images are {few}, the widest interval is +-{widest:.1%}"
+    )
     return (RED if wrong else GREEN if few >= ENOUGH else AMBER), told
 
 
-@check(33, GROUP, "store attack, steps, draws, restarts, seed, checkpoint and version in every record")
+@check(
+    33, GROUP, "store attack, steps, draws, restarts, seed, checkpoint and version in every record"
+)
 def settings_printed(case: Case) -> Found:
     """Whether a record names what would be needed to measure it again."""
-    found, lacking = _attacked(case), {}
+    found = _attacked(case)
+    lacking = {}
     for record in found:
         protocol = record.settings.get("protocol", {})
-        has = {"attacks": bool(protocol.get("attacks")), "norm": "norm" in protocol, "epsilon": "epsilon" in protocol,
-               "seed": record.seed is not None, "version": "version" in record.settings,
-               "checkpoint": record.checkpoint is not None or record.settings.get("checkpoints") == {}}
+        has = {
+            "attacks": bool(protocol.get("attacks")),
+            "norm": "norm" in protocol,
+            "epsilon": "epsilon" in protocol,
+            "seed": record.seed is not None,
+            "version": "version" in record.settings,
+            "checkpoint": record.checkpoint is not None or record.settings.get("checkpoints") == {},
+        }
         for name in ("steps", "draws", "restarts", "loss"):
             has[name] = has["attacks"] and all(name in attack for attack in protocol["attacks"])
         for name in (name for name, there in has.items() if not there):
@@ -56,7 +74,11 @@ def settings_printed(case: Case) -> Found:
     return (RED if lacking else GREEN), f"of {len(found)} records under attack, missing: {told}"
 
 
-@check(34, GROUP, "count an image as robust only if it survives all attacks, then average; never the least average")
+@check(
+    34,
+    GROUP,
+    "count an image as robust only if it survives all attacks, then average; never the least average",
+)
 def per_example_min(case: Case) -> Found:
     """Whether the claim counts the perturbation that was worst for each image.
 
@@ -65,9 +87,13 @@ def per_example_min(case: Case) -> Found:
     """
     found = _attacked(case)
     if not case.rows:
-        raise CannotJudge("the records came without the rows of each image, from which minima could be taken.")
-    draws, n = found[0].settings.get("draws", 1), len(case.rows)
-    spared, sums = 0, {}
+        raise CannotJudge(
+            "the records came without the rows of each image, from which minima could be taken."
+        )
+    draws = found[0].settings.get("draws", 1)
+    n = len(case.rows)
+    spared = 0
+    sums = {}
     for row in case.rows:
         done = {name: entry[0] for name, entry in row["attacks"].items() if entry}
         spared += done[row["strongest"]] > min(done.values())
@@ -79,17 +105,23 @@ def per_example_min(case: Case) -> Found:
     reported = any(abs(value - claim) < 1e-6 for value in claimed)
     return (RED if spared or not reported else GREEN), (
         f"per image the rows give {claim:.1%}, the smallest average of one attack {least:.1%}; reported "
-        f"{', '.join(f'{value:.1%}' for value in claimed) or 'nothing'}; {spared} of {n} rows spare an image")
+        f"{', '.join(f'{value:.1%}' for value in claimed) or 'nothing'}; {spared} of {n} rows spare an image"
+    )
 
 
-@check(35, GROUP, "report clean accuracy and the classifier calls per image beside every robust accuracy")
+@check(
+    35,
+    GROUP,
+    "report clean accuracy and the classifier calls per image beside every robust accuracy",
+)
 def clean_first(case: Case) -> Found:
     """Whether the clean accuracy of the same images stands beside what survives, with its cost."""
     found = _attacked(case)
     clean = [one for one in _accuracies(case) if one.what.startswith(CLEAN) and one.n == found[0].n]
     costs = [one.settings.get("classifier calls per image") for one in found]
     told = (f"clean: {clean[0]}" if clean else "no clean accuracy of the same images") + (
-        f"; {costs[0]} classifier calls for each image" if all(costs) else "; the cost is not told")
+        f"; {costs[0]} classifier calls for each image" if all(costs) else "; the cost is not told"
+    )
     return (GREEN if clean and all(costs) else RED), told
 
 
@@ -103,11 +135,14 @@ def adversarials_stored(case: Case) -> Found:
     _attacked(case)
     if case.deltas is None or not case.rows:
         return RED, "no perturbations were stored with the records"
-    n, draws = len(case.x), case.records[0].settings.get("draws", 1)
+    n = len(case.x)
+    draws = case.records[0].settings.get("draws", 1)
     stored = torch.tensor([row["hits"] for row in case.rows[:n]], dtype=torch.float64) / draws
     again = 1 - case.wrong(case.main.x, case.everyone)
-    told = (f"{n} stored perturbations judged again: {float(again.mean()):.1%} survive, stored were "
-            f"{float(stored.mean()):.1%}")
+    told = (
+        f"{n} stored perturbations judged again: {float(again.mean()):.1%} survive, stored were "
+        f"{float(stored.mean()):.1%}"
+    )
     if case.deterministic:
         other = int((again != stored).sum())
         return (RED if other else GREEN), f"{told}; {other} verdicts differ"

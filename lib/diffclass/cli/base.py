@@ -18,10 +18,21 @@ import typer.core
 from diffclass import __version__ as VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
-OK, PROBLEM, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK = 0
+PROBLEM = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
 UsageError = typer.BadParameter.__base__  # typer does not export it
-FAILURES = (ValueError, TypeError, ArithmeticError, OSError, ImportError)  # what the library says in one sentence
-EXIT_CODES = "Exit codes: 0 all is well, 1 a problem was found, 2 the input was bad, 130 interrupted."
+FAILURES = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    OSError,
+    ImportError,
+)  # what the library says in one sentence
+EXIT_CODES = (
+    "Exit codes: 0 all is well, 1 a problem was found, 2 the input was bad, 130 interrupted."
+)
 
 
 def is_first() -> bool:
@@ -33,8 +44,10 @@ def shown(run, what: str, total: int | None = None, unit: str = "picture"):
     """The same items behind a progress bar: (correct, seen) of `total` pictures, or (done, total)."""
     from tqdm import tqdm
 
-    with contextlib.closing(run), tqdm(desc=what, unit=unit, total=total, file=sys.stderr,
-                                        disable=not is_first()) as bar:
+    with (
+        contextlib.closing(run),
+        tqdm(desc=what, unit=unit, total=total, file=sys.stderr, disable=not is_first()) as bar,
+    ):
         for first, second in run:
             done, bar.total = (second, total) if total else (first, second)
             if total:
@@ -79,13 +92,14 @@ class _Commands(typer.core.TyperGroup):
 
     def make_context(self, info_name, args, parent=None, **extra):
         """--json is looked up before anything is parsed: it also holds for arguments that cannot be understood."""
-        answer = Answer(json="--json" in (args[:args.index("--")] if "--" in args else args))
+        answer = Answer(json="--json" in (args[: args.index("--")] if "--" in args else args))
         with self._usage_errors(answer):
             return super().make_context(info_name, args, parent, obj=answer, **extra)
 
     def invoke(self, ctx):
         """Run the command; whatever happens, its answer is printed once."""
-        answer, code = ctx.obj, OK
+        answer = ctx.obj
+        code = OK
         try:
             with self._usage_errors(answer):
                 super().invoke(ctx)
@@ -113,8 +127,14 @@ class _Commands(typer.core.TyperGroup):
             raise
 
 
-app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, epilog=EXIT_CODES)
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+)
 
 
 def _show_version(value: bool) -> None:
@@ -123,12 +143,21 @@ def _show_version(value: bool) -> None:
         raise typer.Exit()
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else; progress goes to "
-                                                   "stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document and nothing else; progress goes to stderr."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="All randomness comes from it.")]
 
 
 @app.callback()
-def _options(json_wanted: Json = False, version: Annotated[bool, typer.Option(
-        "--version", callback=_show_version, is_eager=True, help="Print the version.")] = False):
+def _options(
+    json_wanted: Json = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+):
     """Diffusion Classifiers, step by step: the course, its models and their accuracy."""

@@ -12,21 +12,38 @@ from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, VERSION, Json, Seed, app
 
 
 @app.command(epilog=EXIT_CODES)
-def evaluate(ctx: typer.Context,
-             world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
-             model: Annotated[str | None, typer.Option(help="A network by name, such as contrastive.")] = None,
-             limit: Annotated[int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")] = None,
-             levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
-             weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",
-             attack: Annotated[str | None, typer.Option(help="Protocol of an attack: paper or honest.")] = None,
-             defence: Annotated[str, typer.Option(help="What is attacked: a name of zoo.NAMES.")] = "dc",
-             norm: Annotated[str, typer.Option(help="Norm of an attack's budget: linf or l2.")] = "linf",
-             epsilon: Annotated[float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")] = None,
-             store: Annotated[Path | None, typer.Option(help="Keep losses or perturbations here; resumable.")] = None,
-             batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once: 8, or 64 attacked.")] = None,
-             precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network.")] = "fp32",
-             record: Annotated[Path | None, typer.Option(help="Append the result to this .jsonl file.")] = None,
-             seed: Seed = 0, json_wanted: Json = False):
+def evaluate(
+    ctx: typer.Context,
+    world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
+    model: Annotated[
+        str | None, typer.Option(help="A network by name, such as contrastive.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")
+    ] = None,
+    levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
+    weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",
+    attack: Annotated[
+        str | None, typer.Option(help="Protocol of an attack: paper or honest.")
+    ] = None,
+    defence: Annotated[str, typer.Option(help="What is attacked: a name of zoo.NAMES.")] = "dc",
+    norm: Annotated[str, typer.Option(help="Norm of an attack's budget: linf or l2.")] = "linf",
+    epsilon: Annotated[
+        float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep losses or perturbations here; resumable.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at once: 8, or 64 attacked.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network.")] = "fp32",
+    record: Annotated[
+        Path | None, typer.Option(help="Append the result to this .jsonl file.")
+    ] = None,
+    seed: Seed = 0,
+    json_wanted: Json = False,
+):
     """Measure an accuracy, with its 95 % interval; on the plane next to the best that any classifier can reach.
 
     With --store the losses of every picture are kept, and every weighting is reported; it can be stopped, resumed, and
@@ -38,8 +55,10 @@ def evaluate(ctx: typer.Context,
     if attack is None:
         found = _clean(world, model, limit, levels, weighting, store, batch or 8, precision, seed)
     elif model is not None or (levels, weighting, precision) != (16, "ELBO", "fp32"):
-        raise ValueError("expected no --model, --levels, --weighting or --precision with --attack: the defence's name "
-                         "decides them.")
+        raise ValueError(
+            "expected no --model, --levels, --weighting or --precision with --attack: the defence's name "
+            "decides them."
+        )
     else:
         found = _attacked(world, attack, defence, norm, epsilon, limit, store, batch or 64, seed)
     for result in found:
@@ -59,8 +78,15 @@ def _clean(world, model, limit, levels, weighting, store, batch, precision, seed
         run = recipes.hits(trial.classifier, trial.images, trial.labels, batch)
         *_, (correct, _) = shown(run, world, len(trial.labels))
         return recipes.records(trial, correct, seed)
-    run = measuring.measure(trial.classifier, trial.images, trial.labels, store,
-                            recipes.store_settings(trial, seed, precision), batch=batch, precision=precision)
+    run = measuring.measure(
+        trial.classifier,
+        trial.images,
+        trial.labels,
+        store,
+        recipes.store_settings(trial, seed, precision),
+        batch=batch,
+        precision=precision,
+    )
     list(shown(run, world))
     return recipes.stored_records(trial, measuring.read(store), seed)
 
@@ -72,8 +98,12 @@ def _attacked(world, attack, defence, norm, epsilon, limit, store, batch, seed) 
     from diffclass import claims, protocols, recipes, robustness, zoo
 
     if store is None:
-        raise ValueError("expected --store FOLDER with --attack: the perturbations are kept there, to be verified.")
-    protocol = recipes.chosen(attack, {"paper": protocols.paper, "honest": protocols.honest}, "the attack")
+        raise ValueError(
+            "expected --store FOLDER with --attack: the perturbations are kept there, to be verified."
+        )
+    protocol = recipes.chosen(
+        attack, {"paper": protocols.paper, "honest": protocols.honest}, "the attack"
+    )
     budget = zoo.budget(world, norm) if epsilon is None else epsilon
     classifier = zoo.defence(world, defence, seed=seed).to(Accelerator().device)
     images, labels = zoo.images(world, limit, seed)
@@ -90,8 +120,12 @@ def _watched(run, what: str, total: int):
     """The same items behind a progress bar, which names the attack that was last finished."""
     from tqdm import tqdm
 
-    with contextlib.closing(run), tqdm(desc=what, unit="picture", total=total, file=sys.stderr,
-                                       disable=not is_first()) as bar:
+    with (
+        contextlib.closing(run),
+        tqdm(
+            desc=what, unit="picture", total=total, file=sys.stderr, disable=not is_first()
+        ) as bar,
+    ):
         for item in run:
             bar.set_postfix_str(getattr(item, "attack", ""))
             bar.update(item.images - bar.n)
@@ -99,9 +133,11 @@ def _watched(run, what: str, total: int):
 
 
 @app.command(epilog=EXIT_CODES)
-def verify(ctx: typer.Context,
-           folder: Annotated[Path, typer.Argument(help="What `evaluate --attack ... --store` has left.")],
-           json_wanted: Json = False):
+def verify(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What `evaluate --attack ... --store` has left.")],
+    json_wanted: Json = False,
+):
     """Check a claim of robustness by its stored perturbations: one pass, no attack; exit code 1 if it does not hold."""
     from accelerate import Accelerator
 
@@ -109,10 +145,15 @@ def verify(ctx: typer.Context,
 
     answer = ctx.obj
     answer.content |= dict(command="verify", folder=str(folder))
-    found, claimed = robustness.read(folder), claims.kept(folder)
-    world, name, seed, n = found.settings["world"], found.protocol.defence, found.settings["seed"], found.settings["n"]
+    found = robustness.read(folder)
+    claimed = claims.kept(folder)
+    world = found.settings["world"]
+    name = found.protocol.defence
+    seed = found.settings["seed"]
+    n = found.settings["n"]
     images, labels = zoo.images(world, n, seed)
-    defence, weights = zoo.defence(world, name, seed=seed).to(Accelerator().device), zoo.checkpoints(world, name)
+    defence = zoo.defence(world, name, seed=seed).to(Accelerator().device)
+    weights = zoo.checkpoints(world, name)
     run = claims.verify(defence, images, labels, found, weights, claimed)
     *_, state = _watched(run, name, n)
     for result in claimed:
@@ -120,8 +161,14 @@ def verify(ctx: typer.Context,
     for fault in state.faults:
         answer.say(f"WRONG      {fault}")
     stands = not state.faults
-    answer.content |= dict(stands=stands, images=state.images, faults=state.faults,
-                           records=[asdict(result) for result in claimed])
-    answer.say(f"{'stands' if stands else 'does not stand'}: {state.images} of {n} pictures were asked about again, "
-               f"{len(state.faults)} faults found.")
+    answer.content |= dict(
+        stands=stands,
+        images=state.images,
+        faults=state.faults,
+        records=[asdict(result) for result in claimed],
+    )
+    answer.say(
+        f"{'stands' if stands else 'does not stand'}: {state.images} of {n} pictures were asked about again, "
+        f"{len(state.faults)} faults found."
+    )
     raise typer.Exit(OK if stands else PROBLEM)

@@ -9,10 +9,23 @@ from typing import Annotated
 import typer
 
 from diffclass import assets
-from diffclass.cli.base import BAD_INPUT, EXIT_CODES, FAILURES, OK, Json, Seed, app, is_first, sentence_of, shown
+from diffclass.cli.base import (
+    BAD_INPUT,
+    EXIT_CODES,
+    FAILURES,
+    OK,
+    Json,
+    Seed,
+    app,
+    is_first,
+    sentence_of,
+    shown,
+)
 
 METHODS = ("diffusion", "contrastive", "idc", "idc-small", "cnn", "adversarial", "adversarial-dc")
-Widths = Annotated[str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")]
+Widths = Annotated[
+    str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")
+]
 
 
 def _train_one(name: str, folder: Path, minutes: float | None, options: dict) -> bool:
@@ -27,38 +40,77 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
         run = baseline_training.train_baseline(name, folder, minutes=minutes, **options)
     else:
         run = trainers.train(name, folder, minutes=minutes, **options)
-    run, speed, first = trainers.stoppable(run), None, None
-    with contextlib.closing(run), tqdm(desc=name.partition(".")[0], unit="step", file=sys.stderr,
-                                       disable=not is_first()) as bar:
+    run = trainers.stoppable(run)
+    speed = None
+    first = None
+    with (
+        contextlib.closing(run),
+        tqdm(
+            desc=name.partition(".")[0], unit="step", file=sys.stderr, disable=not is_first()
+        ) as bar,
+    ):
         for progress in run:
             first = first or progress
-            bar.total, bar.n, bar.initial = progress.steps, progress.step, first.step - 1
-            last, done = progress.step == progress.steps, progress.step - first.step
+            bar.total = progress.steps
+            bar.n = progress.step
+            bar.initial = first.step - 1
+            last = progress.step == progress.steps
+            done = progress.step - first.step
             if done > 3 and progress.step % 10 and not last:
                 continue  # reading the loss waits for the accelerator
             if name in trainers.RECIPES and name.startswith("cifar10") and done >= 10:
                 rate = (progress.images - first.images) / (progress.seconds - first.seconds)
-                speed = replace(speed, images=rate) if speed else trainers.Speed(
-                    rate, trainers.step_flops(name, options["widths"]),
-                    trainers.matrix_peak(trainers.RECIPES[name].precision))
-            bar.set_postfix_str(f"loss {progress.loss:.3f}, {progress.seconds:.0f} s in all"
-                                + (f", {speed}" if speed else "") + ", measuring" * last)
+                speed = (
+                    replace(speed, images=rate)
+                    if speed
+                    else trainers.Speed(
+                        rate,
+                        trainers.step_flops(name, options["widths"]),
+                        trainers.matrix_peak(trainers.RECIPES[name].precision),
+                    )
+                )
+            bar.set_postfix_str(
+                f"loss {progress.loss:.3f}, {progress.seconds:.0f} s in all"
+                + (f", {speed}" if speed else "")
+                + ", measuring" * last
+            )
     return progress.step == progress.steps
 
 
 @app.command(epilog=EXIT_CODES)
-def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to train on: digits or cifar10.")],
-          steps: Annotated[int | None, typer.Option(min=1, help="Steps of each network, not the recipe's.")] = None,
-          batch: Annotated[int | None, typer.Option(min=1, help="Images a step, not the recipe's.")] = None,
-          widths: Widths = None,
-          minutes: Annotated[float | None, typer.Option(min=0.01, help="Pause each network after this time.")] = None,
-          measured: Annotated[int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")] = None,
-          teacher_only: Annotated[bool, typer.Option("--teacher-only", help="Do not train the student.")] = False,
-          method: Annotated[str, typer.Option(help="diffusion; contrastive: no teacher; idc, idc-small; cnn; "
-                                                   "adversarial, adversarial-dc: on attacked images.")] = "diffusion",
-          student_only: Annotated[bool, typer.Option("--student-only", help="Copy the teacher that is there.")] = False,
-          out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
-          seed: Seed = 0, json_wanted: Json = False):
+def train(
+    ctx: typer.Context,
+    world: Annotated[str, typer.Argument(help="What to train on: digits or cifar10.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each network, not the recipe's.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, not the recipe's.")
+    ] = None,
+    widths: Widths = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Pause each network after this time.")
+    ] = None,
+    measured: Annotated[
+        int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")
+    ] = None,
+    teacher_only: Annotated[
+        bool, typer.Option("--teacher-only", help="Do not train the student.")
+    ] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="diffusion; contrastive: no teacher; idc, idc-small; cnn; "
+            "adversarial, adversarial-dc: on attacked images."
+        ),
+    ] = "diffusion",
+    student_only: Annotated[
+        bool, typer.Option("--student-only", help="Copy the teacher that is there.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the weights, not assets/.")] = None,
+    seed: Seed = 0,
+    json_wanted: Json = False,
+):
     """Train a world's teacher and the student that copies it, or one network of another --method. Ctrl-C keeps what is
     done, and the same command goes on. `accelerate launch -m diffclass train ...` does it on several devices."""
     from diffclass import recipes
@@ -66,10 +118,14 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
     folder = out or assets.folder()
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
     world = recipes.chosen(world, ("digits", "cifar10"), "the world to train on")
-    folder.mkdir(parents=True, exist_ok=True)  # before the training, not after it, if it cannot be written
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # before the training, not after it, if it cannot be written
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
     method = recipes.chosen(method, METHODS, "the method")
-    names = _names(world, method, "teacher" if teacher_only else "student" if student_only else None, folder)
+    names = _names(
+        world, method, "teacher" if teacher_only else "student" if student_only else None, folder
+    )
     try:
         for name in names:
             if not _train_one(name, folder, minutes, options):
@@ -78,11 +134,16 @@ def train(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to
                 break
             card = recipes.card(folder / name)
             ctx.obj.content["models"].append(dict(file=str(folder / name), card=card))
-            ctx.obj.say(f"{name}: {recipes.card_line(card)}, {card['images_seen']} images in {card['seconds']:.0f} s")
+            ctx.obj.say(
+                f"{name}: {recipes.card_line(card)}, {card['images_seen']} images in {card['seconds']:.0f} s"
+            )
     except KeyboardInterrupt:
         kept = folder / "checkpoints" / name
-        ctx.obj.fail(f"stopped; the checkpoint {kept} is kept, and the same command resumes it." if kept.exists() else
-                     "stopped before the first step; nothing was begun.")
+        ctx.obj.fail(
+            f"stopped; the checkpoint {kept} is kept, and the same command resumes it."
+            if kept.exists()
+            else "stopped before the first step; nothing was begun."
+        )
         raise
 
 
@@ -93,7 +154,9 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
     if method == "diffusion":
         return trainers.remaining(world, folder, only)
     if only:
-        raise ValueError(f"expected no --{only}-only with --method {method}, which trains one network alone.")
+        raise ValueError(
+            f"expected no --{only}-only with --method {method}, which trains one network alone."
+        )
     if method == "contrastive":
         return [recipes.CONTRASTIVE[world]]
     if method == "adversarial-dc":
@@ -114,19 +177,29 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         found = ()
     if not found or min(found) < 4 or any(width % 4 for width in found):
-        raise ValueError(f"expected widths as multiples of 4 with commas between them, such as 16,32, got {text!r}.")
+        raise ValueError(
+            f"expected widths as multiples of 4 with commas between them, such as 16,32, got {text!r}."
+        )
     return found
 
 
 @app.command(epilog=EXIT_CODES)
-def classify(ctx: typer.Context, pictures: Annotated[list[str], typer.Argument(help="PNG, JPEG or WebP files.")],
-             world: Annotated[str, typer.Option(help="What is in them: digits, or photographs (cifar10).")] = "digits",
-             model: Annotated[str | None, typer.Option(help="A network by name, such as contrastive.")] = None,
-             json_wanted: Json = False):
+def classify(
+    ctx: typer.Context,
+    pictures: Annotated[list[str], typer.Argument(help="PNG, JPEG or WebP files.")],
+    world: Annotated[
+        str, typer.Option(help="What is in them: digits, or photographs (cifar10).")
+    ] = "digits",
+    model: Annotated[
+        str | None, typer.Option(help="A network by name, such as contrastive.")
+    ] = None,
+    json_wanted: Json = False,
+):
     """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
     from diffclass import judging, recipes
 
-    answer, failed = ctx.obj, 0
+    answer = ctx.obj
+    failed = 0
     answer.content |= dict(command="classify", pictures=[])
     world = recipes.chosen(world, list(recipes.MODELS), "the world of the pictures")
     judge = judging.Judge(world, model)
@@ -148,8 +221,12 @@ def _judged(judge, path: str) -> dict:
     """The verdict on a picture; a bar shows the noise levels when it takes longer than a second."""
     from tqdm import tqdm
 
-    with contextlib.closing(judge.verdict(path)) as run, tqdm(desc=path, unit="level", delay=1, leave=False,
-                                                              file=sys.stderr, disable=not is_first()) as bar:
+    with (
+        contextlib.closing(judge.verdict(path)) as run,
+        tqdm(
+            desc=path, unit="level", delay=1, leave=False, file=sys.stderr, disable=not is_first()
+        ) as bar,
+    ):
         for done, bar.total, found in run:
             bar.update(done - bar.n)
             verdict = found
@@ -157,11 +234,15 @@ def _judged(judge, path: str) -> dict:
 
 
 @app.command(epilog=EXIT_CODES)
-def sample(ctx: typer.Context, world: Annotated[str, typer.Argument(help="What to draw: cifar10.")],
-           model: Annotated[str | None, typer.Option(help="A network by name, such as prototype.")] = None,
-           per_class: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
-           out: Annotated[Path | None, typer.Option(help="Folder for the picture, not assets/.")] = None,
-           seed: Seed = 0, json_wanted: Json = False):
+def sample(
+    ctx: typer.Context,
+    world: Annotated[str, typer.Argument(help="What to draw: cifar10.")],
+    model: Annotated[str | None, typer.Option(help="A network by name, such as prototype.")] = None,
+    per_class: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture, not assets/.")] = None,
+    seed: Seed = 0,
+    json_wanted: Json = False,
+):
     """Draw the gallery: generated pictures of every class, for readers who do not have CIFAR-10 at hand."""
     from diffclass import gallery, recipes
 

@@ -27,7 +27,9 @@ class Denoiser(nn.Module, ABC):
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """The denoised images. Shapes: x_sigma [B,C,H,W], sigma [B], classes [k] -> [B,k,C,H,W]; inputs are checked."""
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor | float, classes: Sequence[int] | Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor | float, classes: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
         """Denoise under every class, or under the classes named.
 
         Formula     D_k(x_sigma, sigma) = E[x0 | x_sigma, k]
@@ -40,8 +42,10 @@ class Denoiser(nn.Module, ABC):
         if sigma.ndim == 0:
             sigma = sigma.expand(len(x_sigma))
         elif tuple(sigma.shape) != (len(x_sigma),):
-            raise ValueError(f"expected one noise level for all images or one for each of {len(x_sigma)}, "
-                             f"got sigma of shape {list(sigma.shape)}.")
+            raise ValueError(
+                f"expected one noise level for all images or one for each of {len(x_sigma)}, "
+                f"got sigma of shape {list(sigma.shape)}."
+            )
         return self.estimate(x_sigma, sigma, self.check_classes(classes).to(x_sigma.device))
 
     def unconditional(self, x_sigma: Tensor, sigma: Tensor | float) -> Tensor:
@@ -55,7 +59,13 @@ class Denoiser(nn.Module, ABC):
         classes = torch.as_tensor(classes, dtype=torch.long).reshape(-1)
         last = self.num_classes if self.has_null else self.num_classes - 1
         if classes.numel() == 0 or int(classes.min()) < 0 or int(classes.max()) > last:
-            null = f" ({self.num_classes} = no class)" if self.has_null else "; this one has no 'no class'"
-            raise ValueError(f"expected classes between 0 and {last}{null}, got {classes.tolist()}; "
-                             f"this denoiser was made for {self.num_classes} classes.")
+            null = (
+                f" ({self.num_classes} = no class)"
+                if self.has_null
+                else "; this one has no 'no class'"
+            )
+            raise ValueError(
+                f"expected classes between 0 and {last}{null}, got {classes.tolist()}; "
+                f"this denoiser was made for {self.num_classes} classes."
+            )
         return classes

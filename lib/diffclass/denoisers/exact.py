@@ -24,24 +24,40 @@ class MixtureDenoiser(Denoiser):
 
     has_null = True
 
-    def __init__(self, means: Tensor, scales: Tensor, weights: Tensor, labels: Tensor, priors: Tensor | None = None):
+    def __init__(
+        self,
+        means: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        labels: Tensor,
+        priors: Tensor | None = None,
+    ):
         super().__init__()
         if means.ndim != 4:
-            raise ValueError(f"expected component means of shape [M,C,H,W], got {list(means.shape)}.")
+            raise ValueError(
+                f"expected component means of shape [M,C,H,W], got {list(means.shape)}."
+            )
         labels = torch.as_tensor(labels, dtype=torch.long)
         self.num_classes = int(labels.max()) + 1
         self.image_shape = tuple(means.shape[1:])
         self.sigma_range = (1e-4, 1e4)
         counts = torch.bincount(labels, minlength=self.num_classes)
         if int(counts.min()) == 0:
-            raise ValueError(f"expected at least one component for each class, got counts {counts.tolist()}.")
+            raise ValueError(
+                f"expected at least one component for each class, got counts {counts.tolist()}."
+            )
         uniform = torch.full((self.num_classes,), 1 / self.num_classes)
         priors = torch.as_tensor(uniform if priors is None else priors, dtype=torch.float64)
         weights = torch.as_tensor(weights, dtype=torch.float64)
         within = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
-        if not torch.allclose(within, torch.ones_like(within), atol=1e-6) or abs(float(priors.sum()) - 1) > 1e-6:
-            raise ValueError(f"expected weights that sum to 1 within each class and priors that sum to 1, "
-                             f"got {within.tolist()} and {float(priors.sum()):.6g}.")
+        if (
+            not torch.allclose(within, torch.ones_like(within), atol=1e-6)
+            or abs(float(priors.sum()) - 1) > 1e-6
+        ):
+            raise ValueError(
+                f"expected weights that sum to 1 within each class and priors that sum to 1, "
+                f"got {within.tolist()} and {float(priors.sum()):.6g}."
+            )
         self.register_buffer("means", means.flatten(1).double())  # [M,D]
         self.register_buffer("variances", torch.as_tensor(scales, dtype=torch.float64) ** 2)  # [M]
         self.register_buffer("log_weights", weights.log())  # [M], within the class
@@ -74,7 +90,9 @@ class MixtureDenoiser(Denoiser):
         for members, joint in self._joint_by_class(x, sigma, classes):
             share = torch.softmax(joint, dim=1)  # r_m [B,M_k]
             toward_mean = share * shrink[:, members]  # r_m sigma^2 / (s_m^2 + sigma^2)
-            denoised.append((1 - toward_mean.sum(1, keepdim=True)) * x + toward_mean @ self.means[members])
+            denoised.append(
+                (1 - toward_mean.sum(1, keepdim=True)) * x + toward_mean @ self.means[members]
+            )
         return torch.stack(denoised, 1).reshape(len(x), len(classes), *self.image_shape).to(x_sigma)
 
     def log_density(self, x_sigma: Tensor, sigma: Tensor | float, classes=None) -> Tensor:
@@ -83,19 +101,29 @@ class MixtureDenoiser(Denoiser):
         Shapes      x_sigma [B,C,H,W], sigma a number >= 0 or [B], classes [k] or None -> [B,k]
         Units       nats, with respect to the volume of model space
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device).expand(len(x_sigma))
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device).expand(
+            len(x_sigma)
+        )
         if float(sigma.min()) < 0 or float(self.variances.min() + sigma.min() ** 2) <= 0:
-            raise ValueError("expected a positive total variance: a finite data set has no density at sigma = 0.")
+            raise ValueError(
+                "expected a positive total variance: a finite data set has no density at sigma = 0."
+            )
         classes = self.check_classes(classes)
         x = x_sigma.flatten(1).double()
-        logs = [torch.logsumexp(joint, dim=1) for _, joint in self._joint_by_class(x, sigma, classes)]
+        logs = [
+            torch.logsumexp(joint, dim=1) for _, joint in self._joint_by_class(x, sigma, classes)
+        ]
         return torch.stack(logs, 1).to(x_sigma)
 
     def _joint_by_class(self, x: Tensor, sigma: Tensor, classes: Tensor):
         """Yield (member indices, log w_m + log N(x; mu_m, total variance I) [B,M_k]) for each class asked for."""
         for k in classes.tolist():
             null = k == self.num_classes
-            members = torch.arange(len(self.labels)) if null else torch.nonzero(self.labels == k).flatten()
+            members = (
+                torch.arange(len(self.labels))
+                if null
+                else torch.nonzero(self.labels == k).flatten()
+            )
             log_weights = self.log_weights[members] + (self.log_priors[self.labels] if null else 0)
             total = self.variances[members] + sigma.double()[:, None] ** 2  # [B,M_k]
             square = _SquaredDistances.apply(x, self.means[members])

@@ -23,17 +23,30 @@ class DigitNet(nn.Module):
     Shapes      x [B,C,H,W], log_sigma [B], classes [B] or None -> [B, heads*C, H, W]
     """
 
-    def __init__(self, channels: int = 1, classes: int = 0, heads: int = 1, width: int = 48, blocks: int = 4,
-                 size: int = 8):
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 0,
+        heads: int = 1,
+        width: int = 48,
+        blocks: int = 4,
+        size: int = 8,
+    ):
         super().__init__()
-        self.config = dict(channels=channels, classes=classes, heads=heads, width=width, blocks=blocks, size=size)
+        self.config = dict(
+            channels=channels, classes=classes, heads=heads, width=width, blocks=blocks, size=size
+        )
         self.register_buffer("frequencies", torch.linspace(0.25, 4.0, 16))
         self.embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(classes, width) if classes else None
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.place = nn.Parameter(torch.zeros(1, width, size, size))  # where a stroke is matters on an 8x8 grid
+        self.place = nn.Parameter(
+            torch.zeros(1, width, size, size)
+        )  # where a stroke is matters on an 8x8 grid
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, heads * channels, 3, padding=1))
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, heads * channels, 3, padding=1)
+        )
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
@@ -54,8 +67,10 @@ class _Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, width)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.modulate = nn.Linear(width, 2 * width)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
@@ -73,17 +88,34 @@ class PatchNet(nn.Module):
     Shapes      x [B,C,H,W], log_sigma [B], classes [B] or None -> [B, heads*C, H, W]
     """
 
-    def __init__(self, channels: int = 3, classes: int = 0, heads: int = 1, width: int = 128, blocks: int = 6,
-                 size: int = 32, patch: int = 4):
+    def __init__(
+        self,
+        channels: int = 3,
+        classes: int = 0,
+        heads: int = 1,
+        width: int = 128,
+        blocks: int = 6,
+        size: int = 32,
+        patch: int = 4,
+    ):
         super().__init__()
-        self.config = dict(channels=channels, classes=classes, heads=heads, width=width, blocks=blocks, size=size,
-                           patch=patch)
+        self.config = dict(
+            channels=channels,
+            classes=classes,
+            heads=heads,
+            width=width,
+            blocks=blocks,
+            size=size,
+            patch=patch,
+        )
         self.patch = patch
         self.inner = DigitNet(channels * patch**2, classes, heads, width, blocks, size // patch)
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""
-        return pixel_shuffle(self.inner(pixel_unshuffle(x, self.patch), log_sigma, classes), self.patch)
+        return pixel_shuffle(
+            self.inner(pixel_unshuffle(x, self.patch), log_sigma, classes), self.patch
+        )
 
 
 class UNet(nn.Module):
@@ -92,24 +124,51 @@ class UNet(nn.Module):
     Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding made for t in 0..1000
     """
 
-    def __init__(self, channels: int = 3, classes: int = 0, heads: int = 1, size: int = 32,
-                 widths: tuple[int, ...] = (64, 128, 128), layers: int = 2, attention: bool = True,
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        channels: int = 3,
+        classes: int = 0,
+        heads: int = 1,
+        size: int = 32,
+        widths: tuple[int, ...] = (64, 128, 128),
+        layers: int = 2,
+        attention: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
-        from diffusers import UNet2DModel  # here, not above: it takes seconds and digits do not need it
+        from diffusers import (
+            UNet2DModel,
+        )  # here, not above: it takes seconds and digits do not need it
 
-        self.config = dict(channels=channels, classes=classes, heads=heads, size=size, widths=list(widths),
-                           layers=layers, attention=attention, dropout=dropout)
-        plain, attentive = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
+        self.config = dict(
+            channels=channels,
+            classes=classes,
+            heads=heads,
+            size=size,
+            widths=list(widths),
+            layers=layers,
+            attention=attention,
+            dropout=dropout,
+        )
+        plain = ["DownBlock2D"] * len(widths)
+        attentive = ["UpBlock2D"] * len(widths)
         if attention and len(widths) > 1:
-            plain[1], attentive[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
-        self.unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=heads * channels,
-                                block_out_channels=tuple(widths), layers_per_block=layers,
-                                down_block_types=tuple(plain), up_block_types=tuple(attentive), dropout=dropout,
-                                attention_head_dim=min(64, *widths),
-                                # one channel a group would erase the embedding of level and class, a shift by channel
-                                norm_num_groups=min(32, math.gcd(*widths) // 2),
-                                num_class_embeds=classes or None)
+            plain[1] = "AttnDownBlock2D"
+            attentive[-2] = "AttnUpBlock2D"
+        self.unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=heads * channels,
+            block_out_channels=tuple(widths),
+            layers_per_block=layers,
+            down_block_types=tuple(plain),
+            up_block_types=tuple(attentive),
+            dropout=dropout,
+            attention_head_dim=min(64, *widths),
+            # one channel a group would erase the embedding of level and class, a shift by channel
+            norm_num_groups=min(32, math.gcd(*widths) // 2),
+            num_class_embeds=classes or None,
+        )
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""
@@ -127,15 +186,22 @@ def _norm(channels: int) -> nn.GroupNorm:
 class _SongBlock(nn.Module):
     """A residual block, with the picture halved or doubled at its start or attention at its end where asked."""
 
-    def __init__(self, enter: int, leave: int, embedding: int, attention: bool = False, resample: str = ""):
+    def __init__(
+        self, enter: int, leave: int, embedding: int, attention: bool = False, resample: str = ""
+    ):
         super().__init__()
-        self.enter, self.resample = enter, resample
-        self.norm0, self.conv0 = _norm(enter), nn.Conv2d(enter, leave, 3, padding=1)
-        self.affine, self.norm1 = nn.Linear(embedding, leave), _norm(leave)
+        self.enter = enter
+        self.resample = resample
+        self.norm0 = _norm(enter)
+        self.conv0 = nn.Conv2d(enter, leave, 3, padding=1)
+        self.affine = nn.Linear(embedding, leave)
+        self.norm1 = _norm(leave)
         self.conv1 = nn.Conv2d(leave, leave, 3, padding=1)
         self.skip = nn.Conv2d(enter, leave, 1) if enter != leave or resample else None
         self.norm2 = _norm(leave) if attention else None
-        self.qkv, self.proj = (nn.Conv2d(leave, n * leave, 1) if attention else None for n in (3, 1))
+        self.qkv, self.proj = (
+            nn.Conv2d(leave, n * leave, 1) if attention else None for n in (3, 1)
+        )
 
     def resampled(self, x: Tensor) -> Tensor:
         """The mean of every 2x2 pixels, or every pixel four times. Shapes: [B,C,H,W] -> [B,C,H/2,W/2] or the double."""
@@ -145,9 +211,14 @@ class _SongBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B,enter,H,W], embedding [B,E] -> [B,leave,H',W']."""
-        inner = self.conv0(self.resampled(silu(self.norm0(x)))) + self.affine(embedding)[:, :, None, None]
+        inner = (
+            self.conv0(self.resampled(silu(self.norm0(x))))
+            + self.affine(embedding)[:, :, None, None]
+        )
         x = self.resampled(x)
-        x = ROOT_HALF * (self.conv1(silu(self.norm1(inner))) + (x if self.skip is None else self.skip(x)))
+        x = ROOT_HALF * (
+            self.conv1(silu(self.norm1(inner))) + (x if self.skip is None else self.skip(x))
+        )
         if self.qkv is None:
             return x
         q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (-1, 3)).transpose(1, 3).unbind(2)
@@ -162,20 +233,46 @@ class SongUNet(nn.Module):
     Shapes      x [B,C,H,W], log_sigma [B], classes [B] (ignored by a network without labels) -> [B,C,H,W]
     """
 
-    def __init__(self, channels: int = 3, classes: int = 0, heads: int = 1, size: int = 32, labels: int = 0,
-                 augment: int = 0, width: int = 128, multiples: tuple[int, ...] = (2, 2, 2), depth: int = 4,
-                 attention: tuple[int, ...] = (16,)):
+    def __init__(
+        self,
+        channels: int = 3,
+        classes: int = 0,
+        heads: int = 1,
+        size: int = 32,
+        labels: int = 0,
+        augment: int = 0,
+        width: int = 128,
+        multiples: tuple[int, ...] = (2, 2, 2),
+        depth: int = 4,
+        attention: tuple[int, ...] = (16,),
+    ):
         super().__init__()
-        self.config = dict(channels=channels, classes=classes, heads=heads, size=size, labels=labels, augment=augment,
-                           width=width, multiples=list(multiples), depth=depth, attention=list(attention))
+        self.config = dict(
+            channels=channels,
+            classes=classes,
+            heads=heads,
+            size=size,
+            labels=labels,
+            augment=augment,
+            width=width,
+            multiples=list(multiples),
+            depth=depth,
+            attention=list(attention),
+        )
         embedding = WIDENING * width
         frequencies = 10_000 ** (-torch.arange(width // 2) / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.map_label = nn.Linear(labels, width) if labels else None
-        self.map_augment = nn.Linear(augment, width, bias=False) if augment else None  # asked without augmentation
-        self.map_layer0, self.map_layer1 = nn.Linear(width, embedding), nn.Linear(embedding, embedding)
+        self.map_augment = (
+            nn.Linear(augment, width, bias=False) if augment else None
+        )  # asked without augmentation
+        self.map_layer0 = nn.Linear(width, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
         grid = [(size >> level, width * multiple) for level, multiple in enumerate(multiples)]
-        self.enc, self.dec, now, skips = nn.ModuleDict(), nn.ModuleDict(), width, [width]
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        now = width
+        skips = [width]
         for level, (side, wide) in enumerate(grid):
             name = f"{side}x{side}"
             if level:
@@ -184,7 +281,9 @@ class SongUNet(nn.Module):
             else:
                 self.enc[f"{name}_conv"] = nn.Conv2d(channels, width, 3, padding=1)
             for i in range(depth):
-                self.enc[f"{name}_block{i}"] = _SongBlock(now, wide, embedding, attention=side in attention)
+                self.enc[f"{name}_block{i}"] = _SongBlock(
+                    now, wide, embedding, attention=side in attention
+                )
                 now = wide
                 skips.append(now)
         for side, wide in reversed(grid):
@@ -196,7 +295,9 @@ class SongUNet(nn.Module):
                 self.dec[f"{name}_up"] = _SongBlock(now, now, embedding, resample="up")
             for i in range(depth + 1):
                 attentive = i == depth and side in attention
-                self.dec[f"{name}_block{i}"] = _SongBlock(now + skips.pop(), wide, embedding, attention=attentive)
+                self.dec[f"{name}_block{i}"] = _SongBlock(
+                    now + skips.pop(), wide, embedding, attention=attentive
+                )
                 now = wide
         self.dec[f"{size}x{size}_aux_norm"] = _norm(now)
         self.dec[f"{size}x{size}_aux_conv"] = nn.Conv2d(now, channels, 3, padding=1)
@@ -206,12 +307,17 @@ class SongUNet(nn.Module):
         angles = log_sigma[:, None] / 4 * self.frequencies.to(log_sigma)
         told = torch.cat([angles.sin(), angles.cos()], 1)
         if self.map_label is not None:  # a one-hot label times the root of their number
-            told = told + self.map_label.bias + self.map_label.in_features**0.5 * self.map_label.weight.T[classes]
+            told = (
+                told
+                + self.map_label.bias
+                + self.map_label.in_features**0.5 * self.map_label.weight.T[classes]
+            )
         return silu(self.map_layer1(silu(self.map_layer0(told))))
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""
-        embedding, skips = self.embedding(log_sigma, classes), []
+        embedding = self.embedding(log_sigma, classes)
+        skips = []
         for layer in self.enc.values():
             x = layer(x, embedding) if isinstance(layer, _SongBlock) else layer(x)
             skips.append(x)

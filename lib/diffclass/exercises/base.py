@@ -42,6 +42,8 @@ class Exercise:
 
     def __post_init__(self):
         if len(self.mistakes) < 3:
-            raise ValueError(f"expected at least three classic mistakes for {self.key}, got {len(self.mistakes)}.")
+            raise ValueError(
+                f"expected at least three classic mistakes for {self.key}, got {len(self.mistakes)}."
+            )
         if len({m.hint for m in self.mistakes}) < len(self.mistakes):
             raise ValueError(f"expected a different hint for every mistake of {self.key}.")

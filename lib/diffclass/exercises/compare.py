@@ -29,12 +29,21 @@ def index_text(flat: int, shape) -> str:
 
 
 _FACTORS = (
-    (2.0, "twice too large: is a factor 1/2 missing, or a length in model units where pixel units are meant?"),
-    (0.5, "half of it: is a factor 1/2 too many, or a length in pixel units where model units are meant?"),
+    (
+        2.0,
+        "twice too large: is a factor 1/2 missing, or a length in model units where pixel units are meant?",
+    ),
+    (
+        0.5,
+        "half of it: is a factor 1/2 too many, or a length in pixel units where model units are meant?",
+    ),
     (4.0, "four times too large: a squared error in model units is four times that in pixels"),
     (0.25, "a quarter of it: a squared error in pixels is a quarter of that in model units"),
     (math.sqrt(2), "too large by sqrt(2): are two noises added where one is meant?"),
-    (math.sqrt(0.5), "too small by sqrt(2): is a variance halved where a standard deviation is meant?"),
+    (
+        math.sqrt(0.5),
+        "too small by sqrt(2): is a variance halved where a standard deviation is meant?",
+    ),
     (math.sqrt(2 * math.pi), "too large by sqrt(2 pi): is the Gaussian's normalisation missing?"),
 )
 
@@ -42,7 +51,9 @@ _FACTORS = (
 def likely_cause(g: np.ndarray, w: np.ndarray, allowed: np.ndarray) -> str:
     """What kind of slip turns `want` into `got`; an empty string where nothing simple does."""
     if not (np.isfinite(g).all() and np.isfinite(w).all()) or not np.any(w):
-        return "" if np.isfinite(g).all() else "got infinite values: a division by zero or an overflow"
+        return (
+            "" if np.isfinite(g).all() else "got infinite values: a division by zero or an overflow"
+        )
     if float(allowed.max()) > 0.1 * float(np.abs(w).max()):
         return ""  # so wide a tolerance would see patterns everywhere
 
@@ -50,7 +61,9 @@ def likely_cause(g: np.ndarray, w: np.ndarray, allowed: np.ndarray) -> str:
         return a.shape == b.shape and bool((np.abs(a - b) <= allowed).all())
 
     if same(g, w):
-        return "right to three digits: single precision where double is meant, or too coarse a grid?"
+        return (
+            "right to three digits: single precision where double is meant, or too coarse a grid?"
+        )
     if same(-g, w):
         return "the sign is flipped: a loss where a log-likelihood is meant?"
     for factor, text in _FACTORS:
@@ -63,7 +76,8 @@ def likely_cause(g: np.ndarray, w: np.ndarray, allowed: np.ndarray) -> str:
 
 def _curved_pattern(g, w, same) -> str:
     """A square, root, reciprocal, logarithm or complement."""
-    positive_g, positive_w = bool((g > 0).all()), bool((w > 0).all())
+    positive_g = bool((g > 0).all())
+    positive_w = bool((w > 0).all())
     if positive_g and positive_w:
         if same(np.sqrt(g), w):
             return "it is the square of what is wanted: a variance where a standard deviation is meant?"
@@ -85,8 +99,11 @@ def _constant_pattern(g, w, same) -> str:
     if ratio and same(g / ratio, w):
         dimension = round(ratio) if ratio > 1 else round(1 / ratio) if ratio > 0 else 0
         if dimension > 2 and abs(max(ratio, 1 / ratio) - dimension) < min(1e-3 * dimension, 0.02):
-            return (f"{dimension} times too large: a sum where a mean is meant?" if ratio > 1
-                    else f"{dimension} times too small: a mean where a sum is meant?")
+            return (
+                f"{dimension} times too large: a sum where a mean is meant?"
+                if ratio > 1
+                else f"{dimension} times too small: a mean where a sum is meant?"
+            )
         return f"all values are off by the factor {ratio:.4g}" if g.size > 1 else ""
     if g.size > 1:
         if g.ndim and same(np.sort(g, None).reshape(g.shape), np.sort(w, None).reshape(w.shape)):

@@ -26,8 +26,10 @@ def grade(exercise: Exercise, answer: Callable | None) -> None:
         if answer is None or answer is ...:
             raise _Unfilled
         if not callable(answer):
-            raise NotYet(f"{exercise.key}: expected a function, got {type(answer).__name__}; pass its name without "
-                         "calling it.")
+            raise NotYet(
+                f"{exercise.key}: expected a function, got {type(answer).__name__}; pass its name without "
+                "calling it."
+            )
         if exercise.verify is not None:
             _verify(exercise, answer)
         else:
@@ -44,15 +46,19 @@ def _verify(exercise: Exercise, answer: Callable) -> None:
     except (_Unfilled, NotYet):
         raise
     except Exception as error:
-        raise NotYet(f"{exercise.key}: your function raised {type(error).__name__}: {error}") from error
+        raise NotYet(
+            f"{exercise.key}: your function raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _compare(exercise: Exercise, answer: Callable) -> None:
     cases = exercise.cases()
     got = [_outcome(answer, case) for case in cases]
     if not _same_outcomes([_outcome(answer, cases[0])], got[:1], 1e-12):
-        raise NotYet(f"{exercise.key}: two calls with the same arguments gave different answers; all noise must "
-                     "come in as an argument.")
+        raise NotYet(
+            f"{exercise.key}: two calls with the same arguments gave different answers; all noise must "
+            "come in as an argument."
+        )
     want = [_outcome(exercise.reference, case) for case in cases]
     if _same_outcomes(got, want, exercise.tol):
         return
@@ -68,23 +74,31 @@ def _compare(exercise: Exercise, answer: Callable) -> None:
 
 
 def _explain(exercise: Exercise, number: int, case: tuple, mine, right: np.ndarray) -> None:
-    shapes = ", ".join(str(list(a.shape)) if isinstance(a, torch.Tensor) else f"{a:g}" for a in case)
+    shapes = ", ".join(
+        str(list(a.shape)) if isinstance(a, torch.Tensor) else f"{a:g}" for a in case
+    )
     start = f"{exercise.key}: not yet: in case {number} (arguments {shapes}) "
     if isinstance(mine, Exception):
         raise NotYet(f"{start}your function raised {type(mine).__name__}: {mine}") from mine
     if mine.shape != right.shape:
-        raise NotYet(f"{start}your answer has shape {list(mine.shape)}, wanted {list(right.shape)}.")
+        raise NotYet(
+            f"{start}your answer has shape {list(mine.shape)}, wanted {list(right.shape)}."
+        )
     wrong = np.where(np.isnan(mine), np.inf, np.abs(mine - right))
     at = int(wrong.argmax())
     cause = likely_cause(mine, right, np.maximum(exercise.tol, 1e-3 * np.abs(right)))
-    raise NotYet(f"{start}the entry {index_text(at, right.shape)} is {mine.flat[at]:.6g}, wanted {right.flat[at]:.6g}"
-                 f"{'; ' if cause else ''}{cause}.")
+    raise NotYet(
+        f"{start}the entry {index_text(at, right.shape)} is {mine.flat[at]:.6g}, wanted {right.flat[at]:.6g}"
+        f"{'; ' if cause else ''}{cause}."
+    )
 
 
 def _called(function: Callable, args: tuple):
     """The answer to one case. Errors: _Unfilled where there is none yet."""
     try:
-        result = function(*copy.deepcopy(args))  # a function that changes its arguments must not change the next case
+        result = function(
+            *copy.deepcopy(args)
+        )  # a function that changes its arguments must not change the next case
     except NotImplementedError:
         raise _Unfilled from None
     if result is None or result is ...:
@@ -107,6 +121,8 @@ def _same_outcomes(a: list, b: list, tol: float) -> bool:
         if isinstance(one, Exception) or isinstance(other, Exception):
             if type(one) is not type(other):
                 return False
-        elif one.shape != other.shape or not np.allclose(one, other, rtol=tol, atol=tol, equal_nan=True):
+        elif one.shape != other.shape or not np.allclose(
+            one, other, rtol=tol, atol=tol, equal_nan=True
+        ):
             return False
     return True

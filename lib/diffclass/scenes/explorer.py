@@ -29,12 +29,15 @@ class ExplorerScene:
     """
 
     def __init__(self, digits: DigitScene, index: int = 4):
-        self.world, self.digits, self.classifier = digits.world, digits, digits.classifier
+        self.world = digits.world
+        self.digits = digits
+        self.classifier = digits.classifier
         self.choose(index)
 
     def choose(self, index: int) -> None:
         """Take another test digit; what was found for the last one is put away."""
-        self.index, self.x = index, self.world.test_images[index:index + 1]
+        self.index = index
+        self.x = self.world.test_images[index : index + 1]
         self.label = int(self.world.test_labels[index])
         self.film: list[AttackStep] = []
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -54,11 +57,14 @@ class ExplorerScene:
     def attack(self, norm: str, budget: float, steps: int = STEPS) -> Iterator[float]:
         """PGD on the plain classifier: fills the film, and keeps the smallest fooling perturbation seen so far."""
         y = torch.tensor([self.predicted])
-        self.film, self.known = [], {}
+        self.film = []
+        self.known = {}
         for frame in attacks.pgd(self.classifier, self.x, y, budget, norm=NORMS[norm], steps=steps):
             self.film.append(frame)
             yield (frame.step + 1) / (steps + 1)
-        found = attacks.shrink(lambda x: bool(self.classifier(x).argmax(1) != y), self.x, self.film[-1].x)
+        found = attacks.shrink(
+            lambda x: bool(self.classifier(x).argmax(1) != y), self.x, self.film[-1].x
+        )
         if found is not None:
             size = float(attacks.size_of(found - self.x, "l2"))
             self.smallest = size if self.smallest is None else min(size, self.smallest)
@@ -79,8 +85,9 @@ class ExplorerScene:
 
     def _attack_smoothed(self, sigma_pixel: float) -> Iterator[float]:
         original = self.certificate.prediction
-        stand_in = smoothing.NoiseAveraged(self._noised(sigma_pixel, seed=3), sigma_pixel, 16,
-                                           torch.Generator().manual_seed(4))
+        stand_in = smoothing.NoiseAveraged(
+            self._noised(sigma_pixel, seed=3), sigma_pixel, 16, torch.Generator().manual_seed(4)
+        )
         judge = self._noised(sigma_pixel, seed=5)
 
         def changed(x: Tensor) -> bool:
@@ -88,8 +95,15 @@ class ExplorerScene:
             return certificates.prediction_changed(counts.tolist(), original, ALPHA)
 
         budgets = (1.0, 2.0, 3.0, 4.5)
-        search = attacks.smallest_l2(stand_in, self.x, torch.tensor([original]), fooled=changed, budgets=budgets,
-                                     steps=8, rounds=5)
+        search = attacks.smallest_l2(
+            stand_in,
+            self.x,
+            torch.tensor([original]),
+            fooled=changed,
+            budgets=budgets,
+            steps=8,
+            rounds=5,
+        )
         for trial, best in enumerate(search):
             if best is not None:
                 self.smallest_smoothed = float(attacks.size_of(best - self.x, "l2"))
@@ -113,14 +127,20 @@ class ExplorerScene:
         size = float(attacks.size_of(delta, "l2"))
         shown = 0.5 + delta[0] * min(10.0, 0.5 / max(float(delta.abs().max()), 1e-6))
         panels = [
-            figures.tiles([self.x[0], x[0], shown], columns=3, size=96,
-                          title=f"Test digit {self.index}, a {self.label}",
-                          captions=["clean", f"step {step}: {best}", f"change, L2 {size:.2f}"],
-                          borders=[None, figures.WRONG if best != self.predicted else None, None],
-                          alt=f"The digit, its perturbed copy at step {step}, and the perturbation."),
+            figures.tiles(
+                [self.x[0], x[0], shown],
+                columns=3,
+                size=96,
+                title=f"Test digit {self.index}, a {self.label}",
+                captions=["clean", f"step {step}: {best}", f"change, L2 {size:.2f}"],
+                borders=[None, figures.WRONG if best != self.predicted else None, None],
+                alt=f"The digit, its perturbed copy at step {step}, and the perturbation.",
+            ),
             excess_curves(curve, best, colours, self.digits.curve_bank.sigma, None, w=380, h=210),
             posterior_bars(share, colours, "Posterior of the plain classifier", w=300, h=210),
-            self._film_panel(step), self._votes_panel(n), self._axis(sigma_pixel, n),
+            self._film_panel(step),
+            self._votes_panel(n),
+            self._axis(sigma_pixel, n),
         ]
         return figures.frame(panels, self._note(best, float(share[best]), size))
 
@@ -132,37 +152,71 @@ class ExplorerScene:
     def _film_panel(self, step: int) -> dict:
         y = torch.tensor([self.predicted])
         if self.film:
-            title, steps = "Film of the attack: margin at each step", [float(f.step) for f in self.film]
+            title = "Film of the attack: margin at each step"
+            steps = [float(f.step) for f in self.film]
             margins = [-float(attacks.margin_loss(f.logits, y)) for f in self.film]
         else:
-            title, steps = "Margin before any attack: press Attack", [0.0, float(STEPS)]
+            title = "Margin before any attack: press Attack"
+            steps = [0.0, float(STEPS)]
             margins = 2 * [-float(attacks.margin_loss(self._measured(0, self.x)[1][None], y))]
         zero = dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")
-        return figures.curves(steps, [dict(y=margins, colour=COLOURS[0], width=2.2), zero], title=title, w=540, h=210,
-                              xlabel="PGD step" + " (drag)" * bool(self.film), ylabel="lead / nats",
-                              cursor=step if self.film else None,
-                              alt="Lead of the predicted class over the runner-up, in nats, at each step of the "
-                                  "attack; below zero the classifier is fooled.")
+        return figures.curves(
+            steps,
+            [dict(y=margins, colour=COLOURS[0], width=2.2), zero],
+            title=title,
+            w=540,
+            h=210,
+            xlabel="PGD step" + " (drag)" * bool(self.film),
+            ylabel="lead / nats",
+            cursor=step if self.film else None,
+            alt="Lead of the predicted class over the runner-up, in nats, at each step of the "
+            "attack; below zero the classifier is fooled.",
+        )
 
     def _votes_panel(self, n: int) -> dict:
         counts = self.counts if self.counts is not None else torch.zeros(10)
         total = max(1, int(counts.sum()))
-        text = f"Votes of the noised classifier (n = {total})" if self.counts is not None else "Votes: press Certify"
-        return figures.bars([str(k) for k in range(10)], counts / total, title=text,
-                            colours=figures.emphasis(counts, 1), texts=[str(int(c)) if c else "" for c in counts],
-                            xlabel="class", w=450, h=210, alt="Votes of the noised classifier for each class.")
+        text = (
+            f"Votes of the noised classifier (n = {total})"
+            if self.counts is not None
+            else "Votes: press Certify"
+        )
+        return figures.bars(
+            [str(k) for k in range(10)],
+            counts / total,
+            title=text,
+            colours=figures.emphasis(counts, 1),
+            texts=[str(int(c)) if c else "" for c in counts],
+            xlabel="class",
+            w=450,
+            h=210,
+            alt="Votes of the noised classifier for each class.",
+        )
 
     def _axis(self, sigma_pixel: float, n: int) -> dict:
         radius = self.certificate.radius if self.certificate else 0.0
         ceiling = certificates.largest_radius(n, sigma_pixel, ALPHA)
-        rows = [dict(label="plain classifier", certified=0.0, attacked=self.smallest),
-                dict(label=f"smoothed, σ = {sigma_pixel:.2f}", certified=radius, attacked=self.smallest_smoothed)]
-        spoken = [f"{row['label']}: certified up to {row['certified']:.2f}, smallest attack found: {row['attacked']}"
-                  for row in rows]
+        rows = [
+            dict(label="plain classifier", certified=0.0, attacked=self.smallest),
+            dict(
+                label=f"smoothed, σ = {sigma_pixel:.2f}",
+                certified=radius,
+                attacked=self.smallest_smoothed,
+            ),
+        ]
+        spoken = [
+            f"{row['label']}: certified up to {row['certified']:.2f}, smallest attack found: {row['attacked']}"
+            for row in rows
+        ]
         found = [v for v in (self.smallest, self.smallest_smoothed, radius, ceiling) if v]
-        return figures.radius_axis(rows, title="How far is the nearest picture that is classified differently?",
-                                   xlabel=f"L2 radius in pixels (largest that {n} votes can certify: {ceiling:.2f})",
-                                   range=(0.0, max(1.0, 1.15 * max(found))), w=1004, alt="; ".join(spoken) + ".")
+        return figures.radius_axis(
+            rows,
+            title="How far is the nearest picture that is classified differently?",
+            xlabel=f"L2 radius in pixels (largest that {n} votes can certify: {ceiling:.2f})",
+            range=(0.0, max(1.0, 1.15 * max(found))),
+            w=1004,
+            alt="; ".join(spoken) + ".",
+        )
 
     def _note(self, best: int, share: float, size: float) -> str:
         fooled = f", <b>fooled</b> at L2 distance {size:.2f}." if best != self.predicted else "."
@@ -170,7 +224,10 @@ class ExplorerScene:
         if self.certificate is not None:
             lines.append(f"Smoothed vote {self.certificate}.")
             if self.certificate.prediction is not None and self.searched:
-                found = (f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
-                         if self.smallest_smoothed else "none found; that is not a proof.")
+                found = (
+                    f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
+                    if self.smallest_smoothed
+                    else "none found; that is not a proof."
+                )
                 lines.append(f"Attack on the smoothed vote: {found}")
         return " ".join(lines)

@@ -21,16 +21,29 @@ class PhotoScene:
 
     def __init__(self, images: Tensor, losses: Losses, names: tuple[str, ...] = SHORT):
         if len(images) < len(losses.index) or int(losses.index.max()) >= len(images):
-            raise ValueError(f"expected a picture for each of {len(losses.index)} stored losses, got {len(images)}.")
-        self.images, self.losses, self.names = images[losses.index], losses, names
+            raise ValueError(
+                f"expected a picture for each of {len(losses.index)} stored losses, got {len(images)}."
+            )
+        self.images = images[losses.index]
+        self.losses = losses
+        self.names = names
         self.kind = "Generated" if losses.settings.get("world") == "gallery" else "Photo"
 
     def at(self, index: int, weighting: Weighting, band: tuple[int, int]) -> dict:
         """The frame of one picture under a weighting of the levels band[0] to band[1], both included."""
-        label, losses = int(self.losses.labels[index]), self.losses.losses[index]
+        label = int(self.losses.labels[index])
+        losses = self.losses.losses[index]
         kept = slice(band[0], band[1] + 1)
-        levels = Levels(*(part[kept] for part in (self.losses.levels.sigma, self.losses.levels.lower,
-                                                  self.losses.levels.upper)))
+        levels = Levels(
+            *(
+                part[kept]
+                for part in (
+                    self.losses.levels.sigma,
+                    self.losses.levels.lower,
+                    self.losses.levels.upper,
+                )
+            )
+        )
         terms = losses[:, kept] * weighting(levels).to(losses)
         logits = -terms.sum(1)
         share = torch.softmax(logits, 0)
@@ -43,16 +56,32 @@ class PhotoScene:
             line["label"] = line["label"] and self.names[int(line["label"])]
         posterior = posterior_bars(share, colours, "Posterior under this weighting", w=430, h=250)
         posterior["labels"] = list(self.names)
-        return figures.frame([
-            figures.tiles([self.images[index]], columns=1, size=176, title=f"{self.kind} {index}: {self.names[label]}",
-                          captions=[f"read as {self.names[best]}"], borders=[None if best == label else figures.WRONG],
-                          alt=f"A picture of class {self.names[label]}."),
-            curves, posterior,
-            figures.bars([f"{float(s):.2g}" for s in levels.sigma], lead, range=None, w=1060, h=170,
-                         colours=[figures.BEST if float(v) >= 0 else figures.WRONG for v in lead],
-                         title=f"Nats for {self.names[label]} against {self.names[rival]}, level by level",
-                         xlabel="noise level σ (model units)",
-                         alt=f"What each level adds to the lead of {self.names[label]} over {self.names[rival]}."),
-        ], f"True class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
-           f"{float(share[best]):.3f}; {self.names[second]} is {float(logits[best] - logits[second]):.1f} "
-           f"{'nats' if weighting.__name__ in ('elbo_weight', 'discrete_elbo_weight') else 'units'} behind.")
+        return figures.frame(
+            [
+                figures.tiles(
+                    [self.images[index]],
+                    columns=1,
+                    size=176,
+                    title=f"{self.kind} {index}: {self.names[label]}",
+                    captions=[f"read as {self.names[best]}"],
+                    borders=[None if best == label else figures.WRONG],
+                    alt=f"A picture of class {self.names[label]}.",
+                ),
+                curves,
+                posterior,
+                figures.bars(
+                    [f"{float(s):.2g}" for s in levels.sigma],
+                    lead,
+                    range=None,
+                    w=1060,
+                    h=170,
+                    colours=[figures.BEST if float(v) >= 0 else figures.WRONG for v in lead],
+                    title=f"Nats for {self.names[label]} against {self.names[rival]}, level by level",
+                    xlabel="noise level σ (model units)",
+                    alt=f"What each level adds to the lead of {self.names[label]} over {self.names[rival]}.",
+                ),
+            ],
+            f"True class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
+            f"{float(share[best]):.3f}; {self.names[second]} is {float(logits[best] - logits[second]):.1f} "
+            f"{'nats' if weighting.__name__ in ('elbo_weight', 'discrete_elbo_weight') else 'units'} behind.",
+        )
