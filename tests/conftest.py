@@ -61,7 +61,7 @@ def interrupt(monkeypatch):
     """Call it to have Ctrl-C pressed during the second training step from then on; it returns the steps begun."""
     import signal
 
-    from diffclass.training import Training
+    from diffclass.training.loop import Training
 
     def armed() -> list[int]:
         step = Training._one_step

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from diffclass import adaptive, attacks, data, likelihood, noise
-from diffclass.classifiers import BayesClassifier
+from diffclass import attacks, data, likelihood, noise
+from diffclass.classifiers import stand_in
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
 
@@ -49,7 +50,7 @@ def sobol(samples, levels=1):
     return bank.noise[0]
 
 
-def check_telescoped(gradient_of=adaptive.telescoped_gradient):
+def check_telescoped(gradient_of=likelihood.telescoped_gradient):
     """The mean score at the two ends is the gradient of E log p_low - E log p_high, class by class."""
     z = 2 * points()[0] - 1
     low = 0.2
@@ -81,7 +82,7 @@ def test_it_telescopes():
     high = 1.5
     bank = NoiseBank.sobol(noise.log_levels(low, high, 200), (2, 1, 1), 256, dtype=torch.float64)
     through = slopes_of(lambda z: likelihood.elbo(DENOISER, z, bank, chunk=10**6), z)
-    ends = adaptive.telescoped_gradient(DENOISER, z, low, high, bank.noise[0])
+    ends = likelihood.telescoped_gradient(DENOISER, z, low, high, bank.noise[0])
     assert float((through - ends).norm() / through.norm()) < 0.02
     assert float((centred(through) - centred(ends)).norm() / centred(through).norm()) < 0.02
 
@@ -94,7 +95,7 @@ class Clipped(MixtureDenoiser):
         return (2 * super().estimate(x_sigma, sigma, classes)).sin()
 
 
-def check_jacobian_free(gradient_of=adaptive.jacobian_free_gradient):
+def check_jacobian_free(gradient_of=likelihood.jacobian_free_gradient):
     """For any denoiser: the gradient of the expected loss, up to one shared by the classes. In sample, within noise."""
     denoiser = Clipped.of_law(LAW)
     z = 2 * points(2)[0] - 1
@@ -131,9 +132,9 @@ def test_a_stand_in_has_the_values_of_one_and_the_gradient_of_the_other():
         seen.append(z)
         return slope
 
-    stand_in = adaptive.StandIn(model, slope_of)
+    whole = stand_in.StandIn(model, slope_of)
     with torch.no_grad():
-        assert torch.equal(stand_in(x), model(x)) and not seen, "no gradient, no cost"
+        assert torch.equal(whole(x), model(x)) and not seen, "no gradient, no cost"
     leaf = x.clone().requires_grad_()
     assert torch.equal(stand_in(leaf), model(x)) and torch.equal(seen[0], 2 * x - 1)
     assert torch.allclose(slopes_of(stand_in, x), 2 * slope), (
@@ -152,13 +153,13 @@ def test_the_telescoped_attack_is_as_strong_as_autograd_where_the_denoiser_is_ex
     x, y = points(60)
     y = model(x).argmax(1)
     fooled = {}
-    for name, view in (("autograd", model), ("telescoped", adaptive.telescoped(model, 64))):
+    for name, view in (("autograd", model), ("telescoped", stand_in.telescoped(model, 64))):
         *_, last = attacks.pgd(view, x, y, 0.1, norm="l2", steps=5)
         fooled[name] = int((model(last.x).argmax(1) != y).sum())
     assert fooled["autograd"] > 10 and abs(fooled["autograd"] - fooled["telescoped"]) <= 3, fooled
 
 
-def check_unlikeliness(penalty_of=adaptive.unlikeliness):
+def check_unlikeliness(penalty_of=attacks.unlikeliness):
     """The penalty is the loss that likelihood maximisation lowers; with it an attack ends at likelier points."""
     bank = NoiseBank.fixed(noise.log_levels(0.4, 0.6, 3), (2, 1, 1), 4, dtype=torch.float64)
     x = points()[0]
@@ -197,7 +198,7 @@ def test_the_lagrange_penalty():
 # Bent images
 
 
-def check_warp(warp=adaptive.warp):
+def check_warp(warp=attacks.warp):
     """No flow leaves the image; a whole pixel is a shift, right or down; on a ramp the flow is read off exactly."""
     x = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     flow = torch.zeros(2, 2, 5, 6, dtype=torch.float64)
@@ -247,13 +248,13 @@ def test_bending_a_ramp_gains_slope_times_bound_times_the_weights():
     model = Weighed()
     y = torch.zeros(2, dtype=torch.long)
     ramp = (0.2 + 0.1 * torch.arange(6, dtype=torch.float64)).expand(2, 1, 5, 6).clone()
-    bent = adaptive.Bent(model, ramp, 0.4)
+    bent = attacks.Bent(model, ramp, 0.4)
     for attack in (attacks.pgd, attacks.apgd):
         *_, last = attack(bent, bent.straight, y, 0.5, steps=10)
         gain = last.logits[:, 1] - model(ramp)[:, 1]
         assert torch.allclose(gain, 0.1 * 0.4 * model.weights.abs().sum().expand(2))
         assert torch.equal(model(bent.image(last.x)), last.logits)
-    *_, last = attacks.pgd(adaptive.Bent(model, ramp, 0.0), bent.straight, y, 0.5, steps=3)
+    *_, last = attacks.pgd(attacks.Bent(model, ramp, 0.0), bent.straight, y, 0.5, steps=3)
     assert torch.allclose(last.logits, model(ramp)), "without a bound nothing bends"
 
 
@@ -261,24 +262,24 @@ def test_bending_a_ramp_gains_slope_times_bound_times_the_weights():
     "make, sentence",
     [
         (
-            lambda: adaptive.telescoped_gradient(DENOISER, points()[0], 1.0, 0.5, draws(2)),
+            lambda: likelihood.telescoped_gradient(DENOISER, points()[0], 1.0, 0.5, draws(2)),
             "0 < low < high, got 1.0 and",
         ),
         (
-            lambda: adaptive.telescoped(classifier(weighting=noise.edm_weight), 4),
+            lambda: stand_in.telescoped(classifier(weighting=noise.edm_weight), 4),
             "got edm_weight; use jacobian_free",
         ),
         (
-            lambda: adaptive.unlikeliness(DENOISER, classifier().bank, -1.0),
+            lambda: attacks.unlikeliness(DENOISER, classifier().bank, -1.0),
             "expected a strength >= 0, got -1.0",
         ),
         (
-            lambda: adaptive.Bent(Weighed(), torch.zeros(1, 1, 5, 6), -0.1),
+            lambda: attacks.Bent(Weighed(), torch.zeros(1, 1, 5, 6), -0.1),
             "expected a bound >= 0 in pixel widths, got",
         ),
-        (lambda: adaptive.Bent(Weighed(), torch.full((1, 1, 5, 6), 9.0), 0.1), "divide by 255"),
+        (lambda: attacks.Bent(Weighed(), torch.full((1, 1, 5, 6), 9.0), 0.1), "divide by 255"),
         (
-            lambda: adaptive.Bent(Weighed(), torch.zeros(1, 1, 5, 6), 0.1)(torch.zeros(2, 2, 5, 6)),
+            lambda: attacks.Bent(Weighed(), torch.zeros(1, 1, 5, 6), 0.1)(torch.zeros(2, 2, 5, 6)),
             "each of 1 images, got",
         ),
     ],

@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from diffclass import assets
+from diffclass.storage import assets
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import math
 
 import torch
-from diffclass import attacks, exercises
-from diffclass.defences import LikelihoodMaximisation, plain_direction
+from diffclass import attacks
+from diffclass.classifiers.purified import LikelihoodMaximisation, plain_direction
+from diffclass.course import exercises
 from diffclass.denoisers.exact import MixtureDenoiser
 
 

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 from diffclass import attacks, data, noise
-from diffclass.attacks import AttackView
-from diffclass.classifiers import BayesClassifier
+from diffclass.attacks.views import AttackView
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
 from torch import nn

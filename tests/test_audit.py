@@ -7,19 +7,21 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from diffclass import attacks, audit, certificates, claims, results, robustness
-from diffclass.attacks import AttackView
+from diffclass import attacks, audit, intervals
+from diffclass.attacks.views import AttackView
 from diffclass.audit import planted
 from diffclass.audit.attack import Fitted, masked_loss, random_search
 from diffclass.audit.base import CannotJudge, Case, check, outweighs, proven
 from diffclass.audit.holding import Frozen
-from diffclass.certificates import Certificate, Votes, smoothing_radius
-from diffclass.classifiers import BayesClassifier
-from diffclass.data import gaussians
-from diffclass.defences import MajorityVote
+from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.votes import MajorityVote
+from diffclass.data.plane import gaussians
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.evaluation import claims, robustness
+from diffclass.evaluation.protocols import Attack, Protocol
 from diffclass.noise import NoiseBank, log_levels
-from diffclass.protocols import Attack, Protocol
+from diffclass.storage import results
 
 NAMES = (
     "one_function gradient_is_correct gradient_is_alive logits_are_logits randomness_declared budget_and_range "
@@ -365,7 +367,7 @@ def test_the_stored_perturbations_are_the_attack_that_is_audited(stored):
 
 def test_few_images_are_amber_for_their_interval(stored):
     few = [
-        results.accuracy_record(90, 100, one.what, certificates.interval(90, 100), source="test")
+        results.accuracy_record(90, 100, one.what, intervals.interval(90, 100), source="test")
         for one in stored.records
     ]
     (made,) = audit.run(replace(stored, records=few), [32])

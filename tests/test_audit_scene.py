@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict
 
 import pytest
-from diffclass import audit, widgets
+from diffclass import audit
 from diffclass.audit import planted
-from diffclass.scenes.audit import MYSTERIES, SIGN, AuditScene
+from diffclass.course import widgets
+from diffclass.course.scenes.audit import MYSTERIES, SIGN, AuditScene
 
 
 @pytest.fixture(scope="module")

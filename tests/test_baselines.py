@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import assets, attacks, baseline_training, baselines, certificates, data, training
-from diffclass.baseline_training import Inner, Recipe
-from diffclass.baselines import ConvClassifier
+from diffclass import attacks, data, intervals
+from diffclass.classifiers import cnn
+from diffclass.classifiers.cnn import ConvClassifier
+from diffclass.storage import assets
+from diffclass.training import baselines, loop
+from diffclass.training.baselines import Inner, Recipe
 from torch import nn
 
-CNN = baselines.FILES["digits"]["cnn"]
-ADVERSARIAL = baselines.FILES["digits"]["adversarial"]
+CNN = cnn.FILES["digits"]["cnn"]
+ADVERSARIAL = cnn.FILES["digits"]["adversarial"]
 
 
 def tiny(seed: int = 0) -> ConvClassifier:
@@ -112,8 +115,8 @@ def test_impossible_widths_get_a_sentence(widths):
 def test_weights_travel_bit_for_bit(tmp_path):
     classifier = tiny()
     (x, _) = some()
-    baselines.save(classifier, tmp_path / "c.safetensors", {"name": "c"})
-    loaded, card = baselines.load(tmp_path / "c.safetensors")
+    cnn.save(classifier, tmp_path / "c.safetensors", {"name": "c"})
+    loaded, card = cnn.load(tmp_path / "c.safetensors")
     assert (
         torch.equal(loaded(x), classifier(x)) and card == {"name": "c"} and loaded.widths == (8, 16)
     )
@@ -124,12 +127,12 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "c.safetensors"
-    baselines.save(tiny(), path)
+    cnn.save(tiny(), path)
     whole = path.read_bytes()
     state = load_file(path)
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="probably cut short"):
-        baselines.load(path)
+        cnn.load(path)
     save_file(
         state,
         path,
@@ -142,13 +145,13 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"expected weights of ConvClassifier in c.safetensors, but 'leave.*\(9"
     ):
-        baselines.load(path)
+        cnn.load(path)
     with pytest.raises(
         ValueError, match="expected digits-idc.safetensors to hold a ConvClassifier, got the arch"
     ):
-        baselines.load(assets.verified("digits-idc.safetensors"))
+        cnn.load(assets.verified("digits-idc.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        baselines.load(tmp_path / "none.safetensors")
+        cnn.load(tmp_path / "none.safetensors")
 
 
 # -- what a step of training sees -------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
 
 def test_moved_images_are_crops_of_the_padded_ones():
     x, _ = some((3, 6, 5), 40)
-    got = baseline_training.moved(x, 2, torch.Generator().manual_seed(7))
+    got = baselines.moved(x, 2, torch.Generator().manual_seed(7))
     padded = nn.functional.pad(x, [2] * 4)
     used = set()
     for image, wide in zip(got, padded, strict=True):
@@ -169,8 +172,8 @@ def test_moved_images_are_crops_of_the_padded_ones():
         assert len(places) == 1
         used |= places
     assert len(used) > 15 and {r for r, _ in used} == {c for _, c in used} == set(range(5))
-    assert torch.equal(got, baseline_training.moved(x, 2, torch.Generator().manual_seed(7)))
-    assert torch.equal(baseline_training.moved(x, 0, torch.Generator()), x)
+    assert torch.equal(got, baselines.moved(x, 2, torch.Generator().manual_seed(7)))
+    assert torch.equal(baselines.moved(x, 0, torch.Generator()), x)
 
 
 class Linear(nn.Module):
@@ -195,10 +198,10 @@ def test_the_inner_maximisation_reaches_the_closed_form_of_a_linear_model(inner,
     x = 0.2 + 0.6 * torch.rand(50, 1, 2, 2, generator=generator)
     y = torch.zeros(50, dtype=torch.long)
     linear = Linear()
-    got = baseline_training.adversarial_images(linear, x, y, inner, generator)
+    got = baselines.adversarial_images(linear, x, y, inner, generator)
     way = (got - x).flatten(1) * linear.w.detach().sign() / inner.epsilon
     assert float(way.min()) >= least - 1e-5 and float(way.max()) <= 1 + 1e-5
-    starts = baseline_training.adversarial_images(linear, x, y, replace(inner, steps=0), generator)
+    starts = baselines.adversarial_images(linear, x, y, replace(inner, steps=0), generator)
     share = ((starts - x) / inner.epsilon).flatten()
     assert abs(float(share.mean())) < 0.15 and 0.5 < float(share.std()) < 0.65  # uniform: 1/sqrt(3)
     assert linear.w.grad is None
@@ -208,7 +211,7 @@ def test_adversarial_images_stay_in_the_budget_and_raise_the_loss(generator):
     classifier = tiny()
     (x, y) = some(count=20)
     x = x.round()  # every pixel at an end of its range
-    got = baseline_training.adversarial_images(classifier, x, y, Inner(0.1, 3, 0.5), generator)
+    got = baselines.adversarial_images(classifier, x, y, Inner(0.1, 3, 0.5), generator)
     assert (
         float((got - x).abs().max()) <= 0.1 + 1e-6
         and 0 <= float(got.min())
@@ -223,13 +226,11 @@ def test_adversarial_images_stay_in_the_budget_and_raise_the_loss(generator):
 def test_the_loss_is_cross_entropy_and_higher_on_attacked_images(generator):
     classifier = tiny()
     (x, y) = some()
-    plain = baseline_training.classification_loss()(classifier, x, y, generator)
+    plain = baselines.classification_loss()(classifier, x, y, generator)
     assert torch.allclose(
         plain, -classifier(x).log_softmax(1)[torch.arange(6), y].mean(), atol=1e-6
     )
-    hard = baseline_training.classification_loss(inner=Inner(0.2, 3, 0.5))(
-        classifier, x, y, generator
-    )
+    hard = baselines.classification_loss(inner=Inner(0.2, 3, 0.5))(classifier, x, y, generator)
     hard.backward()
     assert hard.item() > plain.item() and all(p.grad is not None for p in classifier.parameters())
 
@@ -242,7 +243,7 @@ def test_whatever_any_frame_fools_does_not_survive(monkeypatch):
             yield attacks.AttackStep(0, x, x, torch.tensor(fooled), x)
 
     monkeypatch.setattr(attacks, "pgd", film)
-    assert baseline_training.survivors(tiny(), x, y, 0.1, 2) == 1
+    assert baselines.survivors(tiny(), x, y, 0.1, 2) == 1
 
 
 def test_without_steps_the_survivors_are_those_classified_correctly():
@@ -251,8 +252,8 @@ def test_without_steps_the_survivors_are_those_classified_correctly():
     x = world.test_images[:50]
     y = world.test_labels[:50]
     correct = int((classifier(x).argmax(1) == y).sum())
-    assert baseline_training.survivors(classifier, x, y, 0.1, 0, batch=17) == correct > 0
-    assert baseline_training.survivors(classifier, x, y, 0.0, 3) == correct
+    assert baselines.survivors(classifier, x, y, 0.1, 0, batch=17) == correct > 0
+    assert baselines.survivors(classifier, x, y, 0.0, 3) == correct
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -261,25 +262,25 @@ def test_without_steps_the_survivors_are_those_classified_correctly():
 @pytest.mark.parametrize("inner", [None, Inner(0.1, 2, 0.75)])
 def test_training_learns_the_digits(inner):
     recipe = Recipe("digits", (8, 16), 60, 64, 8e-3, epsilon=0.1, inner=inner, ema=0.9)
-    run = baseline_training.training_of(recipe, seed=0)
+    run = baselines.training_of(recipe, seed=0)
     frames = list(run)
     assert sum(f.loss for f in frames[-10:]) < 0.5 * sum(f.loss for f in frames[:10])
     world = data.digits()
-    correct = baseline_training.survivors(run.average, world.test_images, world.test_labels, 0.1, 0)
+    correct = baselines.survivors(run.average, world.test_images, world.test_labels, 0.1, 0)
     assert correct > 0.75 * 400
 
 
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
     options = dict(steps=4, batch=16, widths=(8, 16), measured=10, seed=2)
-    unbroken = list(baseline_training.train_baseline(ADVERSARIAL, tmp_path / "whole", **options))
-    for progress in baseline_training.train_baseline(ADVERSARIAL, tmp_path / "cut", **options):
+    unbroken = list(baselines.train_baseline(ADVERSARIAL, tmp_path / "whole", **options))
+    for progress in baselines.train_baseline(ADVERSARIAL, tmp_path / "cut", **options):
         if progress.step == cut:
             break
-    resumed = list(baseline_training.train_baseline(ADVERSARIAL, tmp_path / "cut", **options))
+    resumed = list(baselines.train_baseline(ADVERSARIAL, tmp_path / "cut", **options))
     assert [p.step for p in resumed] == list(range(cut + 1, 5)) and len(unbroken) == 4
     (one, card), (other, _) = (
-        baselines.load(tmp_path / folder / ADVERSARIAL) for folder in ("whole", "cut")
+        cnn.load(tmp_path / folder / ADVERSARIAL) for folder in ("whole", "cut")
     )
     assert all(torch.equal(v, other.state_dict()[n]) for n, v in one.state_dict().items())
     assert [point["images"] for point in card["curve"]] == [16, 32, 48, 64]
@@ -300,7 +301,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
 
 
 def test_minutes_pause_with_a_checkpoint(tmp_path):
-    run = baseline_training.train_baseline(
+    run = baselines.train_baseline(
         CNN, tmp_path, steps=3, batch=8, widths=(8, 16), minutes=1e-9, measured=2
     )
     assert [p.step for p in run] == [1]
@@ -311,15 +312,15 @@ def test_a_network_without_a_recipe_gets_a_sentence(tmp_path):
     with pytest.raises(
         ValueError, match="expected one of .*digits-cnn.* to train, got 'digits-gan.safetensors'"
     ):
-        next(baseline_training.train_baseline("digits-gan.safetensors", tmp_path))
+        next(baselines.train_baseline("digits-gan.safetensors", tmp_path))
 
 
 def test_recipes_are_what_the_papers_say():
     """Wong et al. 2020 take one step of 1.25 eps; the inner budget is the one that the card measures."""
-    assert set(baseline_training.RECIPES) == {
-        file for files in baselines.FILES.values() for file in files.values()
+    assert set(baselines.RECIPES) == {
+        file for files in cnn.FILES.values() for file in files.values()
     }
-    for name, recipe in baseline_training.RECIPES.items():
+    for name, recipe in baselines.RECIPES.items():
         assert ("adversarial" in name) == (recipe.inner is not None) and name.startswith(
             recipe.world
         )
@@ -333,22 +334,22 @@ def test_recipes_are_what_the_papers_say():
 
 def test_a_curve_counts_a_repeated_point_once(tmp_path):
     checkpoint = tmp_path / "deep" / "w.safetensors"
-    curve = training.Curve(checkpoint)
+    curve = loop.Curve(checkpoint)
     assert curve.points() == []
     for step, correct in ((2, 5), (4, 6), (4, 7)):
-        curve.add(training.Progress(step, 40, 10 * step, 1.04, torch.tensor(0.0)), correct=correct)
+        curve.add(loop.Progress(step, 40, 10 * step, 1.04, torch.tensor(0.0)), correct=correct)
     assert curve.points() == [
         dict(images=20, seconds=1.0, correct=5),
         dict(images=40, seconds=1.0, correct=7),
     ]
     checkpoint.touch()
-    assert training.Curve(checkpoint).points() == curve.points()
+    assert loop.Curve(checkpoint).points() == curve.points()
     checkpoint.unlink()
-    assert training.Curve(checkpoint).points() == [], "a new run begins a new curve"
+    assert loop.Curve(checkpoint).points() == [], "a new run begins a new curve"
     milestones = [
         step
         for step in range(1, 41)
-        if training.Progress(step, 40, 0, 0, torch.tensor(0.0)).is_milestone
+        if loop.Progress(step, 40, 0, 0, torch.tensor(0.0)).is_milestone
     ]
     assert milestones == list(range(2, 41, 2))
 
@@ -361,16 +362,18 @@ def test_the_commit_is_that_of_the_checkout_or_none(tmp_path, monkeypatch):
             capture_output=True,
         )
 
-    monkeypatch.setattr(training, "__file__", str(tmp_path / "lib" / "diffclass" / "training.py"))
-    assert training.commit() is None
+    monkeypatch.setattr(
+        loop, "__file__", str(tmp_path / "lib" / "diffclass" / "training" / "loop.py")
+    )
+    assert loop.commit() is None
     git("init")
-    assert training.commit() is None  # no commit yet
+    assert loop.commit() is None  # no commit yet
     (tmp_path / "file").write_text("a")
     git("add", "file")
     git("commit", "-m", "a")
-    clean = training.commit()
+    clean = loop.commit()
     (tmp_path / "file").write_text("b")
-    assert len(clean) == 12 and training.commit() == clean + "+"
+    assert len(clean) == 12 and loop.commit() == clean + "+"
 
 
 # -- what is in assets/ -----------------------------------------------------------------------------------------------
@@ -379,10 +382,7 @@ def test_the_commit_is_that_of_the_checkout_or_none(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def shipped():
     """The two trained networks of digits with their cards, by method."""
-    return {
-        method: baselines.load(assets.verified(file))
-        for method, file in baselines.FILES["digits"].items()
-    }
+    return {method: cnn.load(assets.verified(file)) for method, file in cnn.FILES["digits"].items()}
 
 
 @pytest.mark.parametrize("method", ["cnn", "adversarial"])
@@ -390,15 +390,15 @@ def test_shipped_networks_are_as_accurate_as_their_cards_say(shipped, method):
     classifier, card = shipped[method]
     world = data.digits()
     accuracy = card["accuracy"]
-    correct = baseline_training.survivors(classifier, world.test_images, world.test_labels, 0.1, 0)
+    correct = baselines.survivors(classifier, world.test_images, world.test_labels, 0.1, 0)
     assert (
         correct >= 0.98 * 400 and abs(correct - accuracy["correct"]) <= 1
     )  # rounding may turn one
-    assert card["name"] == baselines.FILES["digits"][method] and card["commit"]
+    assert card["name"] == cnn.FILES["digits"][method] and card["commit"]
     for stated in (accuracy, card["accuracy_under_attack"]):
         assert stated["n"] == 400
         assert (stated["low"], stated["high"]) == pytest.approx(
-            certificates.interval(stated["correct"], 400)
+            intervals.interval(stated["correct"], 400)
         )
 
 
@@ -409,22 +409,21 @@ def test_adversarial_training_holds_where_the_plain_network_falls(shipped):
     x = world.test_images[:100]
     y = world.test_labels[:100]
     for method, (classifier, card) in shipped.items():
-        counts[method] = baseline_training.survivors(classifier, x, y, 0.1, 10)
+        counts[method] = baselines.survivors(classifier, x, y, 0.1, 10)
         assert card["accuracy_under_attack"]["epsilon"] == 0.1
     assert counts["cnn"] < 80 < 85 < counts["adversarial"], counts
 
 
-@pytest.mark.parametrize("world", list(baselines.FILES))
+@pytest.mark.parametrize("world", list(cnn.FILES))
 def test_cards_say_what_adversarial_training_is_worth(world):
     """More than chance, at the same budget, and not lost again on the way (catastrophic overfitting)."""
     listed = assets.checksums()
-    if not all(assets.parts(file, listed) for file in baselines.FILES[world].values()):
+    if not all(assets.parts(file, listed) for file in cnn.FILES[world].values()):
         pytest.skip(
             f"expected both baselines of {world} in assets/; `diffclass train {world} --method cnn`."
         )
     plain, strong = (
-        baselines.load(assets.verified(baselines.FILES[world][m]))[1]
-        for m in ("cnn", "adversarial")
+        cnn.load(assets.verified(cnn.FILES[world][m]))[1] for m in ("cnn", "adversarial")
     )
     weak = plain["accuracy_under_attack"]
     firm = strong["accuracy_under_attack"]

@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from diffclass import certificates
-from diffclass.certificates import Certificate, Votes
+from diffclass import intervals
+from diffclass.certify import certificates
+from diffclass.certify.certificates import Certificate, Votes
 from scipy import stats
 
 REPETITIONS = 20_000
@@ -22,28 +23,26 @@ def failure_rate(bound, p: float, n: int, alpha: float, seed: int = 0) -> tuple[
 @pytest.mark.parametrize("alpha", [0.01, 0.05])
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_lower_bound_covers(p, alpha):
-    rate, se = failure_rate(certificates.lower_bound, p, 1000, alpha)
+    rate, se = failure_rate(intervals.lower_bound, p, 1000, alpha)
     assert rate <= alpha + 4 * se
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_counts_times_ten_breaks_coverage(p):
     """The published shortcut (a tenth of the votes, times ten) fails more than 100 times as often as it says."""
-    rate, _ = failure_rate(
-        lambda s, n, a: certificates.lower_bound(10 * s, 10 * n, a), p, 1000, 0.001
-    )
+    rate, _ = failure_rate(lambda s, n, a: intervals.lower_bound(10 * s, 10 * n, a), p, 1000, 0.001)
     assert rate > 0.1
-    honest, se = failure_rate(certificates.lower_bound, p, 1000, 0.001)
+    honest, se = failure_rate(intervals.lower_bound, p, 1000, 0.001)
     assert honest <= 0.001 + 4 * se
 
 
 @pytest.mark.parametrize("p", [0.6, 0.9, 0.99])
 def test_upper_bound_covers_and_mirrors_the_lower(p):
     counts = np.random.default_rng(1).binomial(1000, p, REPETITIONS)
-    upper = certificates.upper_bound(counts, 1000, 0.05)
+    upper = intervals.upper_bound(counts, 1000, 0.05)
     assert (upper < p).mean() <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / REPETITIONS)
     np.testing.assert_allclose(
-        upper, 1 - certificates.lower_bound(1000 - counts, 1000, 0.05), atol=1e-12
+        upper, 1 - intervals.lower_bound(1000 - counts, 1000, 0.05), atol=1e-12
     )
 
 
@@ -54,21 +53,21 @@ def test_half_alpha_slip_is_not_our_bound():
     alpha = 0.001
     two_sided = stats.binomtest(s, n).proportion_ci(1 - alpha, "exact").low
     one_sided = stats.binomtest(s, n, alternative="greater").proportion_ci(1 - alpha, "exact").low
-    ours = certificates.lower_bound(s, n, alpha)
+    ours = intervals.lower_bound(s, n, alpha)
     assert ours == pytest.approx(one_sided, abs=1e-12)
     assert ours - two_sided > 1e-4
 
 
 @pytest.mark.parametrize("p", [0.6, 0.9])
 def test_double_alpha_slip_breaks_coverage(p):
-    rate, se = failure_rate(lambda s, n, a: certificates.lower_bound(s, n, 2 * a), p, 10_000, 0.05)
+    rate, se = failure_rate(lambda s, n, a: intervals.lower_bound(s, n, 2 * a), p, 10_000, 0.05)
     assert rate > 0.05 + 4 * se
 
 
 @pytest.mark.parametrize("s", [0, 1, 37, 395, 399, 400])
 def test_interval_agrees_with_scipy(s):
     theirs = stats.binomtest(s, 400).proportion_ci(0.95, "exact")
-    assert certificates.interval(s, 400) == pytest.approx((theirs.low, theirs.high), abs=1e-10)
+    assert intervals.interval(s, 400) == pytest.approx((theirs.low, theirs.high), abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +80,8 @@ def test_interval_agrees_with_scipy(s):
     ],
 )
 def test_unanimous_votes(n, p, radii):
-    assert certificates.lower_bound(n, n, 0.001) == 0.001 ** (1 / n)
-    assert certificates.lower_bound(n, n, 0.001) == pytest.approx(p, abs=6e-6)
+    assert intervals.lower_bound(n, n, 0.001) == 0.001 ** (1 / n)
+    assert intervals.lower_bound(n, n, 0.001) == pytest.approx(p, abs=6e-6)
     assert [certificates.largest_radius(n, s) for s in (0.25, 0.5, 1.0)] == pytest.approx(
         radii, abs=6e-4
     )
@@ -103,7 +102,7 @@ def test_votes_needed_is_the_smallest_count():
         assert (certificates.smoothing_radius(votes).radius >= 0.75) is enough
     assert certificates.votes_needed(certificates.largest_radius(500, 0.25), 500, 0.25) == 500
     assert certificates.votes_needed(0.0, 1000, 0.25) == next(
-        s for s in range(1001) if certificates.lower_bound(s, 1000, 0.001) >= 0.5
+        s for s in range(1001) if intervals.lower_bound(s, 1000, 0.001) >= 0.5
     )
 
 
@@ -132,7 +131,7 @@ def test_linear_classifier_radius_is_sound_and_tight():
         gaps = []
         for n in (100, 1000, 100_000):
             radius = sigma * stats.norm.ppf(
-                certificates.lower_bound(rng.binomial(n, p, REPETITIONS), n, alpha)
+                intervals.lower_bound(rng.binomial(n, p, REPETITIONS), n, alpha)
             )
             assert (radius > distance).mean() <= alpha + 4 * math.sqrt(
                 alpha * (1 - alpha) / REPETITIONS
@@ -177,14 +176,14 @@ def test_certificates_cannot_be_inflated():
         (lambda: Votes((1, 2), (0.5, 0.5), 0.5), "whole numbers"),
         (lambda: Votes((1, 2), (3, 1), 0.0), "sigma_pixel > 0"),
         (lambda: Votes((1,), (3,), 0.5), "at least two classes"),
-        (lambda: certificates.lower_bound(5, 4, 0.1), "from 0 to 4"),
-        (lambda: certificates.lower_bound(0.97, 4, 0.1), "shares instead of counts"),
-        (lambda: certificates.lower_bound(1, 0, 0.1), "at least one trial"),
+        (lambda: intervals.lower_bound(5, 4, 0.1), "from 0 to 4"),
+        (lambda: intervals.lower_bound(0.97, 4, 0.1), "shares instead of counts"),
+        (lambda: intervals.lower_bound(1, 0, 0.1), "at least one trial"),
         (
             lambda: certificates.smoothing_radius(Votes((1, 2), (3, 1), 0.5), alpha=1.0),
             "alpha between 0 and 1",
         ),
-        (lambda: certificates.interval(1, 2, level=95), "between 0 and 1"),
+        (lambda: intervals.interval(1, 2, level=95), "between 0 and 1"),
         (lambda: certificates.votes_needed(-1, 10, 0.5), "radius >= 0"),
         (lambda: certificates.prediction_changed((1, 2), 2), "among 0..1"),
     ],
@@ -210,7 +209,7 @@ def test_prediction_changed_has_power_without_a_majority():
     assert certificates.prediction_changed((100, 800, 50, 50), 0)
     assert not certificates.prediction_changed((450, 100, 225, 225), 0)
     # Twin: "the original class is below 1/2" calls this changed, although the original wins.
-    assert certificates.upper_bound(450, 1000, 0.001) < 0.5
+    assert intervals.upper_bound(450, 1000, 0.001) < 0.5
 
 
 def make(prediction, radius, n=1000, sigma=0.5, alpha=0.001) -> Certificate:
@@ -222,7 +221,7 @@ def test_certified_accuracy_counts_abstentions_as_errors():
     curve = certificates.certified_accuracy(found, [0, 1, 0, 0], [0.0, 0.3, 0.5, 1.0])
     assert curve.correct.tolist() == [2, 2, 1, 0] and curve.abstained == 1 and curve.n == 4
     assert curve.accuracy.tolist() == [0.5, 0.5, 0.25, 0.0]
-    low, high = certificates.interval(2, 4)
+    low, high = intervals.interval(2, 4)
     assert (curve.low[0], curve.high[0]) == (low, high)
 
 

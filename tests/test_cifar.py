@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffclass import cifar
+from diffclass.data import cifar
 
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 COUNT = 8  # images in each small batch

@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 from diffclass import data, likelihood, noise, units
-from diffclass.classifiers import (
-    BayesClassifier,
-    ExactClassifier,
-    NoisedBayesClassifier,
-    check_prior,
-)
+from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, check_prior
+from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank

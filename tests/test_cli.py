@@ -10,19 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffclass import (
-    __version__,
-    assets,
-    cifar,
-    cli,
-    data,
-    noise,
-    recipes,
-    results,
-    trainers,
-    training,
-)
+from diffclass import __version__, cli, data, noise
+from diffclass.data import cifar
 from diffclass.denoisers import network
+from diffclass.evaluation import accuracies
+from diffclass.storage import assets, results
+from diffclass.training import loop, trainers
+from diffclass.zoo import networks
 from typer.testing import CliRunner
 
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)
@@ -36,22 +30,22 @@ def small_digits():
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory, small_digits):
+def network_folder(tmp_path_factory, small_digits):
     """Both networks with their first weights, in one folder with its checksums."""
     folder = tmp_path_factory.mktemp("networks")
-    for name in recipes.MODELS["digits"].values():
+    for name in networks.MODELS["digits"].values():
         denoiser = network.build(trainers.RECIPES[name].kind, "DigitNet", 10, (1, 8, 8), seed=1)
         network.save_denoiser(
-            denoiser, folder / name, dict(accuracy=ACCURACY) if name == recipes.STUDENT else {}
+            denoiser, folder / name, dict(accuracy=ACCURACY) if name == networks.STUDENT else {}
         )
-    assets.record(list(recipes.MODELS["digits"].values()), folder)
+    assets.record(list(networks.MODELS["digits"].values()), folder)
     return folder
 
 
 @pytest.fixture
-def folder(tmp_path, networks, small_digits, monkeypatch):
+def folder(tmp_path, network_folder, small_digits, monkeypatch):
     """A copy of the networks that the command takes for its assets, and no CIFAR-10."""
-    shutil.copytree(networks, tmp_path / "assets")
+    shutil.copytree(network_folder, tmp_path / "assets")
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path / "assets"))
     monkeypatch.setenv("DIFFCLASS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DIFFCLASS_CIFAR10", raising=False)
@@ -171,14 +165,14 @@ def test_a_picture_called_json_is_a_picture(folder, picture):
 
 
 def test_train_idc_writes_its_network(folder, tmp_path, monkeypatch):
-    from diffclass import translation
+    from diffclass.classifiers import idc
 
     done = run(
         "train", "digits", "--method", "idc", "--steps", 2, "--out", tmp_path / "idc", "--json"
     )
     assert done.exit_code == 0, done.stderr
     card = document(done)["models"][0]["card"]
-    assert translation.load_translator(tmp_path / "idc" / "digits-idc.safetensors")[1] == card
+    assert idc.load_translator(tmp_path / "idc" / "digits-idc.safetensors")[1] == card
 
 
 def test_download_without_a_network_says_what_to_do(folder, monkeypatch):
@@ -288,27 +282,30 @@ def test_doctor_is_content_and_missing_cifar_is_a_note(folder):
             checks["device"]["threads"] >= 1
             and checks["device"]["type"] in checks["device"]["detail"]
         )
-        needed = (*cli.files.PACKAGES, "plane", "digits", *recipes.MODELS["digits"].values())
+        needed = (*cli.files.PACKAGES, "plane", "digits", *networks.MODELS["digits"].values())
         assert {checks[name]["status"] for name in needed} == {"ok"}
-        assert checks[recipes.STUDENT]["bytes"] == (folder / recipes.STUDENT).stat().st_size
+        assert checks[networks.STUDENT]["bytes"] == (folder / networks.STUDENT).stat().st_size
 
 
 def test_doctor_finds_a_changed_asset(folder):
-    path = folder / recipes.TEACHER
+    path = folder / networks.TEACHER
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     done = run("--json", "doctor")
     checks = statuses(document(done))
     assert done.exit_code == 1 and document(done)["ok"] is False
-    assert (checks[recipes.TEACHER]["state"], checks[recipes.STUDENT]["state"]) == ("changed", "ok")
-    assert "SHA-256" in checks[recipes.TEACHER]["detail"] and "problem" in run("doctor").stdout
+    assert (checks[networks.TEACHER]["state"], checks[networks.STUDENT]["state"]) == (
+        "changed",
+        "ok",
+    )
+    assert "SHA-256" in checks[networks.TEACHER]["detail"] and "problem" in run("doctor").stdout
 
 
 def test_doctor_finds_a_missing_asset_and_says_how_to_get_it(folder):
-    (folder / recipes.STUDENT).unlink()
+    (folder / networks.STUDENT).unlink()
     done = run("--json", "doctor")
-    check = statuses(document(done))[recipes.STUDENT]
+    check = statuses(document(done))[networks.STUDENT]
     assert (
         done.exit_code == 1
         and check["state"] == "missing"
@@ -318,10 +315,10 @@ def test_doctor_finds_a_missing_asset_and_says_how_to_get_it(folder):
 
 
 def test_doctor_finds_a_broken_asset_with_the_right_checksum(folder):
-    (folder / recipes.STUDENT).write_bytes(b"not weights at all")
-    assets.record([recipes.STUDENT], folder)
+    (folder / networks.STUDENT).write_bytes(b"not weights at all")
+    assets.record([networks.STUDENT], folder)
     done = run("--json", "doctor")
-    check = statuses(document(done))[recipes.STUDENT]
+    check = statuses(document(done))[networks.STUDENT]
     assert done.exit_code == 1 and check["status"] == "problem" and "safetensors" in check["detail"]
 
 
@@ -331,13 +328,13 @@ def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):
     checks = statuses(document(done))
     assert done.exit_code == 1 and checks[assets.SUMS]["status"] == "problem"
     assert (
-        checks[recipes.TEACHER]["state"] == "unlisted"
-        and "'one-word'" in checks[recipes.TEACHER]["detail"]
+        checks[networks.TEACHER]["state"] == "unlisted"
+        and "'one-word'" in checks[networks.TEACHER]["detail"]
     )
     assert one_sentence(run("classify", "x.png"), "'one-word'", "restore it with git")
     shutil.rmtree(folder)
     done = run("--json", "doctor")
-    assert done.exit_code == 1 and statuses(document(done))[recipes.TEACHER]["state"] == "missing"
+    assert done.exit_code == 1 and statuses(document(done))[networks.TEACHER]["state"] == "missing"
 
 
 def test_doctor_names_a_missing_package(folder, monkeypatch):
@@ -360,20 +357,20 @@ def test_train_writes_both_networks_with_cards_and_checksums(folder, tmp_path):
     teacher, student = document(done)["models"]
     assert done.exit_code == 0 and "loss" in done.stderr
     assert (
-        Path(teacher["file"]) == out / recipes.TEACHER
-        and Path(student["file"]) == out / recipes.STUDENT
+        Path(teacher["file"]) == out / networks.TEACHER
+        and Path(student["file"]) == out / networks.STUDENT
     )
     assert student["card"]["accuracy"]["n"] == 12 and student["card"]["settings"]["steps"] == 3
     assert student["card"]["settings"]["seed"] == 2
     os.environ["DIFFCLASS_ASSETS"] = str(out)  # the fixture restores it
-    assert assets.verified(recipes.TEACHER).exists() and assets.verified(recipes.STUDENT).exists()
+    assert assets.verified(networks.TEACHER).exists() and assets.verified(networks.STUDENT).exists()
     assert not list((out / "checkpoints").iterdir())
 
 
 def test_train_teacher_only_prints_its_accuracy(folder, tmp_path):
     done = run("train", "digits", "--steps", 1, "--teacher-only", "--out", tmp_path / "out")
     assert done.exit_code == 0 and "of 12, 95 % Clopper-Pearson" in done.stdout
-    assert not (tmp_path / "out" / recipes.STUDENT).exists()
+    assert not (tmp_path / "out" / networks.STUDENT).exists()
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -386,7 +383,7 @@ def test_interrupted_training_keeps_its_checkpoint_and_resumes(
     before = signal.getsignal(signal.SIGINT)
     begun = interrupt()
     done = run(*command, tmp_path / "out")
-    checkpoint = tmp_path / "out" / "checkpoints" / recipes.TEACHER
+    checkpoint = tmp_path / "out" / "checkpoints" / networks.TEACHER
     assert (
         done.exit_code == 130
         and one_sentence(done, str(checkpoint), "resumes")
@@ -402,14 +399,14 @@ def test_interrupted_training_keeps_its_checkpoint_and_resumes(
 def weights(folder: Path):
     import torch
 
-    denoiser = network.load_denoiser(folder / recipes.TEACHER)[0]
+    denoiser = network.load_denoiser(folder / networks.TEACHER)[0]
     return torch.cat([value.flatten() for value in denoiser.state_dict().values()])
 
 
 def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, monkeypatch):
     """A KeyboardInterrupt that arises inside a step, as from a second Ctrl-C."""
     out = tmp_path / "out"
-    step = training.Training._one_step
+    step = loop.Training._one_step
     calls = []
 
     def interrupted(self, steps):
@@ -418,18 +415,18 @@ def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, 
             raise KeyboardInterrupt
         return step(self, steps)
 
-    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    monkeypatch.setattr(loop.Training, "_one_step", interrupted)
     command = ("train", "digits", "--steps", 3, "--out", out)
     done = run(*command)
     assert (
         done.exit_code == 130
-        and one_sentence(done, recipes.STUDENT)
-        and recipes.TEACHER in done.stdout
+        and one_sentence(done, networks.STUDENT)
+        and networks.TEACHER in done.stdout
     )
-    teacher = (out / recipes.TEACHER).read_bytes()
+    teacher = (out / networks.TEACHER).read_bytes()
     assert run(*command).exit_code == 0
     assert calls == ["ConditionalDenoiser"] * 3 + ["MultiHeadDenoiser"] * 4
-    assert (out / recipes.TEACHER).read_bytes() == teacher and (out / recipes.STUDENT).exists()
+    assert (out / networks.TEACHER).read_bytes() == teacher and (out / networks.STUDENT).exists()
 
 
 def test_resuming_with_other_settings_is_refused_in_one_sentence(folder, tmp_path, monkeypatch):
@@ -438,8 +435,8 @@ def test_resuming_with_other_settings_is_refused_in_one_sentence(folder, tmp_pat
             raise KeyboardInterrupt
         return step(self, steps)
 
-    step = training.Training._one_step
-    monkeypatch.setattr(training.Training, "_one_step", interrupted)
+    step = loop.Training._one_step
+    monkeypatch.setattr(loop.Training, "_one_step", interrupted)
     command = ("train", "digits", "--teacher-only", "--out", tmp_path, "--steps")
     assert run(*command, 4).exit_code == 130
     done = run(*command, 5)
@@ -501,7 +498,7 @@ def test_a_broken_file_does_not_stop_the_others(folder, picture, tmp_path):
 
 
 def test_a_sentence_that_asks_keeps_its_question_mark(folder, picture, monkeypatch):
-    from diffclass import pictures
+    from diffclass.data import pictures
 
     def refuse(*arguments):
         raise ValueError("expected pixels in [0,1],\n got 255; did you forget to divide?")
@@ -516,7 +513,7 @@ def test_a_sentence_that_asks_keeps_its_question_mark(folder, picture, monkeypat
 
 
 def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkeypatch):
-    from diffclass import pictures
+    from diffclass.data import pictures
 
     load = pictures.load_picture
     calls = []
@@ -536,10 +533,10 @@ def test_an_interrupted_classification_keeps_what_it_has(folder, picture, monkey
 
 @pytest.mark.parametrize("command", [("classify", "x.png"), ("evaluate",)])
 def test_missing_and_changed_assets_are_one_sentence(folder, command):
-    (folder / recipes.STUDENT).write_bytes(b"changed")
+    (folder / networks.STUDENT).write_bytes(b"changed")
     done = run(*command)
     assert done.exit_code == 2 and done.stdout == "" and one_sentence(done, "SHA-256")
-    (folder / recipes.STUDENT).unlink()
+    (folder / networks.STUDENT).unlink()
     done = run("--json", *command)
     assert done.exit_code == 2 and "diffclass train digits" in document(done)["error"]
 
@@ -567,11 +564,11 @@ def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(
         file,
     )
     (got,) = document(done)["records"]
-    denoiser = recipes.load_digits_denoiser()
-    classifier = recipes.digit_classifier(
+    denoiser = networks.load_digits_denoiser()
+    classifier = networks.digit_classifier(
         denoiser, noise.log_levels(0.1, 3.0, 4), seed=3, weighting=noise.edm_weight
     )
-    wanted = recipes.accuracy(
+    wanted = accuracies.accuracy(
         classifier, small_digits.test_images[:10], small_digits.test_labels[:10]
     )
     assert (
@@ -580,7 +577,7 @@ def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(
         and got["n"] == 10
         and got["low"] < got["high"]
     )
-    assert got["checkpoint"] == results.sha256_of(folder / recipes.STUDENT) and got["seed"] == 3
+    assert got["checkpoint"] == results.sha256_of(folder / networks.STUDENT) and got["seed"] == 3
     assert got["settings"]["weighting"] == "EDM" and got["settings"]["levels"] == 4
     (written,) = results.read(file)
     assert written.value == got["value"] and written.settings == got["settings"]
@@ -622,6 +619,6 @@ def test_an_interrupted_evaluation_exits_130(folder, monkeypatch):
         yield 1, 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes, "hits", interrupted)
+    monkeypatch.setattr(accuracies, "hits", interrupted)
     done = run("--json", "evaluate", "--world", "plane:moons")
     assert done.exit_code == 130 and document(done)["records"] == []

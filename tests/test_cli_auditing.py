@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from diffclass import claims, cli, robustness, zoo
+from diffclass import cli, zoo
 from diffclass.audit import planted
-from diffclass.protocols import Attack, Protocol
+from diffclass.evaluation import claims, robustness
+from diffclass.evaluation.protocols import Attack, Protocol
 from typer.testing import CliRunner
 
 KINDS = {"honest": planted.Honest, "quantised": planted.Quantised, "cnn": planted.Honest}

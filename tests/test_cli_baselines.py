@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import assets, baselines, cifar, cli, data
+from diffclass import cli, data
+from diffclass.classifiers import cnn
+from diffclass.data import cifar
+from diffclass.storage import assets
 from typer.testing import CliRunner
 
 TINY = ["--widths", "8,16", "--batch", "16", "--measured", "4", "--seed", "1"]
@@ -42,8 +45,8 @@ def test_train_writes_network_card_and_checksum(tmp_path, world, method):
     done = run("--json", "train", world, "--method", method.upper(), "--steps", 2, *TINY)
     assert done.exit_code == 0 and "loss" in done.stderr, done.stderr
     (model,) = json.loads(done.stdout)["models"]
-    classifier, card = baselines.load(assets.verified(baselines.FILES[world][method]))
-    assert model == dict(file=str(tmp_path / "assets" / baselines.FILES[world][method]), card=card)
+    classifier, card = cnn.load(assets.verified(cnn.FILES[world][method]))
+    assert model == dict(file=str(tmp_path / "assets" / cnn.FILES[world][method]), card=card)
     assert (
         classifier.widths == (8, 16)
         and classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
@@ -64,7 +67,7 @@ def test_train_says_both_accuracies(tmp_path):
     )
     assert done.exit_code == 0 and done.stdout.count("of 8, 95 % Clopper-Pearson") == 2
     assert "at most" in done.stdout and "under PGD-20 in linf 0.1, 16 images in" in done.stdout
-    assert not (tmp_path / "assets" / baselines.FILES["digits"]["cnn"]).exists()
+    assert not (tmp_path / "assets" / cnn.FILES["digits"]["cnn"]).exists()
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -72,7 +75,7 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
     tmp_path, interrupt, as_json
 ):
     """Ctrl-C during the second step of four, beside the checkpoint of another network."""
-    name = baselines.FILES["digits"]["adversarial"]
+    name = cnn.FILES["digits"]["adversarial"]
     out = tmp_path / "out"
     command = [
         *["--json"] * as_json,
@@ -87,23 +90,23 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
     ]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
     (out / "checkpoints").mkdir(parents=True)
-    (out / "checkpoints" / baselines.FILES["cifar10"]["cnn"]).write_text("of another run")
+    (out / "checkpoints" / cnn.FILES["cifar10"]["cnn"]).write_text("of another run")
     begun = interrupt()
     done = run(*command, out)
     assert done.exit_code == 130 and one_sentence(done, str(out / "checkpoints" / name), "resumes")
     assert (out / "checkpoints" / name).exists() and not (out / name).exists()
     assert run(*command, out).exit_code == 0 and begun == [0, 1, 2, 3]
     one, other = (
-        baselines.load(folder / name)[0].state_dict() for folder in (out, tmp_path / "unbroken")
+        cnn.load(folder / name)[0].state_dict() for folder in (out, tmp_path / "unbroken")
     )
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert [p.name for p in (out / "checkpoints").iterdir()] == [baselines.FILES["cifar10"]["cnn"]]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [cnn.FILES["cifar10"]["cnn"]]
 
 
 def test_minutes_pause_and_the_same_command_goes_on(tmp_path):
     command = ["--json", "train", "digits", "--method", "cnn", "--steps", 200, *TINY]
     done = run(*command, "--minutes", 0.01)
-    kept = tmp_path / "assets" / "checkpoints" / baselines.FILES["digits"]["cnn"]
+    kept = tmp_path / "assets" / "checkpoints" / cnn.FILES["digits"]["cnn"]
     assert done.exit_code == 0 and json.loads(done.stdout)["paused"] == str(kept) and kept.exists()
     assert run(*command).exit_code == 0 and not kept.exists()
 

@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 import torch
-from diffclass import assets, baselines, cli, data, protocols, results, robustness, zoo
+from diffclass import cli, data, zoo
+from diffclass.classifiers import cnn
+from diffclass.evaluation import protocols, robustness
+from diffclass.storage import assets, results
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -18,7 +21,7 @@ def networks(tmp_path_factory):
     """A plain classifier of digits after a second of training, listed in its folder."""
     folder = tmp_path_factory.mktemp("networks")
     world = data.digits()
-    model = baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=1)
+    model = cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=1)
     optimiser = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
         optimiser.zero_grad()
@@ -26,7 +29,7 @@ def networks(tmp_path_factory):
             model(world.train_images[:400]), world.train_labels[:400]
         ).backward()
         optimiser.step()
-    baselines.save(model, folder / CNN)
+    cnn.save(model, folder / CNN)
     assets.record([CNN], folder)
     return folder
 
@@ -167,7 +170,7 @@ def test_an_oversize_perturbation_exits_1(store):
 
 
 def test_other_weights_exit_1(store, weights):
-    baselines.save(baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=9), weights / CNN)
+    cnn.save(cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=9), weights / CNN)
     assets.record([CNN], weights)
     done = run("verify", store)
     assert done.exit_code == 1 and f"WRONG      weights {CNN}: the claim is about" in done.stdout

@@ -7,9 +7,10 @@ import types
 
 import pytest
 import torch
-from diffclass import assets, conversion, recipes
 from diffclass.cli import app
-from diffclass.denoisers import nets, network
+from diffclass.denoisers import edm, nets, network
+from diffclass.storage import assets
+from diffclass.zoo import networks
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -83,7 +84,7 @@ def test_slips_in_the_network_are_caught(slip, monkeypatch):
 def test_a_state_dict_says_what_it_is(tmp_path, labels):
     net = patterned(nets.SongUNet(**{**SMALL, "labels": labels}))
     save_file(released(net), tmp_path / "edm.safetensors")
-    denoiser = conversion.from_edm(tmp_path / "edm.safetensors")
+    denoiser = edm.from_edm(tmp_path / "edm.safetensors")
     assert denoiser.num_classes == labels and denoiser.has_null == (labels == 0)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     c_skip, c_out, c_in = network.edm_scalings(torch.tensor(0.7))
@@ -114,7 +115,7 @@ def test_the_size_of_the_released_network():
 def test_other_architectures_are_refused(tmp_path, extra, words):
     save_file(released(nets.SongUNet(**SMALL)) | extra, tmp_path / "edm.safetensors")
     with pytest.raises(ValueError, match=words):
-        conversion.from_edm(tmp_path / "edm.safetensors")
+        edm.from_edm(tmp_path / "edm.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_a_released_pickle_is_read_and_its_code_is_not_run(persistence, tmp_path
     net = pickled(persistence, tmp_path / "edm.pkl")
     with pytest.raises(SystemExit):
         pickle.loads((tmp_path / "edm.pkl").read_bytes())
-    denoiser = conversion.from_edm(tmp_path / "edm.pkl")
+    denoiser = edm.from_edm(tmp_path / "edm.pkl")
     assert torch.equal(outputs(denoiser.network), outputs(net))
 
 
@@ -194,20 +195,20 @@ def test_files_that_ask_for_code_are_refused(persistence, tmp_path, monkeypatch)
         with pytest.raises(
             ValueError, match=f"expected {name} to hold the tensors of a network.*refused"
         ):
-            conversion.from_edm(tmp_path / name)
+            edm.from_edm(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
     pickled(persistence, tmp_path / "vp.pkl", kind="VPPrecond")
     with pytest.raises(ValueError, match="scaled by VPPrecond, not by EDMPrecond"):
-        conversion.from_edm(tmp_path / "vp.pkl")
+        edm.from_edm(tmp_path / "vp.pkl")
 
 
 @pytest.mark.parametrize("name", ["cut.pkl", "cut.safetensors", "cut.pt"])
 def test_damaged_and_missing_files_get_a_sentence(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="found no such file"):
-        conversion.from_edm(tmp_path / name)
+        edm.from_edm(tmp_path / name)
     (tmp_path / name).write_bytes(b"half a file")
     with pytest.raises(ValueError, match="is refused"):
-        conversion.from_edm(tmp_path / name)
+        edm.from_edm(tmp_path / name)
 
 
 def test_the_command_writes_weights_that_the_course_loads(tmp_path, monkeypatch):
@@ -217,7 +218,7 @@ def test_the_command_writes_weights_that_the_course_loads(tmp_path, monkeypatch)
     save_file(released(net), tmp_path / "edm.safetensors")
     done = CliRunner().invoke(app, ["convert", str(tmp_path / "edm.safetensors")])
     assert done.exit_code == 0 and "4 classes" in done.stdout
-    loaded, card = network.load_denoiser(assets.verified(recipes.MODELS["cifar10"]["edm"]))
+    loaded, card = network.load_denoiser(assets.verified(networks.MODELS["cifar10"]["edm"]))
     assert torch.equal(outputs(loaded.network), outputs(net)) and len(card["source_sha256"]) == 64
     done = CliRunner().invoke(
         app, ["convert", str(tmp_path / "edm.safetensors"), str(tmp_path / "out.pkl")]

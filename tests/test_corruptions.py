@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from diffclass import corruptions, data, recipes
-from diffclass.corruptions import SEVERITIES, corrupted
+from diffclass import data
+from diffclass.data import corruptions
+from diffclass.data.corruptions import SEVERITIES, corrupted
+from diffclass.evaluation import accuracies
 
 
 def photos(n=4) -> torch.Tensor:
@@ -68,12 +70,12 @@ def test_contrast_and_brightness_move_pixels_as_they_say():
 
 
 def test_digits_can_be_corrupted_and_evaluated_by_name():
-    clean = recipes.evaluation("digits", limit=50)
-    worse = recipes.evaluation("digits:noise-5", limit=50)
+    clean = accuracies.evaluation("digits", limit=50)
+    worse = accuracies.evaluation("digits:noise-5", limit=50)
     assert worse.settings["world"] == "digits:noise-5" and torch.equal(clean.labels, worse.labels)
     wanted = corrupted(data.digits().test_images[:50], "noise", 5, generator())
     assert torch.equal(worse.images, wanted) and not torch.equal(worse.images, clean.images)
-    (record,) = recipes.records(worse, 40, 0)
+    (record,) = accuracies.records(worse, 40, 0)
     assert "50 test digits" in record.what and "noise" in record.what
 
 
@@ -82,6 +84,6 @@ def test_digits_can_be_corrupted_and_evaluated_by_name():
 )
 def test_unknown_corruptions_get_a_sentence(world):
     with pytest.raises(ValueError, match="expected .*noise, shot, blur.* at a severity of 1 to 5"):
-        recipes.evaluation(world, limit=5)
+        accuracies.evaluation(world, limit=5)
     with pytest.raises(ValueError):
         corruptions.corrupted(2 * photos(), "noise", 1, generator())

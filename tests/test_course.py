@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffclass import course
-from diffclass.course import CheckFailed, check, check_less, check_true
+from diffclass.course.checks import CheckFailed, check, check_less, check_true
 
 WANT = torch.tensor([[0.3, 1.2, 2.5], [0.7, 3.1, 0.4]], dtype=torch.float64)
 

@@ -6,15 +6,16 @@ import warnings
 import pytest
 import torch
 from diffclass import attacks, data, noise
-from diffclass.classifiers import BayesClassifier, ExactClassifier
-from diffclass.defences import (
+from diffclass.classifiers import purified
+from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier
+from diffclass.classifiers.purified import (
     Defended,
     LikelihoodMaximisation,
-    MajorityVote,
     Purification,
     adam_direction,
     plain_direction,
 )
+from diffclass.classifiers.votes import MajorityVote
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
@@ -249,12 +250,11 @@ def test_backward_through_the_identity_changes_the_gradient_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputing_changes_no_gradient(kind, monkeypatch):
-    from diffclass import defences
 
     leaf = pixels(2).requires_grad_()
     out = torch.ones(2, *SHAPE, dtype=torch.float64)
     recomputed = plain_gradient(purifier(kind), leaf, out)
-    monkeypatch.setattr(defences, "_recomputed", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(purified, "_recomputed", lambda function, *arguments: function(*arguments))
     assert torch.allclose(recomputed, plain_gradient(purifier(kind), leaf, out), rtol=1e-12)
 
 

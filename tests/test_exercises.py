@@ -6,11 +6,11 @@ import io
 
 import pytest
 import torch
-from diffclass import certificates, exercises, noise, units
+from diffclass import intervals, noise, units
 from diffclass.audit import planted
-from diffclass.course import grade
-from diffclass.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
-from diffclass.scenes.audit import MYSTERIES
+from diffclass.course import exercises, grade
+from diffclass.course.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
+from diffclass.course.scenes.audit import MYSTERIES
 
 MISTAKES = [
     pytest.param(e, m, id=f"{e.key}-{i}")
@@ -217,9 +217,7 @@ def test_bayes_references_are_bayes():
 def test_evaluation_references_agree_with_the_library_and_with_counting():
     for correct, n in exercises.HONEST_INTERVAL.cases():
         low, high, warned = exercises.HONEST_INTERVAL.reference(correct, n)
-        assert (low, high) == pytest.approx(certificates.interval(correct, n)) and warned == (
-            n < 500
-        )
+        assert (low, high) == pytest.approx(intervals.interval(correct, n)) and warned == (n < 500)
     for survived, clean in exercises.PER_IMAGE_MINIMUM.cases():
         never_wrong = [bool(clean[i]) and all(map(bool, survived[:, i])) for i in range(len(clean))]
         assert exercises.PER_IMAGE_MINIMUM.reference(survived, clean) == pytest.approx(

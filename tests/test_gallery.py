@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from diffclass import assets, gallery, units
+from diffclass import units
+from diffclass.data import gallery
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.storage import assets
+from diffclass.training import drawing
 from PIL import Image
 
 
@@ -14,7 +17,7 @@ def painted(tmp_path, monkeypatch):
     means = units.to_model(colours[:, :, None, None].expand(3, 3, 8, 8))
     denoiser = MixtureDenoiser(means, torch.full((3,), 0.01), torch.ones(3), torch.arange(3))
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
-    assert list(gallery.draw(denoiser, "exact", per_class=2))[-1] == (18, 18)
+    assert list(drawing.draw(denoiser, "exact", per_class=2))[-1] == (18, 18)
     return colours, tmp_path
 
 

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
-from diffclass import assets, attacks, data, hardening, recipes, trainers, units
-from diffclass.baseline_training import Inner
+from diffclass import attacks, data, units
 from diffclass.denoisers import network
-from diffclass.hardening import Hardening, drawn_levels, hardening_loss
 from diffclass.noise import Levels, elbo_weight
+from diffclass.storage import assets, weights
+from diffclass.training import hardening, trainers
+from diffclass.training.baselines import Inner
+from diffclass.training.hardening import Hardening, drawn_levels, hardening_loss
+from diffclass.zoo import networks
 
 RECIPE = Hardening(Inner(0.1, 2, 0.8), 0.1, 3.0)
 
@@ -68,7 +71,7 @@ def test_the_loss_is_cross_entropy_on_attacked_images_plus_the_clean_diffusion_l
     x = data.digits().train_images[:6]
     y = data.digits().train_labels[:6]
     monkeypatch.setattr(hardening, "adversarial_images", lambda classifier, x, y, inner, source: x)
-    denoiser = recipes.load_digits_denoiser()
+    denoiser = networks.load_digits_denoiser()
     value = hardening_loss(RECIPE)(denoiser, units.to_model(x), y, generator(5))
     source = generator(5)
     for _ in range(2):  # the attack's draw, then the judge's
@@ -109,7 +112,7 @@ def test_the_attack_inside_stays_in_its_budget_and_raises_the_loss(monkeypatch):
         return found
 
     monkeypatch.setattr(hardening, "adversarial_images", watched)
-    student = recipes.load_digits_denoiser()
+    student = networks.load_digits_denoiser()
     hardening_loss(RECIPE)(student, units.to_model(x), y, generator())
     ((found, rise),) = seen
     assert (
@@ -123,23 +126,23 @@ def test_the_attack_inside_stays_in_its_budget_and_raises_the_loss(monkeypatch):
 def test_a_short_run_writes_a_card_that_states_its_accuracy_under_attack(tmp_path, monkeypatch):
     monkeypatch.setattr(hardening, "ATTACKED", 8)
     monkeypatch.setattr(hardening, "CARD_STEPS", 2)
-    network.save_denoiser(small(), tmp_path / recipes.STUDENT)
-    name = recipes.HARDENED["digits"]
+    network.save_denoiser(small(), tmp_path / networks.STUDENT)
+    name = networks.HARDENED["digits"]
     with pytest.raises(
         ValueError, match="expected no widths for a network that goes on from digits-student"
     ):
         next(trainers.train(name, tmp_path, widths=(16, 32)))
     *_, last = trainers.train(name, tmp_path, steps=2, batch=8, measured=20)
     assert last.step == 2
-    card = recipes.card(tmp_path / name)
+    card = weights.card(tmp_path / name)
     assert card["accuracy_under_attack"]["n"] == 8 and card["hardening"]["inner"]["epsilon"] == 0.1
-    assert card["start"] == recipes.STUDENT and "adversarial-dc" in card["command"]
-    assert "at most" in recipes.card_line(card)
+    assert card["start"] == networks.STUDENT and "adversarial-dc" in card["command"]
+    assert "at most" in weights.card_line(card)
 
 
 def test_a_network_to_start_from_is_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected weights at digits-student"):
-        next(trainers.train(recipes.HARDENED["digits"], tmp_path))
+        next(trainers.train(networks.HARDENED["digits"], tmp_path))
 
 
 def test_the_trained_heads_survive_where_the_student_falls():
@@ -147,8 +150,8 @@ def test_the_trained_heads_survive_where_the_student_falls():
     x = data.digits().test_images[:24]
     y = data.digits().test_labels[:24]
     left = {}
-    for name in (recipes.STUDENT, recipes.CONTRASTIVE["digits"], recipes.HARDENED["digits"]):
-        classifier = recipes.digit_classifier(network.load_denoiser(assets.verified(name))[0])
+    for name in (networks.STUDENT, networks.CONTRASTIVE["digits"], networks.HARDENED["digits"]):
+        classifier = networks.digit_classifier(network.load_denoiser(assets.verified(name))[0])
         *_, last = attacks.pgd(classifier, x, y, 0.1, steps=10)
         left[name] = int((~last.fooled).sum())
     student, contrastive, hardened = left.values()

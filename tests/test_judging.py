@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from diffclass import assets, cifar, judging, pictures
+from diffclass.data import cifar, pictures
 from diffclass.denoisers import network
+from diffclass.evaluation import judging
+from diffclass.storage import assets
 from PIL import Image
 
 

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from diffclass import measuring, noise, recipes
-from diffclass.classifiers import BayesClassifier
+from diffclass import noise
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.base import Denoiser
+from diffclass.evaluation import measuring
 from diffclass.noise import NoiseBank
+from diffclass.zoo import networks
 
 COUNT = 12
 WORKER = """
@@ -26,7 +28,7 @@ for _ in measuring.measure(classifier, images, labels, sys.argv[1], {"name": "t"
 
 @pytest.fixture(scope="module")
 def classifier():
-    return recipes.digit_classifier(recipes.load_digits_denoiser())
+    return networks.digit_classifier(networks.load_digits_denoiser())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_other_settings_are_refused(classifier, digits, tmp_path):
     run(classifier, digits, tmp_path)
     with pytest.raises(ValueError, match=r"\['name'\] differ; name another folder"):
         run(classifier, digits, tmp_path, {"name": "other"})
-    fewer = recipes.digit_classifier(classifier.denoiser, noise.log_levels(0.1, 3.0, 8))
+    fewer = networks.digit_classifier(classifier.denoiser, noise.log_levels(0.1, 3.0, 8))
     with pytest.raises(ValueError, match=r"\['levels'\] differ"):
         run(fewer, digits, tmp_path)
 

@@ -19,19 +19,13 @@ import test_smoothing
 import test_training
 import test_units
 import torch
-from diffclass import (
-    adaptive,
-    attacks,
-    classifiers,
-    defences,
-    likelihood,
-    noise,
-    smoothing,
-    training,
-    units,
-)
+from diffclass import attacks, likelihood, noise, units
+from diffclass.attacks import search
+from diffclass.certify import counting
+from diffclass.classifiers import bayes, purified
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.training import losses
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Twins that are functions, written out next to the right formula
@@ -146,7 +140,7 @@ def mean_over_pixels(**options):
     return model
 
 
-class _Slipped(classifiers.BayesClassifier):
+class _Slipped(bayes.BayesClassifier):
     sign = 1.0
     tempered_prior = False
     squared = False
@@ -202,7 +196,7 @@ def apgd_without_memory(*a, **k):
         )
 
 
-class NeverHalved(attacks._Halving):
+class NeverHalved(search._Halving):
     """Steps of a fixed size."""
 
     def after(self, value, best):
@@ -226,7 +220,7 @@ def purify_twin(**changes):
     def twin(model, *a):
         with pytest.MonkeyPatch.context() as patch:
             for name, change in changes.items():
-                patch.setattr(defences.LikelihoodMaximisation, name, change)
+                patch.setattr(purified.LikelihoodMaximisation, name, change)
             return model.purify(*a)
 
     return twin
@@ -255,7 +249,7 @@ def steps_detached(model, leaf, out):
     """A gradient through u alone: the steps themselves are not differentiated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            defences, "_recomputed", lambda function, *arguments: function(*arguments).detach()
+            purified, "_recomputed", lambda function, *arguments: function(*arguments).detach()
         )
         return test_defences.plain_gradient(model, leaf, out)
 
@@ -263,17 +257,17 @@ def steps_detached(model, leaf, out):
 def adam_uncorrected(gradients):
     """Adam without the correction of its first steps."""
     count = len(gradients)
-    return defences.adam_direction(gradients) * (1 - 0.9**count) / (1 - 0.999**count) ** 0.5
+    return purified.adam_direction(gradients) * (1 - 0.9**count) / (1 - 0.999**count) ** 0.5
 
 
 def telescoped_without_end(denoiser, z, low, high, eps):
     """The score at the lower end alone."""
-    return adaptive._mean_score(denoiser, z, low, eps)
+    return likelihood._mean_score(denoiser, z, low, eps)
 
 
 def telescoped_as_noise(denoiser, z, low, high, eps):
     """The score divided by sigma instead of sigma^2."""
-    return low * adaptive._mean_score(denoiser, z, low, eps) - high * adaptive._mean_score(
+    return low * likelihood._mean_score(denoiser, z, low, eps) - high * likelihood._mean_score(
         denoiser, z, high, eps
     )
 
@@ -291,12 +285,12 @@ def jacobian_held_fixed(denoiser, z, bank, weights):
                 sigma / 1e9,
             )
 
-    return adaptive.jacobian_free_gradient(Still(), z, calm, weights)
+    return likelihood.jacobian_free_gradient(Still(), z, calm, weights)
 
 
 def negative_penalty(denoiser, bank, strength):
     """A penalty that rewards what it should punish."""
-    return lambda x: -adaptive.unlikeliness(denoiser, bank, strength)(x)
+    return lambda x: -attacks.unlikeliness(denoiser, bank, strength)(x)
 
 
 def margin_of_all(logits, y):
@@ -342,18 +336,18 @@ def votes_twin(noise_factor=1.0, clipped=False):
             noisy = self.x + noise_factor * (noisy - self.x)
             return self.classifier(noisy.clamp(0.45, 0.55) if clipped else noisy)
 
-    return lambda model, x, *rest: smoothing.count_votes(Changed(model, x), x, *rest)
+    return lambda model, x, *rest: counting.count_votes(Changed(model, x), x, *rest)
 
 
 def unweighted_loss(denoiser, images, labels, generator):
     """The denoising loss without EDM's weight."""
-    x_sigma, sigma, _ = training._noised(denoiser, images, generator)
+    x_sigma, sigma, _ = losses._noised(denoiser, images, generator)
     return ((denoiser.paired(x_sigma, sigma, labels) - images) ** 2).mean()
 
 
 def noise_predicted(denoiser, images, labels, generator):
     """The weight of the noise error on the x-error."""
-    x_sigma, sigma, _ = training._noised(denoiser, images, generator)
+    x_sigma, sigma, _ = losses._noised(denoiser, images, generator)
     return (
         ((denoiser.paired(x_sigma, sigma, labels) - images) ** 2) / sigma[:, None, None, None] ** 2
     ).mean()
@@ -573,10 +567,10 @@ TABLE = {
         {
             "levels drawn uniformly": dict(loss=drawn_uniformly),
             "upper end forgotten": dict(
-                loss=lambda low, high, **k: training.contrastive_loss(low, 2 * high, **k)
+                loss=lambda low, high, **k: losses.contrastive_loss(low, 2 * high, **k)
             ),
             "per pixel": dict(
-                loss=lambda low, high, temperature, denoising: training.contrastive_loss(
+                loss=lambda low, high, temperature, denoising: losses.contrastive_loss(
                     low, high, temperature, denoising / 64
                 )
             ),
@@ -669,10 +663,10 @@ TABLE = {
             "target held fixed": dict(purify=purify_twin(slope=slope_through(True, False))),
             "input held fixed": dict(purify=purify_twin(slope=slope_through(False, True))),
             "sum over pixels": dict(
-                purify=purify_twin(slope=scaled(defences.LikelihoodMaximisation.slope, 4))
+                purify=purify_twin(slope=scaled(purified.LikelihoodMaximisation.slope, 4))
             ),
             "sign": dict(
-                purify=purify_twin(slope=scaled(defences.LikelihoodMaximisation.slope, -1))
+                purify=purify_twin(slope=scaled(purified.LikelihoodMaximisation.slope, -1))
             ),
         },
     ),
@@ -681,7 +675,7 @@ TABLE = {
         {
             "not corrected": dict(direction=adam_uncorrected),
             "sign of the gradient": dict(direction=lambda gradients: gradients[-1].sign()),
-            "another beta": dict(direction=partial(defences.adam_direction, beta2=0.99)),
+            "another beta": dict(direction=partial(purified.adam_direction, beta2=0.99)),
         },
     ),
     "gradient through the purifier": (
@@ -712,9 +706,9 @@ TABLE = {
     "majority vote": (
         test_defences.check_votes,
         {
-            "one vote": dict(vote=lambda classifier, votes: defences.MajorityVote(classifier, 1)),
+            "one vote": dict(vote=lambda classifier, votes: votes.MajorityVote(classifier, 1)),
             "half the votes": dict(
-                vote=lambda classifier, votes: defences.MajorityVote(classifier, votes // 2)
+                vote=lambda classifier, votes: votes.MajorityVote(classifier, votes // 2)
             ),
         },
     ),
@@ -723,30 +717,30 @@ TABLE = {
         {
             "lower end alone": dict(gradient_of=telescoped_without_end),
             "sigma for sigma^2": dict(gradient_of=telescoped_as_noise),
-            "sign": dict(gradient_of=scaled(adaptive.telescoped_gradient, -1)),
-            "per pixel": dict(gradient_of=scaled(adaptive.telescoped_gradient, 2)),
+            "sign": dict(gradient_of=scaled(likelihood.telescoped_gradient, -1)),
+            "per pixel": dict(gradient_of=scaled(likelihood.telescoped_gradient, 2)),
         },
     ),
     "Jacobian-free gradient": (
         test_adaptive.check_jacobian_free,
         {
             "denoiser held fixed": dict(gradient_of=jacobian_held_fixed),
-            "half": dict(gradient_of=scaled(adaptive.jacobian_free_gradient, 0.5)),
+            "half": dict(gradient_of=scaled(likelihood.jacobian_free_gradient, 0.5)),
         },
     ),
     "warp": (
         test_adaptive.check_warp,
         {
-            "the other way": dict(warp=lambda x, flow: adaptive.warp(x, -flow)),
-            "rows for columns": dict(warp=lambda x, flow: adaptive.warp(x, flow.flip(1))),
-            "three times as far": dict(warp=lambda x, flow: adaptive.warp(x, flow * 3)),
+            "the other way": dict(warp=lambda x, flow: attacks.warp(x, -flow)),
+            "rows for columns": dict(warp=lambda x, flow: attacks.warp(x, flow.flip(1))),
+            "three times as far": dict(warp=lambda x, flow: attacks.warp(x, flow * 3)),
         },
     ),
     "Lagrange penalty": (
         test_adaptive.check_unlikeliness,
         {
             "sum over pixels": dict(
-                penalty_of=lambda d, bank, c: adaptive.unlikeliness(d, bank, 2 * c)
+                penalty_of=lambda d, bank, c: attacks.unlikeliness(d, bank, 2 * c)
             ),
             "sign": dict(penalty_of=negative_penalty),
         },

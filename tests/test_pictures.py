@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from diffclass import data, pictures
+from diffclass import data
+from diffclass.data import pictures
 from PIL import Image
 
 GREY = (1, 8, 8)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from diffclass import conversion, noise
-from diffclass.denoisers import network, pretrained
+from diffclass import noise
+from diffclass.denoisers import edm, network, pretrained
 from diffclass.denoisers.exact import MixtureDenoiser
 
 BETAS = noise.linear_betas()
@@ -128,7 +128,7 @@ def test_a_unet_of_this_course_survives_the_trip_through_a_folder(tmp_path):
             "ConditionalDenoiser", "UNet", 3, (3, 16, 16), has_null=null, widths=(16, 32), layers=1
         )
         mine.network.unet.save_pretrained(tmp_path / str(null))
-        back = conversion.from_edm_unet(tmp_path / str(null), 3)
+        back = edm.from_edm_unet(tmp_path / str(null), 3)
         assert back.has_null == null
         x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -139,8 +139,8 @@ def test_other_blocks_and_other_classes_are_refused(tmp_path):
     mine = network.build("ConditionalDenoiser", "UNet", 3, (3, 16, 16), widths=(16, 32), layers=1)
     mine.network.unet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected 10 or 11 class embeddings, got 4"):
-        conversion.from_edm_unet(tmp_path, 10)
+        edm.from_edm_unet(tmp_path, 10)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "act_fn": "gelu"}))
     with pytest.raises(ValueError, match="got other values of act_fn"):
-        conversion.from_edm_unet(tmp_path, 3)
+        edm.from_edm_unet(tmp_path, 3)

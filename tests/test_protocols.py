@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import attacks, certificates, claims, protocols, robustness, storage
-from diffclass.protocols import Attack, Protocol
-from diffclass.randomised import Randomised
+from diffclass import attacks, intervals
+from diffclass.classifiers.randomised import Randomised
+from diffclass.evaluation import claims, protocols, robustness
+from diffclass.evaluation.protocols import Attack, Protocol
+from diffclass.storage import files
 from torch import nn
 
 SHAPE = (1, 2, 2)
@@ -180,7 +182,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(points, tmp_path):
 
 def test_a_run_killed_between_two_files_ends_as_an_unbroken_one(points, tmp_path, monkeypatch):
     finished(Noisy(), points, few(), tmp_path / "whole", batch=25)
-    write = storage.write
+    write = files.write
     for stop in range(1, 8):
         left = [stop]
 
@@ -192,7 +194,7 @@ def test_a_run_killed_between_two_files_ends_as_an_unbroken_one(points, tmp_path
 
         folder = tmp_path / str(stop)
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-            patch.setattr(storage, "write", failing)
+            patch.setattr(files, "write", failing)
             finished(Noisy(), points, few(), folder, batch=25)
         finished(Noisy(), points, few(), folder, batch=25)
         assert contents(folder) == contents(tmp_path / "whole")
@@ -379,27 +381,27 @@ def test_the_interval_of_an_average_covers_and_that_of_pooled_draws_does_not():
             torch.rand(50, generator=rng) < 0.6
         ).double()  # what each image's draws have in common
         hits = (torch.rand(50, 10, generator=rng) < (0.1 + 0.8 * own)[:, None]).sum(1).tolist()
-        low, high = claims.mean_interval([hit / 10 for hit in hits], 10)
+        low, high = intervals.mean_interval([hit / 10 for hit in hits], 10)
         covered += low <= 0.58 <= high
-        low, high = certificates.interval(sum(hits), 500)
+        low, high = intervals.interval(sum(hits), 500)
         pooled += low <= 0.58 <= high
     assert covered >= 0.93 * 400 and pooled < 0.8 * 400
 
 
 def test_the_interval_of_an_average_at_its_ends():
-    assert claims.mean_interval([1.0] * 30, 10) == (
-        pytest.approx(certificates.interval(30, 30)[0]),
+    assert intervals.mean_interval([1.0] * 30, 10) == (
+        pytest.approx(intervals.interval(30, 30)[0]),
         1.0,
     )
-    assert claims.mean_interval([0.0] * 30, 10) == (
+    assert intervals.mean_interval([0.0] * 30, 10) == (
         0.0,
-        pytest.approx(certificates.interval(0, 30)[1]),
+        pytest.approx(intervals.interval(0, 30)[1]),
     )
-    low, high = claims.mean_interval([0.5] * 30, 10)  # no image differs: at most all draws count
-    assert (low, high) == pytest.approx(certificates.interval(150, 300)) and low < 0.5 < high
-    assert claims.mean_interval([0.4], 10)[0] < 0.4
+    low, high = intervals.mean_interval([0.5] * 30, 10)  # no image differs: at most all draws count
+    assert (low, high) == pytest.approx(intervals.interval(150, 300)) and low < 0.5 < high
+    assert intervals.mean_interval([0.4], 10)[0] < 0.4
     with pytest.raises(ValueError, match="divide hits by draws"):
-        claims.mean_interval([4.0], 10)
+        intervals.mean_interval([4.0], 10)
 
 
 def test_an_unfinished_run_has_no_records(points, tmp_path):

@@ -6,10 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from diffclass import certificates, data, likelihood, noise, racing, recipes, units
-from diffclass.classifiers import BayesClassifier
+from diffclass import data, intervals, likelihood, noise, units
+from diffclass.classifiers import racing
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
+from diffclass.zoo import networks
 
 LEVELS = noise.log_levels(0.05, 3, 32)
 UNIFORM = racing.log_share(LEVELS)
@@ -47,8 +49,8 @@ def circle(classes: int, radius: float = 0.3, scale: float = 0.14) -> racing.Que
 
 def digits(name: str, count: int = 8) -> racing.Question:
     """Which digit, over a short grid."""
-    denoiser = recipes.load_digits_denoiser(recipes.MODELS["digits"][name])
-    return racing.Question(denoiser, noise.log_levels(*recipes.DIGIT_RANGE, count))
+    denoiser = networks.load_digits_denoiser(networks.MODELS["digits"][name])
+    return racing.Question(denoiser, noise.log_levels(*networks.DIGIT_RANGE, count))
 
 
 def simplex(classes: int, radius: float = 0.3, scale: float = 0.14) -> racing.Question:
@@ -341,7 +343,7 @@ def test_staged_survivors_have_the_full_score_and_some_winners_are_lost():
     left = found.history[0].alive
     assert torch.allclose(found.estimates[left], whole.estimates[left], rtol=1e-10)
     kept = left.gather(1, whole.prediction[:, None])[:, 0]
-    assert certificates.lower_bound(int((~kept).sum()), 800, 0.001) > 0.005
+    assert intervals.lower_bound(int((~kept).sum()), 800, 0.001) > 0.005
     assert torch.equal(found.prediction == whole.prediction, kept), "who is kept wins"
     lenient = racing.answer(racing.staged(plane(), x, seeded(1), (16, 32), (2, 1))).history[0].alive
     assert int((~lenient.gather(1, whole.prediction[:, None])).sum()) < int((~kept).sum())
@@ -399,7 +401,7 @@ def test_a_high_threshold_sifts_little_and_a_low_one_loses_winners():
     assert (
         lost[1] < lost[0]
         and cost[0] < cost[1]
-        and certificates.lower_bound(lost[0], 400, 0.001) > 0.05
+        and intervals.lower_bound(lost[0], 400, 0.001) > 0.05
     )
 
 
@@ -514,7 +516,7 @@ def check_promise(games=("coins", "plane"), rule=None, alpha: float = 0.1):
         for pair in drawn:
             out, state = (rule or kept[game])(pair, state, alpha=alpha)
             lost |= out[:, 0]
-        assert certificates.lower_bound(int(lost.sum()), len(lost), 0.001) <= alpha, float(
+        assert intervals.lower_bound(int(lost.sum()), len(lost), 0.001) <= alpha, float(
             lost.double().mean()
         )
 
@@ -567,7 +569,7 @@ def test_a_reach_that_is_too_small_voids_the_promise():
             now, state = racing.betting(x, state, alpha=0.05, reach=reach)
             out |= now[:, 0]
         lost[reach] = int(out.sum())
-    assert certificates.lower_bound(lost[1.0], 400, 0.001) > 0.9 and lost[100.0] == 0
+    assert intervals.lower_bound(lost[1.0], 400, 0.001) > 0.9 and lost[100.0] == 0
 
 
 def test_a_race_hands_the_rule_paired_differences_of_known_mean():
@@ -653,7 +655,7 @@ def test_races_agree_with_the_exact_best_class():
         found = racing.answer(racing.race(question, x, seeded(8), guess.share, rule, 300))
         lost = int((~found.alive.gather(1, best[:, None])).sum())
         assert (
-            certificates.lower_bound(lost, 400, 0.001) <= 0.1
+            intervals.lower_bound(lost, 400, 0.001) <= 0.1
             and 0.3 < float(found.decided.double().mean()) < 1
         )
 

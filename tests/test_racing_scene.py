@@ -5,15 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from diffclass import racing, recipes
+from diffclass.classifiers import racing
+from diffclass.course.scenes.digits import DigitScene
+from diffclass.course.scenes.racing import ALPHA, LEVELS, RaceScene, limit
 from diffclass.denoisers.base import Denoiser
-from diffclass.scenes.digits import DigitScene
-from diffclass.scenes.racing import ALPHA, LEVELS, RaceScene, limit
+from diffclass.zoo import networks
 
 
 @pytest.fixture(scope="module")
 def scene():
-    return RaceScene(DigitScene(recipes.load_digits_denoiser()))
+    return RaceScene(DigitScene(networks.load_digits_denoiser()))
 
 
 @pytest.mark.parametrize("strategy", RaceScene.STRATEGIES)

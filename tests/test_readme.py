@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffclass import claims
+from diffclass.evaluation import claims
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "assets" / "records"

@@ -5,14 +5,15 @@ import math
 import os
 
 import pytest
-from diffclass import certificates, results
-from diffclass.results import Record
+from diffclass import intervals
+from diffclass.storage import results
+from diffclass.storage.results import Record
 
 HASH = "ab" * 32
 
 
 def accuracy(correct: int = 395, n: int = 400, **more) -> Record:
-    bounds = certificates.interval(correct, n)
+    bounds = intervals.interval(correct, n)
     return results.accuracy_record(
         correct, n, "accuracy on digits", bounds, source="a test", **more
     )

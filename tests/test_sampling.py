@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from diffclass import data, sampling, units
+from diffclass import data, units
+from diffclass.denoisers import sampling
 from diffclass.denoisers.exact import MixtureDenoiser
 
 

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from diffclass import certificates, data, smoothing
-from diffclass.classifiers import NoisedBayesClassifier
+from diffclass import data
+from diffclass.certify import certificates, counting
+from diffclass.classifiers import smoothed
+from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.denoisers.exact import MixtureDenoiser
 from torch import nn
 
@@ -43,7 +45,7 @@ def last(counts):
     return final
 
 
-def check_votes(count_votes=smoothing.count_votes):
+def check_votes(count_votes=counting.count_votes):
     """A half space at distance d wins with probability Phi(d / sigma), for any batch, within 4.5 standard errors."""
     for distance, sigma, batch in ((0.1, 0.25, 250), (-0.2, 0.4, 77), (0.0, 0.1, 5000)):
         wins = (
@@ -66,7 +68,7 @@ def test_a_half_space_wins_with_its_closed_form_probability():
 
 
 def test_running_counts_grow_to_n_and_every_vote_counts_once():
-    counts = list(smoothing.count_votes(HalfSpace(), image(0.1), 0.25, 230, generator(), batch=100))
+    counts = list(counting.count_votes(HalfSpace(), image(0.1), 0.25, 230, generator(), batch=100))
     assert [int(c.sum()) for c in counts] == [100, 200, 230]
     assert all(bool((a <= b).all()) for a, b in zip(counts, counts[1:], strict=False))
 
@@ -74,7 +76,7 @@ def test_running_counts_grow_to_n_and_every_vote_counts_once():
 def test_the_noise_is_gaussian_unclipped_and_of_the_stated_size():
     model = HalfSpace()
     x = image(0.1)
-    last(smoothing.count_votes(model, x, 0.5, 4000, generator()))
+    last(counting.count_votes(model, x, 0.5, 4000, generator()))
     eps = (torch.cat(model.seen) - x) / 0.5
     assert abs(float(eps.mean())) < 4.5 / math.sqrt(16000) and abs(
         float(eps.var()) - 1
@@ -85,7 +87,7 @@ def test_the_noise_is_gaussian_unclipped_and_of_the_stated_size():
 def test_the_same_seed_repeats_and_touches_no_global_state():
     before = torch.get_rng_state()
     votes = [
-        last(smoothing.draw_votes(HalfSpace(), image(0.05), 0.25, seed=s))[1] for s in (3, 3, 4)
+        last(counting.draw_votes(HalfSpace(), image(0.05), 0.25, seed=s))[1] for s in (3, 3, 4)
     ]
     assert votes[0] == votes[1] != votes[2] and votes[0].seed == 3
     assert torch.equal(torch.get_rng_state(), before)
@@ -95,7 +97,7 @@ def test_selection_and_estimation_share_no_noise():
     """Every vote sees its own noise, and the class is guessed before, and apart from, the votes that bound it."""
     model = HalfSpace()
     progress = list(
-        smoothing.draw_votes(model, image(0.05), 0.25, selection=60, estimation=340, batch=50)
+        counting.draw_votes(model, image(0.05), 0.25, selection=60, estimation=340, batch=50)
     )
     seen = torch.cat(model.seen).flatten(1)
     assert len(seen) == 400 and len(torch.unique(seen, dim=0)) == 400
@@ -113,7 +115,7 @@ def test_the_certificate_never_exceeds_the_true_distance():
     for i in range(40):
         distance = 0.05 + 0.01 * i
         votes = last(
-            smoothing.draw_votes(
+            counting.draw_votes(
                 HalfSpace(), image(distance), 0.25, estimation=2000, seed=i, batch=1000
             )
         )[1]
@@ -126,7 +128,7 @@ def test_a_random_classifier_draws_fresh_noise_for_every_vote():
     law = data.overlapping()
     x = law.sample(1, generator(), torch.float32)[0]
     model = NoisedBayesClassifier(MixtureDenoiser.of_law(law), 0.15).with_fresh_noise(generator(1))
-    counts = [last(smoothing.count_votes(model, x, 0.15, 300, generator(2))) for _ in range(2)]
+    counts = [last(counting.count_votes(model, x, 0.15, 300, generator(2))) for _ in range(2)]
     assert int(counts[0].sum()) == 300 and not torch.equal(*counts), (
         "same picture noise, other internal noise"
     )
@@ -135,15 +137,16 @@ def test_a_random_classifier_draws_fresh_noise_for_every_vote():
 def test_the_average_of_noised_logits_has_the_closed_form_mean_and_a_gradient():
     """A half space's logits are linear, so their average over noise is the clean logit, within 4.5 standard errors."""
     x = image(0.1).requires_grad_(True)
-    logits = smoothing.NoiseAveraged(HalfSpace(), 0.25, 2000, generator())(x)
+    logits = smoothed.NoiseAveraged(HalfSpace(), 0.25, 2000, generator())(x)
     assert abs(float(logits[0, 0].detach()) - 0.1) < 4.5 * 0.25 / math.sqrt(2000)
     assert torch.allclose(
         torch.autograd.grad(logits[0, 0], x)[0].flatten(), HalfSpace().normal, rtol=1e-9
     )
     batch = torch.cat([image(0.4), image(-0.4)])
-    assert smoothing.NoiseAveraged(HalfSpace(), 0.05, 10, generator())(batch).argmax(
-        1
-    ).tolist() == [0, 1]
+    assert smoothed.NoiseAveraged(HalfSpace(), 0.05, 10, generator())(batch).argmax(1).tolist() == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_votes_that_cannot_be_meant_get_a_sentence(change, error, sentence):
         **change,
     }
     with pytest.raises(error, match=sentence):
-        next(smoothing.count_votes(HalfSpace(), **arguments))
+        next(counting.count_votes(HalfSpace(), **arguments))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_votes_that_cannot_be_meant_get_a_sentence(change, error, sentence):
 )
 def test_a_certificate_needs_votes_and_noise(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        list(smoothing.draw_votes(HalfSpace(), image(0.1), **{"sigma_pixel": 0.25, **change}))
+        list(counting.draw_votes(HalfSpace(), image(0.1), **{"sigma_pixel": 0.25, **change}))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_a_certificate_needs_votes_and_noise(change, sentence):
 )
 def test_an_average_needs_noise_and_draws(sigma, draws, sentence):
     with pytest.raises(ValueError, match=sentence):
-        smoothing.NoiseAveraged(HalfSpace(), sigma, draws, generator())
+        smoothed.NoiseAveraged(HalfSpace(), sigma, draws, generator())
 
 
 def test_logits_that_are_not_numbers_are_no_votes():
@@ -221,4 +224,4 @@ def test_logits_that_are_not_numbers_are_no_votes():
     with pytest.raises(
         FloatingPointError, match="logits became NaN on noised images .sigma_pixel 0.25. and cannot"
     ):
-        list(smoothing.draw_votes(Undefined(), image(0.1), 0.25))
+        list(counting.draw_votes(Undefined(), image(0.1), 0.25))

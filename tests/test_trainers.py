@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import assets, recipes, trainers
 from diffclass.denoisers import network
+from diffclass.storage import assets, weights
+from diffclass.training import trainers
+from diffclass.zoo import networks
 from typer.testing import CliRunner
 
 TINY = ["--widths", "16,32", "--batch", "4", "--measured", "2", "--seed", "1"]
@@ -28,7 +30,7 @@ cifar.cifar10 = small
 
 @pytest.fixture
 def small_cifar(monkeypatch):
-    from diffclass import cifar
+    from diffclass.data import cifar
 
     before = cifar.cifar10
     exec(SMALL, {})
@@ -44,7 +46,7 @@ def diffclass(*arguments):
     return done
 
 
-def weights(path):
+def weights_in(path):
     return network.load_denoiser(path)[0].state_dict()
 
 
@@ -95,7 +97,7 @@ def test_a_contrastive_network_is_trained_without_a_teacher_and_watched(small_ci
         *TINY[2:],
     )
     assert done.exit_code == 0, done.stderr
-    denoiser, card = network.load_denoiser(tmp_path / recipes.CONTRASTIVE["cifar10"])
+    denoiser, card = network.load_denoiser(tmp_path / networks.CONTRASTIVE["cifar10"])
     assert denoiser.one_call and denoiser.has_null and denoiser.network.config["width"] == 16
     assert card["contrastive"] and card["command"] == "diffclass train cifar10 --method contrastive"
     assert [(point["images"], point["n"]) for point in card["curve"]] == [
@@ -117,8 +119,8 @@ def test_a_paused_run_goes_on_and_ends_where_an_unbroken_one_does(teacher, tmp_p
         assert done.exit_code == 0, done.stderr
         seen += 1
     assert seen <= 4
-    for name, value in weights(folder / trainers.CIFAR_TEACHER).items():
-        assert torch.equal(value, weights(paused / trainers.CIFAR_TEACHER)[name]), name
+    for name, value in weights_in(folder / trainers.CIFAR_TEACHER).items():
+        assert torch.equal(value, weights_in(paused / trainers.CIFAR_TEACHER)[name]), name
 
 
 def test_minutes_pause_with_a_checkpoint(small_cifar, tmp_path):
@@ -239,8 +241,8 @@ def test_speed_is_a_share_of_a_measured_peak():
 
 
 def test_the_digits_recipes_are_those_of_the_cards():
-    for name in (recipes.TEACHER, recipes.STUDENT):
-        card = recipes.card(assets.folder() / name)
+    for name in (networks.TEACHER, networks.STUDENT):
+        card = weights.card(assets.folder() / name)
         recipe = trainers.RECIPES[name]
         assert {k: card["settings"][k] for k in ("steps", "batch", "rate")} == {
             k: getattr(recipe, k) for k in ("steps", "batch", "rate")
@@ -249,7 +251,7 @@ def test_the_digits_recipes_are_those_of_the_cards():
 
 @pytest.mark.parametrize("method, widths", [("idc", ("--widths", "32,32")), ("idc-small", ())])
 def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path, method, widths):
-    from diffclass import translation
+    from diffclass.classifiers import idc
 
     options = (
         "train",
@@ -266,8 +268,8 @@ def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path
     )
     done = diffclass("--json", *options, "--steps", 3)
     assert done.exit_code == 0, done.stderr
-    file = translation.FILES["cifar10"][method == "idc-small"]
-    translator, card = translation.load_translator(tmp_path / file)
+    file = idc.FILES["cifar10"][method == "idc-small"]
+    translator, card = idc.load_translator(tmp_path / file)
     assert card["accuracy"]["n"] == 10 and card["recipe"]["config"] == (
         {"widths": [32, 32]} if widths else {}
     )
@@ -277,7 +279,7 @@ def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path
     )
     assert translator.image_shape == (3, 16, 16) and translator.num_classes == 10
     with torch.no_grad():
-        logits = translation.TranslationClassifier(translator)(
+        logits = idc.TranslationClassifier(translator)(
             torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         )
     assert logits.shape == (2, 10) and bool(torch.isfinite(logits).all())

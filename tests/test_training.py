@@ -6,9 +6,9 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from diffclass import training
 from diffclass.denoisers import network
-from diffclass.training import Training
+from diffclass.training import loop, losses
+from diffclass.training.loop import Training
 
 SHAPE = (1, 8, 8)
 
@@ -72,7 +72,7 @@ def test_a_student_approaches_its_teacher_under_every_class():
     student = run(
         steps=60,
         denoiser=tiny("MultiHeadDenoiser"),
-        loss=training.distillation_loss(teacher),
+        loss=losses.distillation_loss(teacher),
         batch=32,
     )
     images, _ = pictures()
@@ -102,7 +102,7 @@ class Offsets(network.MultiHeadDenoiser):
         return self.offsets[None, list(classes), None, None, None].expand(len(x_sigma), -1, *SHAPE)
 
 
-def check_contrastive_evidence(loss=training.contrastive_loss):
+def check_contrastive_evidence(loss=losses.contrastive_loss):
     """Where the logits are flat, the mean over drawn levels is the ELBO's integral of sigma^-3 in closed form."""
     low = 0.2
     high = 0.8
@@ -122,7 +122,7 @@ def check_contrastive_evidence(loss=training.contrastive_loss):
 def test_the_contrastive_loss_estimates_the_elbo():
     check_contrastive_evidence()
     asked = Offsets([0.0, 0.0, 0.0])
-    training.contrastive_loss(0.2, 4.0)(
+    losses.contrastive_loss(0.2, 4.0)(
         asked,
         torch.zeros(50_000, *SHAPE),
         torch.zeros(50_000).long(),
@@ -142,7 +142,7 @@ def test_the_contrastive_loss_is_cross_entropy_plus_two_diffusion_losses():
         denoiser.network.leave[-1].weight, std=0.02, generator=torch.Generator().manual_seed(3)
     )
     with torch.no_grad():
-        value = training.contrastive_loss(low, high)(
+        value = losses.contrastive_loss(low, high)(
             denoiser, images, labels, torch.Generator().manual_seed(7)
         )
         source = torch.Generator().manual_seed(7)
@@ -165,7 +165,7 @@ def test_the_contrastive_loss_is_cross_entropy_plus_two_diffusion_losses():
     ):
         assert not torch.allclose(value, slip, rtol=1e-3)
     with pytest.raises(ValueError, match="expected a denoiser with a null class"):
-        training.contrastive_loss(low, high)(
+        losses.contrastive_loss(low, high)(
             network.build(
                 "MultiHeadDenoiser", "DigitNet", 2, SHAPE, has_null=False, width=16, blocks=1
             ),
@@ -181,7 +181,7 @@ def test_heads_learn_the_class_without_a_teacher():
     trained = run(
         steps=60,
         denoiser=tiny("MultiHeadDenoiser"),
-        loss=training.contrastive_loss(0.2, 4.0),
+        loss=losses.contrastive_loss(0.2, 4.0),
         batch=32,
         ema=0.9,
     )
@@ -194,7 +194,7 @@ def test_heads_learn_the_class_without_a_teacher():
     assert float((errors.argmin(1) == labels).float().mean()) > 0.9
 
 
-def check_denoising_loss(loss=training.denoising_loss):
+def check_denoising_loss(loss=losses.denoising_loss):
     """EDM's weight 1 / c_out^2 on the pixel mean: the loss of an untrained network, D = c_skip x, in closed form."""
     denoiser = tiny()
     images = 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -212,11 +212,11 @@ def test_the_loss_of_an_untrained_network_is_one():
 
 
 def test_training_levels_are_log_normal_and_kept_in_range():
-    sigma = training.draw_sigma(200_000, torch.Generator().manual_seed(0))
+    sigma = losses.draw_sigma(200_000, torch.Generator().manual_seed(0))
     assert (
         abs(float(sigma.log().mean()) + 0.8) < 0.01 and abs(float(sigma.log().std()) - 1.2) < 0.01
     )
-    narrow = training.draw_sigma(1000, torch.Generator().manual_seed(0), sigma_range=(0.2, 0.5))
+    narrow = losses.draw_sigma(1000, torch.Generator().manual_seed(0), sigma_range=(0.2, 0.5))
     assert float(narrow.min()) == pytest.approx(0.2) and float(narrow.max()) == pytest.approx(0.5)
 
 
@@ -229,8 +229,8 @@ def test_a_tenth_of_the_labels_is_withheld(monkeypatch):
     )
     images, labels = pictures(4000)
     with torch.no_grad():
-        training.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0))
-        training.denoising_loss(
+        losses.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0))
+        losses.denoising_loss(
             denoiser, images, labels, torch.Generator().manual_seed(0), null_rate=0.0
         )
     share = float((seen[0] == 2).float().mean())
@@ -266,12 +266,12 @@ def test_training_depends_on_its_seed_alone():
 
 
 def test_a_batch_is_shared_evenly_or_gets_a_sentence():
-    assert [training.own_share(12, processes) for processes in (1, 3, 4)] == [12, 4, 3]
+    assert [loop.own_share(12, processes) for processes in (1, 3, 4)] == [12, 4, 3]
     with pytest.raises(
         ValueError,
         match="expected a batch that 5 processes can share evenly, got 12 images; .* of 5",
     ):
-        training.own_share(12, 5)
+        loop.own_share(12, 5)
 
 
 def test_a_loss_that_explodes_gets_a_sentence():

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
-from diffclass import attacks, bridges, data, results, translation, translation_training, units
-from diffclass.bridges import Bridge
-from diffclass.training import Training
-from diffclass.translation import TranslationClassifier
+from diffclass import attacks, data, units
+from diffclass.classifiers import bridges, idc
+from diffclass.classifiers.bridges import Bridge
+from diffclass.classifiers.idc import TranslationClassifier
+from diffclass.storage import assets, results
+from diffclass.training import losses, translators
+from diffclass.training.loop import Training
 
 SHAPE = (1, 8, 8)
 CIFAR = (3, 32, 32)
@@ -28,7 +31,7 @@ def draw(seed: int, *shape: int):
 def tiny(family: str = "Hadamard", positions: int = 4, seed: int = 0, **config):
     """A translator of three classes that trains in milliseconds."""
     labels = bridges.LABELS[family](3, SHAPE)
-    return translation.build(
+    return idc.build(
         "DigitNet", labels, Bridge(positions), seed, **{"width": 16, "blocks": 1, **config}
     )
 
@@ -380,14 +383,14 @@ def check_loss(loss_of):
 
 
 def test_loss_is_the_released_one():
-    check_loss(translation.translation_loss)
+    check_loss(losses.translation_loss)
 
 
 @pytest.mark.parametrize(
     "twin",
     [
-        lambda inter: translation.translation_loss(0.0),
-        lambda inter: translation.translation_loss(-inter),
+        lambda inter: losses.translation_loss(0.0),
+        lambda inter: losses.translation_loss(-inter),
     ],
 )
 def test_loss_twins_are_rejected(twin):
@@ -400,21 +403,17 @@ def test_loss_twins_are_rejected(twin):
 
 @pytest.fixture(scope="module")
 def pruned():
-    return (
-        translation.build("PrunedUNet", bridges.released_labels(10, CIFAR))
-        .eval()
-        .requires_grad_(False)
-    )
+    return idc.build("PrunedUNet", bridges.released_labels(10, CIFAR)).eval().requires_grad_(False)
 
 
 def test_the_pruned_network_has_the_budget_of_the_paper(pruned):
     assert sum(p.numel() for p in pruned.parameters()) == pytest.approx(9.39e6, rel=1e-3)
     released = TranslationClassifier(pruned, bridges.released_steps())
-    flops = translation.classification_flops(released)
+    flops = idc.classification_flops(released)
     assert flops == pytest.approx(27.09e9, rel=1e-3) and flops / 8 == pytest.approx(
         3.386e9, rel=1e-3
     )
-    shorter = translation.classification_flops(TranslationClassifier(pruned, [3, 1, 0]))
+    shorter = idc.classification_flops(TranslationClassifier(pruned, [3, 1, 0]))
     assert shorter == pytest.approx(0.75 * flops)
 
 
@@ -524,9 +523,9 @@ def test_an_attack_library_takes_it_as_it_is():
 
 def test_a_perfect_translation_has_a_share_of_one_third_in_the_released_head():
     labels = bridges.released_labels(10, CIFAR)
-    shares = (-bridges.distances(labels, labels) / translation.TEMPERATURE).softmax(1).diagonal()
+    shares = (-bridges.distances(labels, labels) / idc.TEMPERATURE).softmax(1).diagonal()
     assert 0.33 < float(shares.min()) and float(shares.max()) < 0.39
-    twice = (-bridges.distances(labels, labels) / translation.TEMPERATURE).softmax(1).softmax(1)
+    twice = (-bridges.distances(labels, labels) / idc.TEMPERATURE).softmax(1).softmax(1)
     assert float(twice.diagonal().max()) < 0.14, (
         "a second softmax, inside cross-entropy, leaves nearly nothing"
     )
@@ -556,19 +555,19 @@ def test_a_perfect_translation_has_a_share_of_one_third_in_the_released_head():
             r"at most 3 classes for Hadamard images of 12 pixels",
         ),
         (
-            lambda: translation.build("DigitNet", torch.rand(1, *SHAPE).repeat(2, 1, 1, 1)),
+            lambda: idc.build("DigitNet", torch.rand(1, *SHAPE).repeat(2, 1, 1, 1)),
             r"expected labels that differ, got the same picture for classes 0 and 1",
         ),
         (
-            lambda: translation.build("DigitNet", 2 * bridges.hadamard_labels(3, SHAPE) - 1),
+            lambda: idc.build("DigitNet", 2 * bridges.hadamard_labels(3, SHAPE) - 1),
             r"these look like model space",
         ),
         (
-            lambda: translation.build("DigitNet", bridges.hadamard_labels(1, SHAPE)),
+            lambda: idc.build("DigitNet", bridges.hadamard_labels(1, SHAPE)),
             r"at least two classes, got 1",
         ),
         (
-            lambda: translation.build("ResNet", bridges.hadamard_labels(3, SHAPE)),
+            lambda: idc.build("ResNet", bridges.hadamard_labels(3, SHAPE)),
             r"expected one of .*, got 'ResNet'",
         ),
         (lambda: Bridge(0), r"expected a bridge of at least one step, got 0"),
@@ -608,7 +607,7 @@ def test_a_perfect_translation_has_a_share_of_one_third_in_the_released_head():
             r"expected images of shape \[B,1,8,8\]",
         ),
         (
-            lambda: next(translation_training.train_translation("digits-gan.safetensors", None)),
+            lambda: next(translators.train_translation("digits-gan.safetensors", None)),
             r"got 'digits-gan",
         ),
     ],
@@ -624,8 +623,8 @@ def test_errors_are_one_sentence(action, sentence):
 
 def test_a_saved_translator_comes_back(tmp_path):
     translator = alive(positions=5)
-    translation.save_translator(translator, tmp_path / "t.safetensors", {"name": "t"})
-    loaded, card = translation.load_translator(tmp_path / "t.safetensors")
+    idc.save_translator(translator, tmp_path / "t.safetensors", {"name": "t"})
+    loaded, card = idc.load_translator(tmp_path / "t.safetensors")
     assert card == {"name": "t"} and loaded.bridge == Bridge(5)
     assert torch.equal(loaded.labels, translator.labels)
     assert torch.equal(
@@ -635,19 +634,19 @@ def test_a_saved_translator_comes_back(tmp_path):
 
 def test_a_damaged_or_foreign_file_is_told(tmp_path):
     path = tmp_path / "t.safetensors"
-    translation.save_translator(tiny(), path)
+    idc.save_translator(tiny(), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="probably cut short"):
-        translation.load_translator(path)
+        idc.load_translator(path)
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"architecture": json.dumps(dict(network="DigitNet"))})
     with pytest.raises(
         ValueError, match="expected t.safetensors to hold a translator with its bridge and labels"
     ):
-        translation.load_translator(path)
+        idc.load_translator(path)
     with pytest.raises(FileNotFoundError):
-        translation.load_translator(tmp_path / "none.safetensors")
+        idc.load_translator(tmp_path / "none.safetensors")
 
 
 def test_training_learns_to_translate():
@@ -659,7 +658,7 @@ def test_training_learns_to_translate():
         tiny(width=32, blocks=2),
         images,
         labels,
-        loss=translation.translation_loss(),
+        loss=losses.translation_loss(),
         steps=150,
         batch=64,
         rate=4e-3,
@@ -669,21 +668,19 @@ def test_training_learns_to_translate():
     assert sum(f.loss for f in frames[-10:]) < 0.6 * sum(f.loss for f in frames[:10])
     test, answers = (v[world.test_labels < 3] for v in (world.test_images, world.test_labels))
     classifier = TranslationClassifier(run.average.eval())
-    assert translation_training.correct_of(classifier, test, answers) > 0.85 * len(test)
+    assert translators.correct_of(classifier, test, answers) > 0.85 * len(test)
 
 
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
-    name = translation.FILES["digits"][0]
-    unbroken = list(translation_training.train_translation(name, tmp_path / "whole", steps=4))
-    for progress in translation_training.train_translation(name, tmp_path / "cut", steps=4):
+    name = idc.FILES["digits"][0]
+    unbroken = list(translators.train_translation(name, tmp_path / "whole", steps=4))
+    for progress in translators.train_translation(name, tmp_path / "cut", steps=4):
         if progress.step == cut:
             break
-    resumed = list(translation_training.train_translation(name, tmp_path / "cut", steps=4))
+    resumed = list(translators.train_translation(name, tmp_path / "cut", steps=4))
     assert [p.step for p in resumed] == list(range(cut + 1, 5)) and len(unbroken) == 4
-    one, other = (
-        translation.load_translator(tmp_path / folder / name) for folder in ("whole", "cut")
-    )
+    one, other = (idc.load_translator(tmp_path / folder / name) for folder in ("whole", "cut"))
     assert all(torch.equal(v, other[0].state_dict()[n]) for n, v in one[0].state_dict().items())
     card = one[1]
     assert (
@@ -700,23 +697,19 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
 
 @pytest.fixture(scope="module")
 def digits_translator():
-    return translation.load_digits_translator()
+    return idc.load_digits_translator()
 
 
 def test_the_shipped_network_is_as_accurate_as_its_card_says(digits_translator):
     world = data.digits()
-    card = translation.load_translator(translation.assets.verified(translation.FILES["digits"][0]))[
-        1
-    ]
+    card = idc.load_translator(assets.verified(idc.FILES["digits"][0]))[1]
     classifier = TranslationClassifier(digits_translator)
-    correct = translation_training.correct_of(classifier, world.test_images, world.test_labels)
+    correct = translators.correct_of(classifier, world.test_images, world.test_labels)
     assert (
         correct >= 0.97 * 400 and abs(correct - card["accuracy"]["correct"]) <= 1
     )  # rounding may turn one
     fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(9))
-    assert (
-        translation_training.correct_of(fresh, world.test_images, world.test_labels) >= 0.95 * 400
-    )
+    assert translators.correct_of(fresh, world.test_images, world.test_labels) >= 0.95 * 400
 
 
 def test_its_estimates_move_from_step_to_step_and_labels_stay_orthogonal(digits_translator):
@@ -727,9 +720,9 @@ def test_its_estimates_move_from_step_to_step_and_labels_stay_orthogonal(digits_
 
 
 def test_the_ablations_are_on_record():
-    records = results.read(translation.assets.folder() / "records" / "idc-digits.jsonl")
+    records = results.read(assets.folder() / "records" / "idc-digits.jsonl")
     found = {r.what.removeprefix("IDC on digits, ").partition(":")[0] for r in records}
-    assert found == set(translation_training.ABLATIONS)
+    assert found == set(translators.ABLATIONS)
     assert all(
         r.n in (100, 400) and r.seed is not None and r.settings["steps"] >= 300 for r in records
     )

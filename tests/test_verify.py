@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import claims, robustness
-from diffclass.protocols import Attack, Protocol
-from diffclass.randomised import Randomised
+from diffclass.classifiers.randomised import Randomised
+from diffclass.evaluation import claims, robustness
+from diffclass.evaluation.protocols import Attack, Protocol
 from safetensors.torch import load_file, save_file
 from torch import nn
 

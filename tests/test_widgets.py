@@ -7,26 +7,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffclass import (
-    assets,
-    attacks,
-    certificates,
-    data,
-    figures,
-    gallery,
-    measuring,
-    recipes,
-    translation,
-    widgets,
-)
-from diffclass.scenes.digits import DigitScene
-from diffclass.scenes.explorer import ExplorerScene
-from diffclass.scenes.plane import PlaneScene
+from diffclass import attacks, data, intervals
+from diffclass.classifiers import idc
+from diffclass.course import figures, widgets
+from diffclass.course.scenes.digits import DigitScene
+from diffclass.course.scenes.explorer import ExplorerScene
+from diffclass.course.scenes.plane import PlaneScene
+from diffclass.data import gallery
+from diffclass.evaluation import measuring
+from diffclass.storage import assets
+from diffclass.zoo import networks
 
 
 @pytest.fixture(scope="module")
 def student():
-    return recipes.load_digits_denoiser()
+    return networks.load_digits_denoiser()
 
 
 def photos(_):
@@ -46,7 +41,7 @@ HEROES = {
     "explorer": widgets.explorer,
     "racing": widgets.racing_hero,
     "photos": photos,
-    "translation": lambda _: widgets.translation_hero(translation.load_digits_translator()),
+    "translation": lambda _: widgets.translation_hero(idc.load_digits_translator()),
     "audit": lambda _: widgets.audit_hero(),
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,
@@ -149,7 +144,7 @@ def test_a_click_on_a_class_shows_its_curve(student):
 
 def test_bars_of_the_digit_hero_are_the_posterior_of_the_classifier(student):
     hero = widgets.digit_hero(student, index=7)
-    share = recipes.digit_classifier(student).posterior(data.digits().test_images[7:8])[0]
+    share = networks.digit_classifier(student).posterior(data.digits().test_images[7:8])[0]
     np.testing.assert_allclose(hero.stage.frame["panels"][3]["values"], share.detach(), atol=1e-4)
 
 
@@ -210,7 +205,7 @@ def test_certificate_is_that_of_its_votes_and_stays_below_the_attack(certified):
     scene, shares = certified
     assert shares == sorted(shares) and shares[-1] == 1.0 and int(scene.counts.sum()) == 200
     guess = scene.certificate.prediction
-    lower = certificates.lower_bound(int(scene.counts[guess]), 200, 0.001)
+    lower = intervals.lower_bound(int(scene.counts[guess]), 200, 0.001)
     assert scene.certificate.radius == pytest.approx(
         0.2 * float(torch.special.ndtri(torch.tensor(lower))), rel=1e-4
     )

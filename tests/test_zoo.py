@@ -4,8 +4,12 @@ import shutil
 
 import pytest
 import torch
-from diffclass import assets, baselines, data, recipes, translation, zoo
-from diffclass.defences import Defended, LikelihoodMaximisation, MajorityVote, Purification
+from diffclass import data, zoo
+from diffclass.classifiers import cnn, idc
+from diffclass.classifiers.purified import Defended, LikelihoodMaximisation, Purification
+from diffclass.classifiers.votes import MajorityVote
+from diffclass.storage import assets
+from diffclass.zoo import networks
 from torch.nn.functional import one_hot
 
 
@@ -14,23 +18,21 @@ def folder(tmp_path_factory):
     """The digits' networks of this checkout, and baselines with their first weights."""
     target = tmp_path_factory.mktemp("assets")
     names = [
-        recipes.STUDENT,
-        recipes.HARDENED["digits"],
-        recipes.CONTRASTIVE["digits"],
-        translation.FILES["digits"][0],
+        networks.STUDENT,
+        networks.HARDENED["digits"],
+        networks.CONTRASTIVE["digits"],
+        idc.FILES["digits"][0],
     ]
     for name in names:
         shutil.copy(assets.folder() / name, target)
-    for name in baselines.FILES["digits"].values():
-        baselines.save(
-            baselines.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name
-        )
-    assets.record([*names, *baselines.FILES["digits"].values()], target)
+    for name in cnn.FILES["digits"].values():
+        cnn.save(cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name)
+    assets.record([*names, *cnn.FILES["digits"].values()], target)
     return target
 
 
 @pytest.fixture
-def networks(folder, monkeypatch):
+def network_folder(folder, monkeypatch):
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(folder))
     return folder
 
@@ -42,7 +44,7 @@ def digits():
 
 
 @pytest.mark.parametrize("name", zoo.NAMES["digits"])
-def test_every_defence_of_digits_keeps_the_contract(networks, digits, name):
+def test_every_defence_of_digits_keeps_the_contract(network_folder, digits, name):
     defence = zoo.defence("digits", name)
     with torch.no_grad():
         logits = defence(digits[0])
@@ -67,7 +69,9 @@ def test_every_defence_of_digits_keeps_the_contract(networks, digits, name):
 
 
 @pytest.mark.parametrize("name", ["lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure"])
-def test_exact_gradients_and_those_of_the_identity_have_the_same_values(networks, digits, name):
+def test_exact_gradients_and_those_of_the_identity_have_the_same_values(
+    network_folder, digits, name
+):
     x = digits[0][:2].clone().requires_grad_()
     exact = zoo.defence("digits", name)
     identity = zoo.defence("digits", name, exact=False)
@@ -76,7 +80,7 @@ def test_exact_gradients_and_those_of_the_identity_have_the_same_values(networks
     assert not torch.allclose(*slopes, rtol=0.05)
 
 
-def test_the_parts_are_those_of_the_names(networks):
+def test_the_parts_are_those_of_the_names(network_folder):
     made = {name: zoo.defence("digits", name) for name in zoo.NAMES["digits"]}
     assert {name for name, one in made.items() if isinstance(one, Defended)} == {
         "lm-cnn",
@@ -97,7 +101,7 @@ def test_the_parts_are_those_of_the_names(networks):
         made["diffpure"].purifier, Purification
     )
     assert isinstance(made["lm-cnn"].purifier, LikelihoodMaximisation)
-    assert isinstance(made["lm-cnn"].classifier, baselines.ConvClassifier)
+    assert isinstance(made["lm-cnn"].classifier, cnn.ConvClassifier)
     assert isinstance(made["vote"], MajorityVote) and not made["vote"].classifier.deterministic
     for pair, weight in (
         (("cnn", "adversarial"), "enter.weight"),
@@ -107,25 +111,25 @@ def test_the_parts_are_those_of_the_names(networks):
         assert not torch.equal(*(made[name].state_dict()[weight] for name in pair))
 
 
-def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(networks):
+def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(network_folder):
     made = zoo.defence("digits", "rdc5", seed=3)
     plain = zoo.defence("digits", "dc", seed=3)
     assert made.purifier.seed != 3 and torch.equal(made.classifier.bank.noise, plain.bank.noise)
 
 
-def test_checkpoints_name_every_file_that_is_read(networks):
+def test_checkpoints_name_every_file_that_is_read(network_folder):
     wanted = {
-        "dc": [recipes.STUDENT],
-        "vote": [recipes.STUDENT],
-        "rdc1": [recipes.STUDENT],
-        "idc": [translation.FILES["digits"][0]],
-        "adversarial-dc": [recipes.HARDENED["digits"]],
+        "dc": [networks.STUDENT],
+        "vote": [networks.STUDENT],
+        "rdc1": [networks.STUDENT],
+        "idc": [idc.FILES["digits"][0]],
+        "adversarial-dc": [networks.HARDENED["digits"]],
         "cnn": ["digits-cnn.safetensors"],
         "adversarial": ["digits-adversarial.safetensors"],
-        "lm-cnn": [recipes.STUDENT, "digits-cnn.safetensors"],
-        "diffpure": [recipes.STUDENT, "digits-cnn.safetensors"],
-        "contrastive": [recipes.CONTRASTIVE["digits"]],
-        "rdc-contrastive": [recipes.STUDENT, recipes.CONTRASTIVE["digits"]],
+        "lm-cnn": [networks.STUDENT, "digits-cnn.safetensors"],
+        "diffpure": [networks.STUDENT, "digits-cnn.safetensors"],
+        "contrastive": [networks.CONTRASTIVE["digits"]],
+        "rdc-contrastive": [networks.STUDENT, networks.CONTRASTIVE["digits"]],
     }
     for name, files in wanted.items():
         found = zoo.checkpoints("digits", name)
@@ -134,7 +138,7 @@ def test_checkpoints_name_every_file_that_is_read(networks):
     assert zoo.checkpoints("plane:moons", "dc") == {}
 
 
-def test_missing_weights_are_one_sentence_with_the_command(tmp_path, networks, monkeypatch):
+def test_missing_weights_are_one_sentence_with_the_command(tmp_path, network_folder, monkeypatch):
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
     for name, command in (
         ("cnn", "--method cnn"),
@@ -153,7 +157,7 @@ def test_missing_weights_are_one_sentence_with_the_command(tmp_path, networks, m
 def test_photographs_without_an_unconditional_denoiser(monkeypatch):
     """The prototype has no null class: purifiers take the contrastive network, and say so where there is none."""
     assert zoo.defence("cifar10", "dc").image_shape == (3, 32, 32)
-    monkeypatch.setattr(recipes, "CONTRASTIVE", {"cifar10": "cifar10-missing.safetensors"})
+    monkeypatch.setattr(networks, "CONTRASTIVE", {"cifar10": "cifar10-missing.safetensors"})
     with pytest.raises(ValueError, match="trained without a null class"):
         zoo.defence("cifar10", "rdc1")
     with pytest.raises(

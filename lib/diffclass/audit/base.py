@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffclass import attacks, units
-from diffclass.certificates import Certificate, Votes, lower_bound, smoothing_radius
+from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.intervals import lower_bound
 
 GREEN, RED, AMBER = LIGHTS = ("green", "red", "amber")
 REPEATS = 11  # answers of a random classifier behind one judgement; odd, so that a majority exists

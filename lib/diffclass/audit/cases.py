@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
-from diffclass import adaptive, noise
-from diffclass.attacks import AttackView
+from diffclass import noise
+from diffclass.attacks.views import AttackView
 from diffclass.audit.base import Case
+from diffclass.classifiers import stand_in
 
 TELESCOPED = 8  # draws behind the telescoped gradient
 
@@ -49,7 +50,7 @@ def _routes(classifier: nn.Module) -> dict[str, nn.Module]:
         found["uniform weights"] = classifier.twin()
         found["uniform weights"].weighting = noise.unit_weight
     if classifier.weighting in (noise.elbo_weight, noise.discrete_elbo_weight):
-        found["the telescoped gradient"] = adaptive.telescoped(classifier, TELESCOPED)
+        found["the telescoped gradient"] = stand_in.telescoped(classifier, TELESCOPED)
     return found
 
 

@@ -7,14 +7,10 @@ import torch
 from scipy import stats
 
 from diffclass.audit.base import GREEN, RED, CannotJudge, Case, Found, Picture, check, proven
-from diffclass.certificates import (
-    Certificate,
-    Votes,
-    largest_radius,
-    lower_bound,
-    prediction_changed,
-)
-from diffclass.smoothing import NoiseAveraged, count_votes, draw_votes
+from diffclass.certify.certificates import Certificate, Votes, largest_radius, prediction_changed
+from diffclass.certify.counting import count_votes, draw_votes
+from diffclass.classifiers.smoothed import NoiseAveraged
+from diffclass.intervals import lower_bound
 
 GROUP = "certificates"
 RECOUNT = 1000  # votes that a check counts itself at most, for each image

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffclass.audit.base import Case
-from diffclass.certificates import Certificate, Votes, smoothing_radius
-from diffclass.smoothing import draw_votes
+from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.certify.counting import draw_votes
 
 SHAPE = (1, 8, 8)
 CLASSES = 4

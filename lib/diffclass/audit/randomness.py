@@ -18,7 +18,7 @@ from diffclass.audit.base import (
     proven,
 )
 from diffclass.audit.holding import Frozen
-from diffclass.certificates import interval
+from diffclass.intervals import interval
 
 GROUP = "randomness"
 NOISE_ONLY = 0.05  # of all images whose robustness may be noise before the light is red

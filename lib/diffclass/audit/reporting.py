@@ -3,7 +3,7 @@
 import torch
 
 from diffclass.audit.base import AMBER, GREEN, RED, CannotJudge, Case, Found, check
-from diffclass.certificates import interval
+from diffclass.intervals import interval
 
 GROUP = "reporting"
 ENOUGH = 500  # images below which an accuracy is known to more than four points

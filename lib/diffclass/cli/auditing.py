@@ -26,7 +26,7 @@ def _stored(folder: Path | None) -> dict:
     """What a folder of a run under attack adds to a case: the numbers that were reported, not those that would be."""
     if folder is None:
         return {}
-    from diffclass import claims, robustness
+    from diffclass.evaluation import claims, robustness
 
     found = robustness.read(folder)
     if found.finished < found.settings["n"]:

@@ -70,38 +70,41 @@ def evaluate(
 
 def _clean(world, model, limit, levels, weighting, store, batch, precision, seed) -> list:
     """The records of an accuracy on clean images."""
-    from diffclass import measuring, recipes
+    from diffclass.evaluation import accuracies, measuring
+    from diffclass.zoo import networks
 
-    recipes.chosen(precision, ("fp32", "bf16"), "the precision")
-    trial = recipes.evaluation(world, model, limit, levels, weighting, seed)
+    networks.chosen(precision, ("fp32", "bf16"), "the precision")
+    trial = accuracies.evaluation(world, model, limit, levels, weighting, seed)
     if store is None:
-        run = recipes.hits(trial.classifier, trial.images, trial.labels, batch)
+        run = accuracies.hits(trial.classifier, trial.images, trial.labels, batch)
         *_, (correct, _) = shown(run, world, len(trial.labels))
-        return recipes.records(trial, correct, seed)
+        return accuracies.records(trial, correct, seed)
     run = measuring.measure(
         trial.classifier,
         trial.images,
         trial.labels,
         store,
-        recipes.store_settings(trial, seed, precision),
+        accuracies.store_settings(trial, seed, precision),
         batch=batch,
         precision=precision,
     )
     list(shown(run, world))
-    return recipes.stored_records(trial, measuring.read(store), seed)
+    return accuracies.stored_records(trial, measuring.read(store), seed)
 
 
 def _attacked(world, attack, defence, norm, epsilon, limit, store, batch, seed) -> list:
     """The records of an accuracy under attack, which are also left in the folder `store`."""
     from accelerate import Accelerator
 
-    from diffclass import claims, protocols, recipes, robustness, zoo
+    from diffclass import zoo
+    from diffclass.evaluation import claims, protocols, robustness
+    from diffclass.zoo import networks
 
     if store is None:
         raise ValueError(
             "expected --store FOLDER with --attack: the perturbations are kept there, to be verified."
         )
-    protocol = recipes.chosen(
+    protocol = networks.chosen(
         attack, {"paper": protocols.paper, "honest": protocols.honest}, "the attack"
     )
     budget = zoo.budget(world, norm) if epsilon is None else epsilon
@@ -141,7 +144,8 @@ def verify(
     """Check a claim of robustness by its stored perturbations: one pass, no attack; exit code 1 if it does not hold."""
     from accelerate import Accelerator
 
-    from diffclass import claims, robustness, zoo
+    from diffclass import zoo
+    from diffclass.evaluation import claims, robustness
 
     answer = ctx.obj
     answer.content |= dict(command="verify", folder=str(folder))

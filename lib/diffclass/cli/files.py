@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from diffclass import assets
 from diffclass.cli.base import (
     EXIT_CODES,
     FAILURES,
@@ -24,6 +23,7 @@ from diffclass.cli.base import (
     app,
     sentence_of,
 )
+from diffclass.storage import assets
 
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
 SET_UP = "Run `python3 -m lib lab` in the checkout: it installs what is missing."
@@ -83,7 +83,8 @@ def _device() -> dict:
 
 
 def _world_checks() -> list[dict]:
-    from diffclass import cifar, data
+    from diffclass import data
+    from diffclass.data import cifar
 
     def digits() -> str:
         world = data.digits()
@@ -106,14 +107,15 @@ def _world_checks() -> list[dict]:
 
 def _asset_checks() -> list[dict]:
     """The weights of the course and every other file that SHA256SUMS lists: ok, changed, unlisted or missing."""
-    from diffclass import recipes
+    from diffclass.storage import weights
+    from diffclass.zoo import networks
 
     def look(name: str, path: Path) -> str:
         assets.verified(name)
         size = sum(
             (path.parent / file).stat().st_size for file in assets.parts(name, assets.checksums())
         )
-        card = f", {recipes.card_line(recipes.card(path))}" if path.suffix == ".safetensors" else ""
+        card = f", {weights.card_line(weights.card(path))}" if path.suffix == ".safetensors" else ""
         return f"checksum ok, {size} bytes{card}"
 
     listed = []
@@ -123,7 +125,7 @@ def _asset_checks() -> list[dict]:
         )
     ]
     there = [path.name for path in assets.folder().glob("*")]
-    for name in dict.fromkeys([*recipes.MODELS["digits"].values(), *map(assets.whole, listed)]):
+    for name in dict.fromkeys([*networks.MODELS["digits"].values(), *map(assets.whole, listed)]):
         check = _check(name, functools.partial(look, name, assets.folder() / name))
         wrong = (
             "missing"
@@ -182,10 +184,11 @@ def download(
     json_wanted: Json = False,
 ):
     """Fetch CIFAR-10 from its official source and verify it; an interrupted download goes on where it stopped."""
-    from diffclass import cifar, recipes
+    from diffclass.data import cifar
+    from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="download")
-    recipes.chosen(world, ("cifar10",), "the world to download")
+    networks.chosen(world, ("cifar10",), "the world to download")
     path = cifar.download_cifar10()
     ctx.obj.content |= dict(file=str(path), bytes=path.stat().st_size)
     ctx.obj.say(f"{path}: {path.stat().st_size} bytes, checksum ok")
@@ -203,15 +206,16 @@ def convert(
     json_wanted: Json = False,
 ):
     """Turn a network that others trained into weights of the course, without running the code inside its file."""
-    from diffclass import conversion, recipes
+    from diffclass.denoisers import edm
+    from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="convert")
-    out = out or assets.folder() / recipes.MODELS["cifar10"]["edm"]
+    out = out or assets.folder() / networks.MODELS["cifar10"]["edm"]
     if out.suffix != ".safetensors":
         raise ValueError(
             f"expected a name that ends in .safetensors to write to, got {out.name!r}."
         )
-    denoiser, card = conversion.convert(source, out)
+    denoiser, card = edm.convert(source, out)
     assets.record([out.name], out.parent)
     ctx.obj.content |= dict(file=str(out), card=card)
     ctx.obj.say(

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from diffclass import assets
 from diffclass.cli.base import (
     BAD_INPUT,
     EXIT_CODES,
@@ -21,6 +20,7 @@ from diffclass.cli.base import (
     sentence_of,
     shown,
 )
+from diffclass.storage import assets
 
 METHODS = ("diffusion", "contrastive", "idc", "idc-small", "cnn", "adversarial", "adversarial-dc")
 Widths = Annotated[
@@ -32,12 +32,12 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
     """Train one network with a progress bar; whether it is complete."""
     from tqdm import tqdm
 
-    from diffclass import baseline_training, trainers, translation_training
+    from diffclass.training import baselines, trainers, translators
 
-    if name in translation_training.RECIPES:
-        run = translation_training.train_translation(name, folder, minutes=minutes, **options)
-    elif name in baseline_training.RECIPES:
-        run = baseline_training.train_baseline(name, folder, minutes=minutes, **options)
+    if name in translators.RECIPES:
+        run = translators.train_translation(name, folder, minutes=minutes, **options)
+    elif name in baselines.RECIPES:
+        run = baselines.train_baseline(name, folder, minutes=minutes, **options)
     else:
         run = trainers.train(name, folder, minutes=minutes, **options)
     run = trainers.stoppable(run)
@@ -113,16 +113,17 @@ def train(
 ):
     """Train a world's teacher and the student that copies it, or one network of another --method. Ctrl-C keeps what is
     done, and the same command goes on. `accelerate launch -m diffclass train ...` does it on several devices."""
-    from diffclass import recipes
+    from diffclass.storage import weights
+    from diffclass.zoo import networks
 
     folder = out or assets.folder()
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
-    world = recipes.chosen(world, ("digits", "cifar10"), "the world to train on")
+    world = networks.chosen(world, ("digits", "cifar10"), "the world to train on")
     folder.mkdir(
         parents=True, exist_ok=True
     )  # before the training, not after it, if it cannot be written
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
-    method = recipes.chosen(method, METHODS, "the method")
+    method = networks.chosen(method, METHODS, "the method")
     names = _names(
         world, method, "teacher" if teacher_only else "student" if student_only else None, folder
     )
@@ -132,10 +133,10 @@ def train(
                 ctx.obj.content["paused"] = str(folder / "checkpoints" / name)
                 ctx.obj.say(f"{name}: paused after {minutes:g} minutes; the same command goes on.")
                 break
-            card = recipes.card(folder / name)
+            card = weights.card(folder / name)
             ctx.obj.content["models"].append(dict(file=str(folder / name), card=card))
             ctx.obj.say(
-                f"{name}: {recipes.card_line(card)}, {card['images_seen']} images in {card['seconds']:.0f} s"
+                f"{name}: {weights.card_line(card)}, {card['images_seen']} images in {card['seconds']:.0f} s"
             )
     except KeyboardInterrupt:
         kept = folder / "checkpoints" / name
@@ -149,7 +150,9 @@ def train(
 
 def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]:
     """The networks to train, in order."""
-    from diffclass import baselines, recipes, trainers, translation_training
+    from diffclass.classifiers import cnn
+    from diffclass.training import trainers, translators
+    from diffclass.zoo import networks
 
     if method == "diffusion":
         return trainers.remaining(world, folder, only)
@@ -158,15 +161,15 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
             f"expected no --{only}-only with --method {method}, which trains one network alone."
         )
     if method == "contrastive":
-        return [recipes.CONTRASTIVE[world]]
+        return [networks.CONTRASTIVE[world]]
     if method == "adversarial-dc":
-        return [recipes.HARDENED[world]]
+        return [networks.HARDENED[world]]
     if method == "idc":
-        return [translation_training.DIGITS if world == "digits" else translation_training.PHOTOS]
+        return [translators.DIGITS if world == "digits" else translators.PHOTOS]
     if method == "idc-small":
-        recipes.chosen(world, ("cifar10",), "the world of a small translator")
-        return [translation_training.SMALL]
-    return [baselines.FILES[world][method]]
+        networks.chosen(world, ("cifar10",), "the world of a small translator")
+        return [translators.SMALL]
+    return [cnn.FILES[world][method]]
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -196,12 +199,13 @@ def classify(
     json_wanted: Json = False,
 ):
     """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
-    from diffclass import judging, recipes
+    from diffclass.evaluation import judging
+    from diffclass.zoo import networks
 
     answer = ctx.obj
     failed = 0
     answer.content |= dict(command="classify", pictures=[])
-    world = recipes.chosen(world, list(recipes.MODELS), "the world of the pictures")
+    world = networks.chosen(world, list(networks.MODELS), "the world of the pictures")
     judge = judging.Judge(world, model)
     answer.content |= dict(world=world, model=judge.model)
     for path in pictures:
@@ -244,11 +248,13 @@ def sample(
     json_wanted: Json = False,
 ):
     """Draw the gallery: generated pictures of every class, for readers who do not have CIFAR-10 at hand."""
-    from diffclass import gallery, recipes
+    from diffclass.data import gallery
+    from diffclass.training import drawing
+    from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="sample")
-    denoiser, name = recipes.load(recipes.chosen(world, ("cifar10",), "the world to draw"), model)
-    list(shown(gallery.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
+    denoiser, name = networks.load(networks.chosen(world, ("cifar10",), "the world to draw"), model)
+    list(shown(drawing.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
     path = (out or assets.folder()) / gallery.FILE
     ctx.obj.content |= dict(file=str(path), model=name, pictures=per_class * denoiser.num_classes)
     ctx.obj.say(f"{path}: {per_class * denoiser.num_classes} pictures by {name}")

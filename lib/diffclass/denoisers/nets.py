@@ -14,6 +14,8 @@ from torch.nn.functional import (
 )
 
 WIDENING = 4  # channels of the embedding of level and class, over those of the first layer
+
+
 ROOT_HALF = 0.5**0.5  # the sum of a block and its skip keeps the variance
 
 
@@ -325,3 +327,16 @@ class SongUNet(nn.Module):
         for block in blocks:
             x = block(x if x.shape[1] == block.enter else torch.cat([x, skips.pop()], 1), embedding)
         return last(silu(norm(x)))
+
+
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """torch's default initialisation, drawn again from a generator: modules fill themselves from global state."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            if module.weight.any():  # a layer that starts at zero stays at zero
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=generator)

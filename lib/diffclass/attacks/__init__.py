@@ -1,0 +1,55 @@
+"""Attacks on whatever maps pixels to logits, written to be read."""
+
+from diffclass.attacks.adaptive import (
+    unlikeliness,
+)
+from diffclass.attacks.losses import (
+    AttackLoss,
+    Penalty,
+    cross_entropy_loss,
+    dlr_loss,
+    margin_loss,
+    targeted_dlr_loss,
+    targeted_loss,
+)
+from diffclass.attacks.search import (
+    AttackStep,
+    SearchStep,
+    apgd,
+    expected_gradient,
+    pgd,
+    project,
+    shrink,
+    size_of,
+    smallest_l2,
+    worst_case,
+)
+from diffclass.attacks.views import (
+    AttackView,
+    Bent,
+    warp,
+)
+
+__all__ = [
+    "AttackLoss",
+    "AttackStep",
+    "AttackView",
+    "Bent",
+    "Penalty",
+    "SearchStep",
+    "apgd",
+    "cross_entropy_loss",
+    "dlr_loss",
+    "expected_gradient",
+    "margin_loss",
+    "pgd",
+    "project",
+    "shrink",
+    "size_of",
+    "smallest_l2",
+    "targeted_dlr_loss",
+    "targeted_loss",
+    "unlikeliness",
+    "warp",
+    "worst_case",
+]

@@ -1,0 +1,393 @@
+"""Attacks on whatever maps pixels to logits, written to be read; and the view of a classifier that libraries need."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import units
+from diffclass.attacks.losses import AttackLoss, Penalty, margin_loss
+
+
+@dataclass(frozen=True)
+class AttackStep:
+    """One frame of an attack's film: where each image of the batch stands.
+
+    Shapes      x [B,C,H,W] in [0,1]; logits [B,K]; fooled [B] at this frame; size [B], the norm of x - x0
+    """
+
+    step: int
+    x: Tensor
+    logits: Tensor
+    fooled: Tensor
+    size: Tensor
+
+
+def size_of(delta: Tensor, norm: str) -> Tensor:
+    """L-inf or L2 norm of each perturbation. Shapes: [B,C,H,W] -> [B]. Units: pixels."""
+    flat = delta.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+
+
+def project(x: Tensor, x0: Tensor, epsilon: float, norm: str) -> Tensor:
+    """The perturbed image brought back into the budget around x0, and into [0,1]. Shapes: [B,C,H,W] -> the same."""
+    delta = x - x0
+    if norm == "linf":
+        delta = delta.clamp(-epsilon, epsilon)
+    else:
+        delta = (
+            delta
+            * (epsilon / size_of(delta, "l2").clamp_min(1e-12)).clamp(max=1)[:, None, None, None]
+        )
+    return (x0 + delta).clamp(0, 1)
+
+
+def _ascent(gradient: Tensor, norm: str) -> Tensor:
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
+
+
+def _start(x0: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return x0
+    push = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+    return project(x0 + epsilon * _ascent(push, norm), x0, epsilon, norm)
+
+
+def _checked(
+    classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int
+) -> float:
+    units.check_images(x, classifier.image_shape)
+    units.check_labels(y, len(x), classifier.num_classes)
+    if steps < 0:
+        raise ValueError(f"expected steps >= 0, got {steps}.")
+    return units.check_budget(epsilon, norm, x[0].numel())
+
+
+def expected_gradient(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    differentiate: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of an attack's loss, the logits and the loss, averaged over draws of a random classifier (EOT).
+
+    Formula     1/n sum_i grad_x [loss(f_i(x), y) - penalty(x)];  its variance falls as 1/n
+    Source      Athalye et al. 2018
+    Shapes      x [B,C,H,W], y [B] -> gradient [B,C,H,W] (zeros unless `differentiate`), logits [B,K], loss [B]
+    Errors      TypeError for logits without a gradient in x; ValueError for logits that are not [B,K] or draws < 1
+    """
+    if draws < 1:
+        raise ValueError(f"expected at least one draw to average over, got {draws}.")
+    x = x.detach().requires_grad_(differentiate)
+    gradient = torch.zeros_like(x)
+    logits = 0.0
+    value = 0.0
+    for _ in range(draws):
+        with torch.set_grad_enabled(differentiate):
+            drawn = _logits_of(classifier, x)
+            height = loss(drawn, y) if penalty is None else loss(drawn, y) - penalty(x)
+        if differentiate:
+            slope = (
+                torch.autograd.grad(height.sum(), x, allow_unused=True)[0]
+                if height.requires_grad
+                else None
+            )
+            if slope is None:
+                raise TypeError(
+                    "expected logits that depend on the image differentiably, got logits without a "
+                    "gradient; the classifier detaches, counts votes, or runs under torch.no_grad."
+                )
+            gradient = gradient + slope / draws
+        logits = logits + drawn.detach() / draws
+        value = value + height.detach() / draws
+    return gradient, logits, value
+
+
+def _logits_of(classifier: nn.Module, x: Tensor) -> Tensor:
+    logits = classifier(x)
+    if tuple(logits.shape) != (len(x), classifier.num_classes):
+        raise ValueError(
+            f"expected logits of shape [{len(x)},{classifier.num_classes}], got {list(logits.shape)}."
+        )
+    return logits
+
+
+def _look(classifier, x, y, step: int, steps: int, **how) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, logits, value = expected_gradient(classifier, x, y, differentiate=step < steps, **how)
+    if bool(torch.isnan(logits).any()):
+        raise FloatingPointError(
+            f"the classifier's logits became NaN at step {step}; the frames before it stand, "
+            "and infinity minus infinity or 0/0 in the classifier is the likely cause."
+        )
+    if (
+        step == 0
+        and len(x)
+        and float(logits.min()) >= 0
+        and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+    ):
+        raise ValueError(
+            "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
+            "flat; return what goes into the softmax."
+        )
+    return gradient, logits, value
+
+
+def _finite(gradient: Tensor, step: int) -> Tensor:
+    if not bool(torch.isfinite(gradient).all()):
+        raise FloatingPointError(
+            f"the attack's gradient became non-finite at step {step}; the frames so far "
+            "stand, and the slope of a root or a logarithm at 0 is the likely cause."
+        )
+    return gradient
+
+
+def pgd(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int = 20,
+    step_size: float | None = None,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[AttackStep]:
+    """Projected gradient ascent, frame by frame; frame 0 is the clean image (or the random start).
+
+    Formula     x <- project(x + step * sign(g)) for L-inf, or step * g/||g|| for L2; g averages `draws` gradients (EOT)
+    Source      Madry et al. 2018; EOT: Athalye et al. 2018
+    Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `AttackStep`
+    Units       epsilon and step_size in pixels; step_size defaults to 2.5 epsilon / steps
+    Randomness  a random start if `generator` is given; a random classifier draws its own noise
+    Errors      ValueError for a budget or labels that cannot be meant; FloatingPointError for a gradient that is not
+                finite or logits that are NaN, whose argmax would count as a class; the frames before it stand
+    """
+    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
+    x0 = x
+    x = _start(x, epsilon, norm, generator)
+    for step in range(steps + 1):
+        gradient, logits, _ = _look(
+            classifier, x, y, step, steps, loss=loss, draws=draws, penalty=penalty
+        )
+        yield AttackStep(
+            step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm)
+        )
+        if step < steps:
+            x = project(
+                x.detach() + step_size * _ascent(_finite(gradient, step), norm), x0, epsilon, norm
+            )
+
+
+@dataclass(frozen=True)
+class SearchStep(AttackStep):
+    """One frame of `apgd`: an `AttackStep` at the best image so far, and where the search is.
+
+    Shapes      at [B,C,H,W], where the search is; value [B], the loss there; step_size [B], in pixels
+    """
+
+    at: Tensor
+    value: Tensor
+    step_size: Tensor
+
+
+class _Halving:
+    """APGD's step sizes: each image's is halved when it climbs too rarely, or has stopped improving.
+
+    Looks after 22 % of the steps, then after ever shorter stretches, of at least 6 %.
+    """
+
+    def __init__(self, epsilon: float, steps: int, first: Tensor, rate: float = 0.75):
+        self.size = torch.full_like(first, 2 * epsilon)
+        self.rate = rate
+        self.rises = 0
+        self.since = 0
+        self.stretch, self.shorter, self.least = (
+            max(1, int(share * steps)) for share in (0.22, 0.03, 0.06)
+        )
+        self.halved = torch.ones_like(first, dtype=torch.bool)
+        self.best = first
+        self.last = first
+
+    def after(self, value: Tensor, best: Tensor) -> Tensor:
+        """Take note of a step; the images that go on from their best point, with half the step. Shapes: [B] -> [B]."""
+        self.rises = self.rises + (value > self.last)
+        self.since = self.since + 1
+        self.last = value
+        if self.since < self.stretch:
+            return torch.zeros_like(self.halved)
+        self.halved = (self.rises <= self.rate * self.stretch) | (
+            ~self.halved & (best <= self.best)
+        )
+        self.size = torch.where(self.halved, self.size / 2, self.size)
+        self.rises = 0
+        self.since = 0
+        self.best = best
+        self.stretch = max(self.stretch - self.shorter, self.least)
+        return self.halved
+
+
+def apgd(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int = 100,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    penalty: Penalty | None = None,
+    generator: torch.Generator | None = None,
+    momentum: float = 0.25,
+) -> Iterator[SearchStep]:
+    """PGD that chooses its step sizes itself: from 2 epsilon, halved for each image whose loss no longer rises.
+
+    Formula     z = project(x + step g);  x <- project(x + (1 - momentum)(z - x) + momentum (x - x_before))
+    Source      Croce & Hein 2020, algorithm 1, with the checkpoints of its code
+    Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `SearchStep`; its x is the image of the highest loss so far, which
+                fools if any did for the margin and DLR losses, not always for cross-entropy or with a penalty
+    Randomness  a random start if `generator` is given. Of a random classifier the highest loss is partly luck: judge x
+                anew, with other noise
+    Errors      those of `pgd`
+    """
+    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    x0 = x
+    at = _start(x, epsilon, norm, generator)
+    before = None
+    again = torch.zeros_like(y, dtype=torch.bool)
+    for step in range(steps + 1):
+        seen = (
+            at.detach(),
+            *_look(classifier, at, y, step, steps, loss=loss, draws=draws, penalty=penalty),
+        )
+        if step == 0:
+            best = seen
+            halving = _Halving(epsilon, steps, seen[-1])
+        else:
+            best = _where(seen[-1] > best[-1], seen, best)
+            again = halving.after(seen[-1], best[-1])
+        yield SearchStep(
+            step,
+            best[0],
+            best[2],
+            best[2].argmax(1) != y,
+            size_of(best[0] - x0, norm),
+            seen[0],
+            seen[-1],
+            halving.size,
+        )
+        if step < steps:
+            at, gradient = _where(again, best[:2], seen[:2])
+            push = halving.size[:, None, None, None] * _ascent(_finite(gradient, step), norm)
+            aim = project(at + push, x0, epsilon, norm)
+            drift = 0 if before is None else momentum * (aim - at - (at - before))
+            at, before = project(aim - drift, x0, epsilon, norm), at
+
+
+def worst_case(runs: Iterable[Iterator[AttackStep]]) -> Iterator[AttackStep]:
+    """The worst of several attacks for each image, after each attack: restarts, other losses, other targets.
+
+    Formula     an image is robust if no attack fools it; what is fooled keeps the first image that did it
+    Shapes      attacks on the same batch, e.g. `worst_case(pgd(..., generator=g) for _ in range(5))` -> `AttackStep`
+    Why         the share of images that survive all is below the smallest share that survives one
+    Randomness  for a random classifier every further attack is also another draw of luck: judge the result anew
+    """
+    worst = None
+    for number, (*_, last) in enumerate(runs):
+        new = (last.x, last.logits, last.fooled, last.size)
+        worst = _where(worst[2], worst, new) if worst else new
+        yield AttackStep(number, *worst)
+
+
+def _where(chosen: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Row by row, for several tensors at once. Shapes: chosen [B], tensors [B,...] -> the same."""
+    return tuple(
+        torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        for a, b in zip(yes, no, strict=True)
+    )
+
+
+def shrink(
+    fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int = 8
+) -> Tensor | None:
+    """The smallest fooling image found on the segment from x0 to x, by bisection; None if x itself does not fool.
+
+    Shapes      x0, x [1,C,H,W] -> [1,C,H,W]
+    Units       `fooled` decides for one image; what it accepted last is what is returned, never an untested point
+    """
+    if not fooled(x):
+        return None
+    best = x
+    low = 0.0
+    high = 1.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        candidate = x0 + middle * (x - x0)
+        if fooled(candidate):
+            best = candidate
+            high = middle
+        else:
+            low = middle
+    return best
+
+
+def smallest_l2(
+    classifier: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    fooled: Callable[[Tensor], bool] | None = None,
+    budgets=(0.25, 0.5, 1.0, 2.0, 4.0),
+    steps: int = 20,
+    loss: AttackLoss = margin_loss,
+    draws: int = 1,
+    rounds: int = 8,
+) -> Iterator[Tensor | None]:
+    """Search one image's smallest L2 perturbation by PGD at growing budgets and bisection; yields the best so far.
+
+    Shapes      x [1,C,H,W], y [1] -> yields the adversarial image [1,C,H,W], or None while there is none; the last
+                one is the result: `*_, best = smallest_l2(...)`
+    Units       budgets in pixels; the norm of the result is an *upper bound* of the distance to the decision boundary
+    Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
+    """
+    decide = fooled or (lambda image: bool(classifier(image).argmax(1) != y))
+    best = None
+    largest = x[0].numel() ** 0.5
+    for budget in budgets:
+        *_, last = pgd(
+            classifier, x, y, min(budget, largest), norm="l2", steps=steps, loss=loss, draws=draws
+        )
+        best = shrink(decide, x, last.x, rounds)
+        yield best
+        if best is not None:
+            break
+    if (
+        best is not None
+    ):  # once more from just inside what was found: the nearest boundary is often elsewhere
+        radius = float(size_of(best - x, "l2"))
+        *_, last = pgd(
+            classifier,
+            x,
+            y,
+            radius,
+            norm="l2",
+            steps=steps,
+            step_size=radius / 8,
+            loss=loss,
+            draws=draws,
+        )
+        closer = shrink(decide, x, last.x, rounds)
+        yield min(
+            (b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2"))
+        )

@@ -1,0 +1,1 @@
+"""Certificates: votes, bounds, radii."""

@@ -1,0 +1,297 @@
+"""Pure functions from arrays to the description of a figure: what the stage draws, and a test can read.
+
+A panel is a plain dictionary; `frame` puts panels and a sentence together. No state, no model, no widget.
+"""
+
+import base64
+from collections.abc import Sequence
+
+import numpy as np
+
+# Okabe & Ito's palette, told apart with every common colour vision; the plane's classes take the first ones.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
+
+
+BEST = "#0072B2"
+
+
+SECOND = "#E69F00"
+
+
+OTHER = "#B0B0B0"
+
+
+WRONG = "#D55E00"
+
+
+UNKNOWN = "#D9D9D9"
+
+
+def _list(values, digits: int = 5) -> list:
+    array = np.asarray(values, dtype=float)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"expected finite numbers to draw, got {int((~np.isfinite(array)).sum())} that are not."
+        )
+    return [float(f"{v:.{digits}g}") for v in array.ravel()]
+
+
+def _range(values, given, log: bool = False) -> list[float]:
+    if given is not None:
+        return [float(v) for v in given]
+    array = np.asarray(values, dtype=float)
+    low = float(array.min())
+    high = float(array.max())
+    if log:
+        return [low, high if high > low else low * 10]
+    pad = 0.05 * (high - low) or 0.5
+    return [low - pad, high + pad]
+
+
+def picture(image, low: float = 0.0, high: float = 1.0) -> dict:
+    """One small image for the browser. Shapes: [H,W], [C,H,W] with C = 1 or 3, or [H,W,4] bytes -> a dictionary."""
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        array = (np.clip((array.astype(float) - low) / (high - low), 0, 1) * 255 + 0.5).astype(
+            np.uint8
+        )
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.shape[0] in (1, 3) and array.shape[-1] not in (3, 4):
+        array = array.transpose(1, 2, 0)
+    return dict(
+        shape=list(array.shape),
+        data=base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+    )
+
+
+def emphasis(scores, count: int = 2) -> list[str]:
+    """Colours for K classes: the best blue, the second orange, the others grey. Shapes: scores [K] -> [K]."""
+    order = np.argsort(-np.asarray(scores, dtype=float))
+    colours = [OTHER] * len(order)
+    for colour, k in zip((BEST, SECOND)[:count], order, strict=False):
+        colours[k] = colour
+    return colours
+
+
+def curves(
+    x,
+    series: Sequence[dict],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    alt: str,
+    xlog: bool = False,
+    ylog: bool = False,
+    xrange=None,
+    yrange=None,
+    cursor: float | None = None,
+    w: int = 420,
+    h: int = 260,
+) -> dict:
+    """Lines over one axis. Each series: y, colour, and optionally label, width, dash, opacity, fill (down to `base`).
+
+    Shapes      x [T], each y [T] -> a panel; `cursor` puts a draggable line at that x
+    """
+    lines = []
+    for one in series:
+        y = np.asarray(one["y"], dtype=float)
+        if len(y) != len(x):
+            raise ValueError(
+                f"expected {len(x)} values in each series, got {len(y)} in {one.get('label', 'one')!r}."
+            )
+        lines.append(
+            dict(
+                y=_list(y),
+                color=one["colour"],
+                label=one.get("label"),
+                width=one.get("width", 1.5),
+                dash=one.get("dash"),
+                opacity=one.get("opacity", 1),
+                fill=bool(one.get("fill")),
+                base=one.get("base", 0),
+            )
+        )
+    everything = np.concatenate([np.asarray(one["y"], dtype=float).ravel() for one in series])
+    return dict(
+        kind="curves",
+        title=title,
+        xlabel=xlabel,
+        ylabel=ylabel,
+        alt=alt,
+        xlog=xlog,
+        ylog=ylog,
+        x=_list(x),
+        xrange=_range(x, xrange if xrange is not None else (min(x), max(x))),
+        yrange=_range(everything, yrange, ylog),
+        series=lines,
+        cursor=None if cursor is None else float(cursor),
+        w=w,
+        h=h,
+    )
+
+
+def bars(
+    labels: Sequence[str],
+    values,
+    *,
+    title: str,
+    alt: str,
+    colours: Sequence[str],
+    range=(0, 1),
+    xlabel: str = "",
+    texts: Sequence[str] | None = None,
+    marks=None,
+    w: int = 320,
+    h: int = 200,
+) -> dict:
+    """One bar for each class; `marks` draws a second value as a line across the bar. Shapes: values [K] -> a panel."""
+    return dict(
+        kind="bars",
+        title=title,
+        alt=alt,
+        labels=[str(v) for v in labels],
+        values=_list(values),
+        colors=list(colours),
+        range=_range(values, range),
+        xlabel=xlabel,
+        w=w,
+        h=h,
+        texts=None if texts is None else list(texts),
+        marks=None if marks is None else _list(marks),
+    )
+
+
+def tiles(
+    images: Sequence,
+    *,
+    title: str,
+    alt: str,
+    columns: int,
+    size: int = 64,
+    captions: Sequence[str] | None = None,
+    borders: Sequence[str | None] | None = None,
+    pick: bool = False,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> dict:
+    """A grid of small images with captions; `pick` makes them buttons. Shapes: each image [C,H,W] -> a panel."""
+    return dict(
+        kind="tiles",
+        title=title,
+        alt=alt,
+        columns=columns,
+        size=size,
+        pick=pick,
+        images=[picture(image, low, high) for image in images],
+        captions=None if captions is None else list(captions),
+        borders=None if borders is None else list(borders),
+    )
+
+
+def lamps(
+    rows: Sequence[dict], *, title: str, alt: str, chosen: int | None = None, w: int = 520
+) -> dict:
+    """Rows of coloured discs that can be clicked; each has a sign in it, so that colour is not all that tells.
+
+    Shapes      each row: label, lamps as (name, sign, colour), numbered through all rows; `chosen` has a ring around it
+    """
+    listed = [
+        dict(label=row["label"], lamps=[list(map(str, lamp)) for lamp in row["lamps"]])
+        for row in rows
+    ]
+    return dict(
+        kind="lamps", title=title, alt=alt, rows=listed, chosen=chosen, w=w, h=30 + 44 * len(listed)
+    )
+
+
+def plane(
+    *,
+    title: str,
+    alt: str,
+    handle=None,
+    backdrop: str | None = None,
+    dots=(),
+    dot_colours=(),
+    markers=(),
+    lines=(),
+    ring=None,
+    limit: float = 1.0,
+    size: int = 300,
+) -> dict:
+    """The plane of model space, [-limit, limit]^2, with a draggable handle.
+
+    Shapes      handle (x, y); dots [N,2] with N colours; markers (x, y, colour, label); lines (x1, y1, x2, y2, colour);
+                ring (x, y, radius); `backdrop` names an image that the stage already has
+    """
+    return dict(
+        kind="plane",
+        title=title,
+        alt=alt,
+        backdrop=backdrop,
+        limit=limit,
+        w=size - 14,
+        h=size,
+        handle=None if handle is None else _list(handle),
+        dots=[[*_list(d, 4), c] for d, c in zip(dots, dot_colours, strict=True)],
+        markers=[[*_list(m[:2]), *m[2:]] for m in markers],
+        lines=[[*_list(l[:4]), *l[4:]] for l in lines],
+        ring=None if ring is None else _list(ring),
+    )
+
+
+def radius_axis(
+    rows: Sequence[dict],
+    *,
+    title: str,
+    alt: str,
+    xlabel: str,
+    range: tuple[float, float],
+    w: int = 760,
+) -> dict:
+    """Lower bound, unknown, upper bound on one axis.
+
+    Shapes      each row: label, certified (lower bound, or 0), attacked (upper bound, or None when no attack was found)
+    """
+    drawn = []
+    for row in rows:
+        certified = float(row["certified"])
+        attacked = row.get("attacked")
+        end = float(attacked) if attacked is not None else float(range[1])
+        segments = [
+            dict(zip(("from", "to", "color", "text", "ink"), span, strict=True))
+            for span in (
+                (0.0, certified, COLOURS[2], "certified", "white"),
+                (certified, end, UNKNOWN, "unknown", "#222"),
+                (end, float(range[1]), COLOURS[4], "an attack exists", "white"),
+            )
+        ]
+        marks = [dict(at=v, text=f"{v:.2f}") for v in (certified, attacked) if v]
+        drawn.append(dict(label=row["label"], segments=segments, marks=marks))
+    return dict(
+        kind="radius",
+        title=title,
+        alt=alt,
+        rows=drawn,
+        xlabel=xlabel,
+        range=list(range),
+        w=w,
+        h=70 + 44 * len(drawn),
+    )
+
+
+def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
+    """A picture of who owns the plane: each pixel blends the class colours by their posterior shares.
+
+    Shapes      shares [resolution*resolution, K], row 0 at the top left -> an image for `plane(backdrop=...)`
+    """
+    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
+    blend = np.asarray(shares) @ palette[: np.asarray(shares).shape[1]]
+    faded = 255 - strength * (255 - blend)
+    return picture(faded.reshape(resolution, resolution, 3).astype(np.uint8))
+
+
+def frame(panels: Sequence[dict], note: str = "") -> dict:
+    """What the stage shows: panels, and one line of HTML below them that a screen reader is told about."""
+    return dict(panels=list(panels), note=note)

@@ -1,0 +1,219 @@
+"""Frames of real digits: the picture, its ten denoised versions, ten losses over sigma, the posterior."""
+
+import torch
+from torch import Tensor
+
+from diffclass import data, likelihood, noise, units
+from diffclass.course import figures
+from diffclass.course.figures import BEST, OTHER, SECOND
+from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.noise import NoiseBank
+from diffclass.zoo import networks
+
+CURVE_LEVELS = noise.log_levels(0.05, 5.0, 20)
+
+
+class DigitScene:
+    """One trained denoiser of digits and the test pictures; a frame is a digit at a noise level.
+
+    Randomness  one fixed bank for the losses, one fixed noise for the noised picture
+    """
+
+    def __init__(self, denoiser: Denoiser, seed: int = 0, samples: int = 4):
+        self.world = data.digits()
+        self.denoiser = denoiser
+        self.classifier = networks.digit_classifier(denoiser, seed=seed)
+        self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, samples, seed)
+        self.eps = torch.randn(
+            denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1)
+        )
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def unconditional(self, z: Tensor) -> Tensor:
+        """Losses [B,T] without a class of pictures [B,C,H,W] in model space, at the levels of the curves."""
+        with torch.no_grad():
+            return likelihood.diffusion_loss(
+                self.denoiser, z, self.curve_bank, [self.denoiser.num_classes]
+            )[:, 0]
+
+    def losses(self, index: int) -> tuple[Tensor, Tensor]:
+        """Loss curves [K,T] and logits [K] of a test digit, measured once."""
+        if index not in self._known:
+            self._known[index] = self.measured(self.world.test_images[index : index + 1])
+        return self._known[index]
+
+    def measured(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss curves [K,T] and logits [K] of a picture [1,C,H,W]."""
+        with torch.no_grad():
+            curve = likelihood.diffusion_loss(self.denoiser, units.to_model(x), self.curve_bank)[0]
+            return curve, self.classifier(x)[0]
+
+    def at(self, index: int, sigma: float, picked: int | None = None) -> dict:
+        """The frame of one test digit at one noise level; `picked` adds a class to look at."""
+        x = self.world.test_images[index]
+        label = int(self.world.test_labels[index])
+        curve, logits = self.losses(index)
+        share = torch.softmax(logits, 0)
+        z = units.to_model(x)
+        z_sigma = z + sigma * self.eps
+        with torch.no_grad():
+            denoised = self.denoiser(z_sigma[None], sigma)[0]
+        error = ((denoised - z) ** 2).flatten(1).sum(1)
+        best, second = logits.topk(2).indices.tolist()
+        colours = figures.emphasis(logits)
+        if picked is not None and picked not in (best, second):
+            colours[picked] = figures.WRONG
+        lead = float(logits[best] - logits[second])
+        note = (
+            f"Predicted <b>{best}</b> (label {label}) with posterior {float(share[best]):.3f}; runner-up {second} "
+            f"is {lead:.1f} nats behind. At σ = {sigma:.2f} the denoised {best} misses the picture by "
+            f"{float(error[best]):.2f}, the denoised {second} by {float(error[second]):.2f} (squared)."
+        )
+        return figures.frame(
+            [
+                figures.tiles(
+                    [z, (z_sigma / (1 + sigma))],
+                    columns=2,
+                    size=92,
+                    low=-1,
+                    high=1,
+                    title=f"Test digit {index}",
+                    captions=[f"label {label}", f"noised, σ = {sigma:.2f}"],
+                    alt=f"A handwritten {label} and its noised copy.",
+                ),
+                figures.tiles(
+                    denoised,
+                    columns=10,
+                    size=58,
+                    low=-1,
+                    high=1,
+                    title="Denoised as if it were each class (click one)",
+                    captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)],
+                    pick=True,
+                    borders=[None if c == OTHER else c for c in colours],
+                    alt="The noised digit denoised under each of the ten classes, with squared errors.",
+                ),
+                excess_curves(curve, best, colours, self.curve_bank.sigma, sigma),
+                posterior_bars(share, colours),
+            ],
+            note,
+        )
+
+
+def excess_curves(
+    losses: Tensor, best: int, colours: list[str], sigmas: Tensor, cursor: float | None, **more
+) -> dict:
+    """Excess loss over the best class, per unit of ln sigma: the area under a curve is nats against that class."""
+    excess = (losses - losses[best]) / sigmas**2
+    order = sorted(
+        range(len(colours)), key=lambda k: colours[k] != OTHER
+    )  # grey first, so that colours lie on top
+    series = [
+        dict(
+            y=excess[k],
+            colour=colours[k],
+            label=str(k) if colours[k] != OTHER else None,
+            width=1 if colours[k] == OTHER else 2.4,
+            fill=colours[k] == SECOND,
+        )
+        for k in order
+    ]
+    top = float(excess.max())
+    return figures.curves(
+        sigmas,
+        series,
+        title="Evidence against each class (area = nats)",
+        cursor=cursor,
+        xlog=True,
+        xlabel="noise level σ (model units" + ("; drag)" if cursor is not None else ")"),
+        ylabel="excess loss / σ²",
+        yrange=(min(0.0, float(excess.min())), max(top * 1.05, 1e-3)),
+        alt=f"Excess loss over class {best} for every class against the noise level.",
+        **{"w": 440, "h": 240, **more},
+    )
+
+
+def posterior_bars(
+    share: Tensor, colours: list[str], title: str = "Posterior p(class | picture)", **more
+) -> dict:
+    """The posterior of ten classes. Shapes: share [K] -> a panel."""
+    return figures.bars(
+        [str(k) for k in range(len(share))],
+        share,
+        colours=colours,
+        title=title,
+        xlabel="class",
+        texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
+        alt=f"Posterior; the largest is class {int(share.argmax())} with {float(share.max()):.2f}.",
+        **{"w": 330, "h": 240, **more},
+    )
+
+
+class OptimalDigitsScene:
+    """Notebook 04: the network against the optimal denoiser of the training set, on the same noised digit."""
+
+    def __init__(self, denoiser: Denoiser, seed: int = 0):
+        self.world = data.digits()
+        self.denoiser = denoiser
+        pictures = units.to_model(self.world.train_images).double()
+        self.optimal = MixtureDenoiser.of_images(pictures, self.world.train_labels)
+        self.eps = torch.randn(
+            denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1)
+        )
+
+    def at(self, index: int, sigma: float, seen: bool) -> dict:
+        """The frame of a training digit (`seen`) or a test digit at one noise level."""
+        world = self.world
+        images, labels = (
+            (world.train_images, world.train_labels)
+            if seen
+            else (world.test_images, world.test_labels)
+        )
+        z = units.to_model(images[index])
+        label = int(labels[index])
+        z_sigma = (z + sigma * self.eps)[None]
+        with torch.no_grad():
+            pairs = {
+                "the trained network": self.denoiser(z_sigma, sigma)[0],
+                "the optimal denoiser": self.optimal(z_sigma, sigma)[0],
+            }
+        panels = [
+            figures.tiles(
+                [z, z_sigma[0] / (1 + sigma)],
+                columns=2,
+                size=92,
+                low=-1,
+                high=1,
+                title=f"{'Training' if seen else 'Test'} digit {index}",
+                captions=[f"label {label}", f"σ = {sigma:.2f}"],
+                alt=f"A handwritten {label} and its noised copy.",
+            )
+        ]
+        errors = []
+        for name, denoised in pairs.items():
+            error = ((denoised - z) ** 2).flatten(1).sum(1)
+            errors.append(float(error[label]))
+            best = int(error.argmin())
+            panels.append(
+                figures.tiles(
+                    denoised,
+                    columns=10,
+                    size=58,
+                    low=-1,
+                    high=1,
+                    title=f"Ten classes by {name}",
+                    captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)],
+                    borders=[BEST if k == best else None for k in range(10)],
+                    alt=f"The digit denoised under ten classes by {name}, with squared errors.",
+                )
+            )
+        note = (
+            f"Squared error under the true class: network {errors[0]:.2f}, optimal denoiser {errors[1]:.2f}. "
+            + (
+                "The optimal denoiser has this very picture in its memory."
+                if seen
+                else "The optimal denoiser has never seen this picture: it can only return mixtures of training digits."
+            )
+        )
+        return figures.frame(panels, note)

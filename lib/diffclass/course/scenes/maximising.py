@@ -1,0 +1,222 @@
+"""Frames of likelihood maximisation on one digit, clean and attacked: the pictures, their change, loss and verdict."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffclass import attacks, units
+from diffclass.classifiers.purified import Defended, LikelihoodMaximisation
+from diffclass.course import figures
+from diffclass.course.figures import COLOURS
+from diffclass.course.scenes.digits import DigitScene, posterior_bars
+
+STEPS = 20  # of the film, and of the defence: its first steps
+
+
+DEFENCE = 5
+
+
+ATTACK_STEPS = 10
+
+
+class FirstSteps(LikelihoodMaximisation):
+    """A defence whose noise is the beginning of a longer walk's, so that its answer is a frame of that walk."""
+
+    def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Levels [N,images] and noise [N,images,C,H,W], the first N of `STEPS`."""
+        sigma, eps = self.longer().draw(images, generator)
+        return sigma[: self.steps], eps[: self.steps]
+
+    def longer(self) -> LikelihoodMaximisation:
+        """The same walk, `STEPS` long."""
+        return LikelihoodMaximisation(
+            self.denoiser,
+            steps=STEPS,
+            rate=self.rate,
+            budget=self.budget,
+            rule=self.rule,
+            band=self.band,
+            exact=self.exact,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of the walk of two pictures, the clean one and the attacked one.
+
+    Shapes      x [2,C,H,W] in [0,1]; loss [2], the unconditional one in the walk's band, summed over pixels; logits
+                [2,K]
+    """
+
+    x: Tensor
+    loss: Tensor
+    logits: Tensor
+
+
+class MaximisationScene:
+    """Attack a test digit, then walk from it and from the clean digit: `shoot` does it, `at` shows a step.
+
+    Randomness  fixed: the walk's noise, the classifier's, and that of the loss on display
+    """
+
+    VARIANTS = ("the paper's", "as released")
+    TARGETS = ("the classifier alone", "the whole defence (BPDA)", "the whole defence (exact)")
+
+    def __init__(self, digits: DigitScene, epsilon: float = 0.1):
+        self.digits = digits
+        self.world = digits.world
+        self.epsilon = epsilon
+        self.denoiser = digits.denoiser
+        self.classifier = digits.classifier
+        levels = digits.curve_bank.sigma
+        low, high = LikelihoodMaximisation(self.denoiser).band
+        self.band = (levels >= low) & (levels <= high)  # where the walk's loss is, and is shown
+        self.film: list[Moment] = []
+        self._films: dict[tuple, list[Moment]] = {}
+
+    def defence(self, variant: str, budget: float) -> Defended:
+        """Five steps of a variant before the classifier; the budget (pixels, L-inf) is the paper's alone."""
+        walk = (
+            FirstSteps.paper(self.denoiser, budget, steps=DEFENCE)
+            if variant == self.VARIANTS[0]
+            else FirstSteps.released(self.denoiser, steps=DEFENCE)
+        )
+        return Defended(walk, self.classifier)
+
+    def shoot(self, index: int, budget: float, variant: str, target: str) -> Iterator[float]:
+        """Attack, then walk; yields the share of the work done. A finished film is kept and not shot again.
+
+        Units       budget in pixels, L-inf
+        """
+        defence = self.defence(variant, budget)
+        key = (index, budget, variant, target)
+        x = self.world.test_images[index : index + 1]
+        y = self.world.test_labels[index : index + 1]
+        film = self._films.get(key, [])
+        if not film:
+            attacked = (
+                self.classifier
+                if target == self.TARGETS[0]
+                else defence.with_gradient(target == self.TARGETS[2])
+            )
+            for step in attacks.pgd(attacked, x, y, self.epsilon, steps=ATTACK_STEPS):
+                yield 0.5 * step.step / ATTACK_STEPS
+            x = torch.cat([x, step.x])
+            film.append(self._moment(units.to_model(x)))
+        self.index = index
+        self.label = int(y)
+        self.variant = variant
+        self.film = film
+        self.budget = defence.purifier.budget
+        if len(film) == 1:
+            walk = defence.purifier.longer()
+            z = units.to_model(x)
+            for u in walk.walk(z, *walk.noise(z)):
+                film.append(self._moment(u))
+                yield 0.5 + 0.5 * (len(film) - 1) / STEPS
+            self._films[key] = film
+        yield 1.0
+
+    def _moment(self, z: Tensor) -> Moment:
+        x = units.to_pixel(z).clamp(0, 1)
+        with torch.no_grad():
+            return Moment(x, self.digits.unconditional(z)[:, self.band].mean(1), self.classifier(x))
+
+    def at(self, step: int) -> dict:
+        """The frame of a step; of the last one there is, while the film is being shot."""
+        step = max(0, min(step, len(self.film) - 1))
+        start = self.film[0]
+        now = self.film[step]
+        label = self.label
+        best = now.logits.argmax(1).tolist()
+        share = torch.softmax(now.logits[1], 0)
+        wrong = [figures.WRONG if k != label else None for k in best]
+        moved = (now.x - start.x).flatten(1).abs().amax(1).tolist()
+        colours = figures.emphasis(now.logits[1])
+        if best[1] != label:
+            colours[best[1]] = figures.WRONG
+        return figures.frame(
+            [
+                figures.tiles(
+                    [start.x[0], now.x[0], start.x[1], now.x[1], *(0.5 + now.x - start.x)],
+                    columns=6,
+                    size=88,
+                    title=f"Test digit {self.index}, a {label}, clean and attacked: before, after {step} steps",
+                    captions=[
+                        "clean",
+                        f"now {best[0]}",
+                        "attacked",
+                        f"now {best[1]}",
+                        f"its change\n(clean), {moved[0]:.2f}",
+                        f"its change\n(attacked), {moved[1]:.2f}",
+                    ],
+                    borders=[None, wrong[0], None, wrong[1], None, None],
+                    alt=f"A handwritten {label} and its attacked copy, before and after {step} steps of "
+                    "likelihood maximisation, and what the steps changed.",
+                ),
+                self._curves(
+                    step,
+                    "‖D − u‖²",
+                    "Unconditional loss: what the steps lower",
+                    [m.loss for m in self.film],
+                    "",
+                    w=420,
+                ),
+                self._curves(
+                    step,
+                    "lead / nats",
+                    "How far the label leads",
+                    [
+                        -attacks.margin_loss(m.logits, torch.tensor([label, label]))
+                        for m in self.film
+                    ],
+                    "; below zero the answer is wrong",
+                    w=570,
+                ),
+                posterior_bars(share, colours, "Posterior of the attacked digit", w=410, h=220),
+            ],
+            self._note(step, best, share, moved),
+        )
+
+    def _curves(
+        self, step: int, ylabel: str, title: str, pairs: list[Tensor], more: str, w: int
+    ) -> dict:
+        shown = torch.stack(pairs if len(pairs) > 1 else pairs * 2)  # a line needs two ends
+        series = [
+            dict(y=shown[:, i], colour=c, label=name, width=2.2)
+            for i, (c, name) in enumerate(((COLOURS[0], "clean"), (COLOURS[4], "attacked")))
+        ]
+        if more:
+            series.append(dict(y=[0.0] * len(shown), colour=COLOURS[7], dash="3 3"))
+        return figures.curves(
+            range(len(shown)),
+            series,
+            title=title,
+            xlabel="step (drag)",
+            ylabel=ylabel,
+            w=w,
+            h=220,
+            xrange=(0, STEPS),
+            cursor=step,
+            alt=f"{title} of the clean and of the attacked digit, against the step{more}.",
+        )
+
+    def _note(self, step: int, best: list[int], share: Tensor, moved: list[float]) -> str:
+        first = self.film[0]
+        now = self.film[step]
+        limit = (
+            f"within L∞ {self.budget:.3f} of the start"
+            if self.budget is not None
+            else "without a limit"
+        )
+        defended = self.film[min(DEFENCE, len(self.film) - 1)].logits.argmax(1).tolist()
+        return (
+            f"Label {self.label}. After {step} steps ({self.variant}, {limit}) the clean digit is called "
+            f"<b>{best[0]}</b>, the attacked one <b>{best[1]}</b> (posterior {float(share[best[1]]):.3f}); the "
+            f"unconditional loss went from {float(first.loss[1]):.2f} to {float(now.loss[1]):.2f} and the pixels "
+            f"moved by up to {moved[1]:.2f}. The defence stops after {DEFENCE} steps and answers {defended[0]} and "
+            f"{defended[1]}."
+        )

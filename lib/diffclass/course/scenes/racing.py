@@ -1,0 +1,224 @@
+"""Frames of one digit whose classes are compared for fewer evaluations: who is left, on what evidence, at what bill."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffclass.classifiers import racing
+from diffclass.classifiers.racing import Answer, Question
+from diffclass.course import figures
+from diffclass.course.figures import BEST, OTHER, SECOND, WRONG
+from diffclass.course.scenes.digits import DigitScene, posterior_bars
+from diffclass.zoo import networks
+
+LEVELS = len(networks.DIGIT_LEVELS)
+
+
+ALPHA, TOP = 0.1, 60.0  # chance of losing the best class; nats that the figure shows
+
+
+SIFT = 5  # sifted levels, classes left to refine, nats behind the leader
+
+
+MOST = 3
+
+
+THRESHOLD = 15.0
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What a strategy says after `bill` evaluations of a network that is asked class by class.
+
+    Shapes      lead [K] in nats behind the best living class, frozen when a class leaves; alive [K]
+    """
+
+    bill: int
+    lead: Tensor
+    alive: Tensor
+    answer: Answer
+
+
+class RaceScene:
+    """A test digit, a strategy, and how much of it has been paid for.
+
+    Randomness  every run starts from the same seed; the pilot is measured once, on training digits
+    """
+
+    STRATEGIES = (
+        "race with a guarantee",
+        "staged elimination",
+        "sift and refine",
+        "no elimination",
+    )
+
+    def __init__(self, digits: DigitScene, seed: int = 0):
+        self.world = digits.world
+        self.seed = seed
+        self.question = Question(digits.denoiser, networks.DIGIT_LEVELS)
+        self.whole = LEVELS * digits.denoiser.num_classes
+        self.guess = racing.pilot(
+            self.question, self.world.train_images[:20], torch.Generator().manual_seed(seed)
+        )
+        self._known: dict[tuple, list[Moment]] = {}
+
+    def run(self, index: int, strategy: str, scale: float) -> list[Moment]:
+        """Every moment of a strategy on one test digit, measured once."""
+        key = (index, strategy, scale if strategy == self.STRATEGIES[0] else None)
+        if key not in self._known:
+            x = self.world.test_images[index : index + 1]
+            start = (self.question, x, torch.Generator().manual_seed(self.seed + 1))
+            meter = racing.Meter(*start)
+            budget = LEVELS * int(meter.cost(meter.everyone))
+            rules = {
+                self.STRATEGIES[0]: partial(racing.normal_mixture, alpha=ALPHA, scale=scale),
+                self.STRATEGIES[3]: lambda pair, state: (~meter.everyone, state),
+            }
+            if strategy in rules:
+                found = racing.race(*start, self.guess.share, rules[strategy], budget)
+            elif strategy == self.STRATEGIES[1]:
+                found = racing.staged(*start, (4, LEVELS), (4, 1))
+            else:
+                found = racing.sift_and_refine(*start, THRESHOLD, SIFT, MOST)
+            self._known[key] = _moments(
+                racing.answer(found).history, meter.heads, strategy == self.STRATEGIES[2]
+            )
+        return self._known[key]
+
+    def at(self, index: int, strategy: str, scale: float, spent: float) -> dict:
+        """The frame of one test digit under a strategy once `spent` evaluations have been paid for, class by class."""
+        film = self.run(index, strategy, scale)
+        now = [film[0], *(m for m in film if m.bill <= spent)][-1]
+        label = int(self.world.test_labels[index])
+        scores = now.answer.estimates[0]
+        share = torch.softmax((-scores).masked_fill(~now.alive, -math.inf), 0)
+        best = int(now.answer.prediction)
+        colours = [
+            c if bool(a) else OTHER for c, a in zip(figures.emphasis(share), now.alive, strict=True)
+        ]
+        if best != label:
+            colours[best] = WRONG
+        panels = [
+            figures.tiles(
+                [self.world.test_images[index]],
+                columns=1,
+                size=110,
+                title=f"Test digit {index}",
+                captions=[f"label {label}, now {best}"],
+                alt=f"A handwritten {label}; the strategy says {best} at this moment.",
+                borders=[WRONG if best != label else None],
+            ),
+            self._curves(film, now, strategy, scale, colours),
+            posterior_bars(share, colours, "Posterior of the living classes", w=290),
+            self._meter(now, film[-1]),
+        ]
+        return figures.frame(panels, self._note(film, now, strategy, share, label))
+
+    def _curves(self, film, now, strategy, scale, colours) -> dict:
+        shown = film if len(film) > 1 else film * 2  # a line needs two ends
+        leads = torch.stack([m.lead for m in shown])
+        bills = [m.bill for m in shown]
+        order = sorted(range(len(colours)), key=lambda k: colours[k] != OTHER)
+        series = [
+            dict(
+                y=leads[:, k],
+                colour=colours[k],
+                width=1 if colours[k] == OTHER else 2.4,
+                label=str(k) if colours[k] != OTHER else None,
+            )
+            for k in order
+        ]
+        if strategy == self.STRATEGIES[0]:
+            draws = torch.arange(1, len(shown) + 1, dtype=torch.float64)
+            series.append(
+                dict(
+                    y=limit(draws, scale, leads.shape[1]),
+                    colour="black",
+                    dash="5 3",
+                    label="above this: out",
+                )
+            )
+        elif strategy == self.STRATEGIES[2]:
+            series.append(
+                dict(
+                    y=[THRESHOLD] * len(bills), colour="black", dash="5 3", label="above this: out"
+                )
+            )
+        return figures.curves(
+            bills,
+            series,
+            title="How far behind the leader? (frozen once a class is out)",
+            w=410,
+            xlabel="network evaluations, class by class (drag)",
+            ylabel="lag / nats",
+            xrange=(0, self.whole),
+            yrange=(0.0, TOP),
+            cursor=min(now.bill, self.whole),
+            alt="Lag of every class behind the leading one against evaluations spent, in nats.",
+        )
+
+    def _meter(self, now: Moment, last: Moment) -> dict:
+        values = [now.bill, last.bill, self.whole]
+        return figures.bars(
+            ["so far", "in the end", "all, always"],
+            values,
+            colours=[BEST, SECOND, OTHER],
+            title="Evaluations, class by class",
+            range=(0, self.whole),
+            w=230,
+            h=240,
+            texts=[str(v) for v in values],
+            xlabel="",
+            alt=f"{now.bill} network evaluations so far, {last.bill} in the end, {self.whole} for all "
+            "classes at all levels.",
+        )
+
+    def _note(self, film, now: Moment, strategy: str, share: Tensor, label: int) -> str:
+        last = film[-1]
+        best = int(now.answer.prediction)
+        left = [str(k) for k in range(len(share)) if bool(now.alive[k])]
+        ending = f"ends with {int(last.answer.prediction)} after {last.bill} of {self.whole}"
+        if strategy == self.STRATEGIES[0] and not bool(last.answer.decided):
+            ending = f"remains undecided, its budget of {LEVELS} levels being spent"
+        return (
+            f"After {now.bill} evaluations: <b>{best}</b> (label {label}), living classes {', '.join(left)}; the "
+            f"run ({strategy}) {ending}. A network with one head for each class would have paid "
+            f"{int(now.answer.evaluations)} so far. Largest scale seen in the pilot: {self.guess.scale:.1f} nats."
+        )
+
+
+def limit(draws: Tensor, scale: float, classes: int, alpha: float = ALPHA) -> Tensor:
+    """The mean lag behind one rival that puts a class out by that rival alone, under `racing.normal_mixture`.
+
+    Formula     scale s (n + 1)^(1/2) / n at the s with 2 (n + 1)^(-1/2) exp(s^2/2) Phi(s) = (K - 1)/alpha
+    Shapes      draws n [T] -> [T], nats
+    """
+    s = torch.linspace(0, 12, 12001, dtype=torch.float64)
+    log_capital = math.log(2) + s**2 / 2 + torch.special.log_ndtr(s)  # grows with s
+    wanted = math.log((classes - 1) / alpha) + torch.log1p(draws) / 2
+    return scale * s[torch.searchsorted(log_capital, wanted)] * (draws + 1).sqrt() / draws
+
+
+def _moments(history: tuple[Answer, ...], heads: bool, refines: bool) -> list[Moment]:
+    """The bill class by class: a level costs one evaluation for every class that is asked at it."""
+    alive = torch.ones_like(history[0].alive[0])
+    lead = torch.zeros_like(history[0].estimates[0])
+    bill = 0
+    paid = 0
+    film = []
+    for found in history:
+        asked = (
+            found.alive[0] if refines and found is history[-1] else alive
+        )  # refinement asks who is left after it
+        new = int(found.evaluations) - paid
+        bill = bill + new * (int(asked.sum()) if heads else 1)
+        paid = paid + new
+        scores = found.estimates[0]
+        lag = scores - scores.masked_fill(~found.alive[0], math.inf).min()
+        lead = torch.where(alive, lag, lead)
+        alive = found.alive[0]
+        film.append(Moment(bill, lead, alive, found))
+    return film

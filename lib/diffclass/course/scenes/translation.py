@@ -1,0 +1,144 @@
+"""Frames of IDC: the labels and their cosines, the bridge from a digit to its label, the network's walk back."""
+
+import torch
+from torch import Tensor
+
+from diffclass import data, units
+from diffclass.classifiers import bridges
+from diffclass.classifiers.bridges import Bridge
+from diffclass.classifiers.idc import TranslationClassifier, TranslationStep, Translator
+from diffclass.course import figures
+from diffclass.course.figures import OTHER
+
+SIZE = 54  # of a label on the screen, pixels
+
+
+def stored(labels: Tensor, low: float) -> Tensor:
+    """Labels whose black is stored as `low` and white as 1: -1 is model space, 0 are pixels. Shapes: the same."""
+    return low + (1 - low) * labels
+
+
+class TranslationScene:
+    """A trained translator, the test digits and every family of labels; a frame is a digit at a place of the bridge.
+
+    Randomness  one fixed noise for the bridge, the classifier's own for the walk
+    """
+
+    FAMILIES = tuple(bridges.LABELS)
+
+    def __init__(self, translator: Translator, seed: int = 0):
+        self.world = data.digits()
+        self.classifier = TranslationClassifier(translator, seed=seed)
+        self.bridge: Bridge = translator.bridge
+        self.labels = {
+            name: family(translator.num_classes, translator.image_shape)
+            for name, family in bridges.LABELS.items()
+        }
+        self.eps = torch.randn(
+            translator.image_shape, generator=torch.Generator().manual_seed(seed + 1)
+        )
+        self._known: dict[int, list[TranslationStep]] = {}
+
+    def walk(self, index: int) -> list[TranslationStep]:
+        """The network's steps on a test digit, from the picture to the label, taken once."""
+        if index not in self._known:
+            with torch.no_grad():
+                self._known[index] = list(
+                    self.classifier.walk(self.world.test_images[index : index + 1])
+                )
+        return self._known[index]
+
+    def at(self, index: int, m: float, low: float, family: str) -> dict:
+        """The frame of one test digit at share m of the bridge, with labels of one family stored in [low, 1]."""
+        labels = self.labels[family]
+        c = int(self.world.test_labels[index])
+        picture = units.to_model(self.world.test_images[index])
+        label = units.to_model(labels[c])
+        share = torch.tensor(m)
+        state = (
+            (1 - share) * label + share * picture + self.bridge.variance(share).sqrt() * self.eps
+        )
+        cosines = bridges.cosines(stored(labels, low))
+        apart = cosines[~torch.eye(len(labels), dtype=torch.bool)]
+        spread = f"{float(apart.min()):+.2f} to {float(apart.max()):+.2f}"
+        walk = self.walk(index)
+        best, second = walk[-1].distances[0].topk(2, largest=False).indices.tolist()
+        ends = walk[-1].distances[0]
+        note = (
+            f"{family} labels with black stored as {low:.2f}: cosines {spread}. The network, trained on its own "
+            f"labels, translates this {c} and ends {float(ends[best]):.3f} from label {best} and "
+            f"{float(ends[second]):.3f} from label {second} (mean absolute difference in pixels)."
+        )
+        return figures.frame(
+            [
+                figures.tiles(
+                    [picture, state, label],
+                    columns=3,
+                    size=84,
+                    low=-1,
+                    high=1,
+                    title="From picture to label",
+                    captions=[f"digit {index}", f"m = {m:.2f}", f"label {c}"],
+                    alt=f"A handwritten {c}, the bridge at share {m:.2f}, and the label of class {c}.",
+                ),
+                figures.tiles(
+                    labels,
+                    columns=5,
+                    size=SIZE,
+                    captions=[str(k) for k in range(len(labels))],
+                    title=f"Labels: {family}",
+                    alt=f"The ten labels of the family {family}.",
+                ),
+                figures.tiles(
+                    [cosines[None]],
+                    columns=1,
+                    size=150,
+                    low=-1,
+                    high=1,
+                    captions=[spread],
+                    title="Cosines",
+                    alt=f"Gram matrix of the ten labels; between different labels {spread}.",
+                ),
+                self._distances(walk, m, c),
+                figures.tiles(
+                    [step.estimate[0] for step in walk],
+                    columns=len(walk),
+                    size=64,
+                    low=-1,
+                    high=1,
+                    captions=[f"m = {float(self.bridge.shares[step.t]):.2f}" for step in walk],
+                    title="Estimated label at each step",
+                    alt=f"The network's estimates of the label; the last is nearest to label {best}.",
+                ),
+            ],
+            note,
+        )
+
+    def _distances(self, walk: list[TranslationStep], m: float, label: int) -> dict:
+        """Distance of the estimates to the ten labels, against the share of the bridge where they were made."""
+        back = walk[::-1]
+        distances = torch.stack([step.distances[0] for step in back])
+        colours = figures.emphasis(-distances[0])
+        order = sorted(range(len(colours)), key=lambda k: colours[k] != OTHER)
+        series = [
+            dict(
+                y=distances[:, k],
+                colour=colours[k],
+                label=str(k) if colours[k] != OTHER else None,
+                width=1 if colours[k] == OTHER else 2.4,
+            )
+            for k in order
+        ]
+        return figures.curves(
+            self.bridge.shares[[step.t for step in back]],
+            series,
+            cursor=m,
+            xrange=(0, 1),
+            yrange=(0, max(0.6, float(distances.max()) * 1.05)),
+            w=400,
+            h=250,
+            title="Distance to the ten labels (read from right to left)",
+            xlabel="share m of the picture (drag)",
+            ylabel="mean absolute difference",
+            alt=f"Distances of the estimates of a {label} to ten labels, from picture to label.",
+        )

@@ -1,0 +1,524 @@
+"""Thin controllers: a few controls, one function from their state to a frame, one stage to draw it. No arithmetic."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import anywidget
+import ipywidgets as W
+import traitlets
+from torch import Tensor
+
+from diffclass import data
+from diffclass.classifiers.idc import Translator
+from diffclass.course.scenes.attacking import AttackScene
+from diffclass.course.scenes.audit import AuditScene
+from diffclass.course.scenes.digits import DigitScene, OptimalDigitsScene
+from diffclass.course.scenes.explorer import NORMS, ExplorerScene
+from diffclass.course.scenes.maximising import MaximisationScene
+from diffclass.course.scenes.photos import PhotoScene
+from diffclass.course.scenes.plane import ForwardScene, PlaneScene
+from diffclass.course.scenes.racing import RaceScene
+from diffclass.course.scenes.translation import TranslationScene
+from diffclass.data.plane import MixtureLaw
+from diffclass.denoisers.base import Denoiser
+from diffclass.evaluation.measuring import Losses
+
+VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
+
+
+class Stage(anywidget.AnyWidget):
+    """The drawing surface: shows `frame`, reports what the reader drags (`point`, `cursor`) or clicks (`picked`)."""
+
+    _esm = Path(__file__).with_name("stage.js")
+    _css = Path(__file__).with_name("stage.css")
+    frame = traitlets.Dict().tag(sync=True)
+    backdrops = traitlets.Dict().tag(sync=True)
+    point = traitlets.List(traitlets.Float(), [0.0, 0.0]).tag(sync=True)
+    cursor = traitlets.Float(0.0).tag(sync=True)
+    picked = traitlets.Int(-1).tag(sync=True)
+
+
+class Hero(W.VBox):
+    """Controls above a stage; every change calls `show`, which returns the next frame.
+
+    Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame
+    Why         one place for wiring, so that each hero is its controls and one function, and a test can turn them
+    """
+
+    def __init__(
+        self,
+        show: Callable[..., dict],
+        controls: dict[str, W.Widget],
+        *,
+        cursor: str | None = None,
+        point: tuple[float, float] | None = None,
+        backdrops: dict | None = None,
+    ):
+        self.stage = Stage(backdrops=backdrops or {})
+        if point is not None:
+            self.stage.point = list(point)
+        self.controls = controls
+        self.show = show
+        for control in controls.values():
+            control.observe(self.refresh, "value")
+        self.stage.observe(self.refresh, ["point", "picked"])
+        if cursor is not None:  # dragging the line in the figure is the same as moving the slider
+            self.stage.observe(
+                lambda change: setattr(controls[cursor], "value", change["new"]), "cursor"
+            )
+        super().__init__(
+            [W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), self.stage]
+        )
+        self.refresh()
+
+    def refresh(self, _=None) -> None:
+        """Draw the frame of the present state."""
+        values = {name: control.value for name, control in self.controls.items()}
+        self.stage.frame = self.show(
+            **values, point=tuple(self.stage.point), picked=self.stage.picked
+        )
+
+
+def slider(
+    label: str, value, low, high, step, *, log: bool = False, width: int = 340, **more
+) -> W.Widget:
+    """A slider with room for its label; `log` makes low and high powers of ten."""
+    style = {"description_width": "initial"}
+    layout = W.Layout(width=f"{width}px")
+    if log:
+        return W.FloatLogSlider(
+            value=value,
+            base=10,
+            min=low,
+            max=high,
+            step=step,
+            description=label,
+            style=style,
+            layout=layout,
+            readout_format=".3g",
+            **more,
+        )
+    kind = W.IntSlider if isinstance(value, int) and isinstance(step, int) else W.FloatSlider
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        style=style,
+        layout=layout,
+        **more,
+    )
+
+
+def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
+    """A dropdown with room for its label."""
+    options = list(options)
+    return W.Dropdown(
+        options=options,
+        value=value or options[0],
+        description=label,
+        style={"description_width": "initial"},
+        layout=W.Layout(width=f"{width}px"),
+    )
+
+
+def digit_hero(denoiser: Denoiser, index: int = 1) -> Hero:
+    """A real digit, its ten denoised versions, its ten losses over sigma and its posterior (notebook 00)."""
+    scene = DigitScene(denoiser)
+    controls = dict(
+        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        sigma=slider("noise σ", 0.6, -1.3, 0.7, 0.02, log=True),
+    )
+    return Hero(
+        lambda index, sigma, point, picked: scene.at(index, sigma, picked if picked >= 0 else None),
+        controls,
+        cursor="sigma",
+    )
+
+
+def forward_hero(law: MixtureLaw | None = None) -> Hero:
+    """Points and a digit carried through time by a noise schedule (notebook 01)."""
+    scene = ForwardScene(law or data.gaussians(), data.digits().test_images[1])
+    controls = dict(
+        t=slider("timestep t", 200, 1, 1000, 1), schedule=choice("schedule", scene.SCHEDULES)
+    )
+    hero = Hero(lambda t, schedule, point, picked: scene.at(int(t), schedule), controls)
+    hero.stage.observe(
+        lambda change: setattr(controls["t"], "value", round(change["new"])), "cursor"
+    )
+    return hero
+
+
+def elbo_hero(law: MixtureLaw | None = None) -> Hero:
+    """The bound of a chain of T steps at a dragged point, against the exact log-likelihood (notebook 02)."""
+    scene = PlaneScene(law or data.gaussians())
+    controls = dict(steps=slider("steps T", 16, 4, 128, 4))
+    hero = Hero(
+        lambda steps, point, picked: scene.elbo(point, steps),
+        controls,
+        point=(0.1, 0.1),
+        backdrops={"posterior": scene.backdrop()},
+    )
+    hero.stage.observe(
+        lambda change: setattr(controls["steps"], "value", 4 * round(change["new"] / 4)), "cursor"
+    )
+    return hero
+
+
+def bayes_hero(law: MixtureLaw | None = None) -> Hero:
+    """Losses, evidence and posterior of a dragged point, with prior, temperature and weighting (notebook 03)."""
+    scene = PlaneScene(law or data.gaussians())
+    controls = dict(
+        prior_of_a=slider("prior of class A", 1 / 3, 0.01, 0.98, 0.01),
+        temperature=slider("temperature", 1.0, -1, 2, 0.05, log=True),
+        weighting=choice("weighting", scene.WEIGHTINGS, "ELBO"),
+    )
+    return Hero(
+        lambda prior_of_a, temperature, weighting, point, picked: scene.bayes(
+            point, prior_of_a, temperature, scene.WEIGHTINGS[weighting]
+        ),
+        controls,
+        point=(-0.26, 0.2),
+        backdrops={"posterior": scene.backdrop()},
+    )
+
+
+def denoiser_hero(law: MixtureLaw | None = None) -> Hero:
+    """E[x0 | x_sigma, k] of a dragged noisy point under every class (notebook 04)."""
+    scene = PlaneScene(law or data.mixtures())
+    controls = dict(sigma=slider("noise σ", 0.2, -1.6, 0.7, 0.02, log=True))
+    return Hero(
+        lambda sigma, point, picked: scene.denoised(point, sigma),
+        controls,
+        cursor="sigma",
+        point=(0.1, 0.2),
+        backdrops={"posterior": scene.backdrop()},
+    )
+
+
+def optimal_digits_hero(denoiser: Denoiser) -> Hero:
+    """Ten denoised digits by a network against ten by the optimal denoiser of the training set (notebook 04)."""
+    scene = OptimalDigitsScene(denoiser)
+    controls = dict(
+        sigma=slider("noise σ", 0.3, -1.3, 0.7, 0.02, log=True),
+        index=slider("digit", 1, 0, 399, 1),
+        split=choice("from the", ["test set", "training set"]),
+    )
+    return Hero(
+        lambda sigma, index, split, point, picked: scene.at(index, sigma, split == "training set"),
+        controls,
+    )
+
+
+def racing_hero(denoiser: Denoiser, index: int = 4) -> Hero:
+    """One digit whose classes are raced, eliminated or all measured, against the bill (notebook 06)."""
+    scene = RaceScene(DigitScene(denoiser))
+    controls = dict(
+        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        spent=slider("evaluations spent", 60, 10, scene.whole, 2),
+        scale=slider("assumed scale (nats)", 8.0, 2.0, 20.0, 0.5),
+        strategy=choice("strategy", scene.STRATEGIES),
+    )
+    hero = Hero(
+        lambda index, spent, scale, strategy, point, picked: scene.at(
+            index, strategy, scale, spent
+        ),
+        controls,
+    )
+    hero.stage.observe(
+        lambda change: setattr(controls["spent"], "value", 2 * round(change["new"] / 2)), "cursor"
+    )
+    return hero
+
+
+def photo_hero(images: Tensor, losses: Losses) -> Hero:
+    """Stored losses of photographs under a weighting and a band of noise levels (notebook 05)."""
+    scene = PhotoScene(images, losses)
+    last = losses.losses.shape[2] - 1
+    band = W.IntRangeSlider(
+        value=(0, last),
+        min=0,
+        max=last,
+        description="levels used",
+        layout=W.Layout(width="300px"),
+        style={"description_width": "initial"},
+    )
+    controls = dict(
+        index=slider("picture", 0, 0, len(losses.index) - 1, 1),
+        weighting=choice("weighting", scene.WEIGHTINGS, "ELBO"),
+        band=band,
+    )
+    return Hero(
+        lambda index, weighting, band, point, picked: scene.at(
+            index, scene.WEIGHTINGS[weighting], band
+        ),
+        controls,
+    )
+
+
+def translation_hero(translator: Translator, index: int = 350) -> Hero:
+    """A digit on the bridge to its label, four families of labels with their cosines, ten distances (notebook 10)."""
+    scene = TranslationScene(translator)
+    controls = dict(
+        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        m=slider("share m of the picture", 0.6, 0.0, 1.0, 0.01),
+        low=slider("black is stored as", -1.0, -1.0, 0.0, 0.05),
+        family=choice("labels", scene.FAMILIES, "Hadamard"),
+    )
+    return Hero(
+        lambda index, m, low, family, point, picked: scene.at(index, m, low, family),
+        controls,
+        cursor="m",
+    )
+
+
+class Worker(W.VBox):
+    """A stage with a job: work that is done item by item between the reader's actions, and can be stopped."""
+
+    def __init__(self):
+        self.stage = Stage()
+        self.job = None
+        self.progress = W.FloatProgress(
+            min=0, max=1, description="idle", layout=W.Layout(width="230px")
+        )
+        self.stop = W.Button(
+            description="Stop",
+            tooltip="stop the running job; what it has found stays",
+            layout=W.Layout(width="130px"),
+        )
+        self.stop.on_click(lambda _: self.halt())
+        super().__init__()
+
+    def refresh(self, _=None) -> None:
+        """Draw the present state; the heroes say how."""
+
+    def start(self, what: str, work: Iterator[float]) -> None:
+        """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
+        self.halt()
+        self.progress.description = what
+        self.progress.value = 0.0
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            for self.progress.value in work:
+                pass
+            self.finish()
+        else:
+            self.job = loop.create_task(self._run(work))
+
+    async def _run(self, work: Iterator[float]) -> None:
+        painted = time.monotonic()
+        for self.progress.value in work:
+            if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
+                self.refresh()
+                painted = time.monotonic()
+            await asyncio.sleep(0)
+        self.finish()
+
+    def finish(self) -> None:
+        """Say that the job is done, and draw the result."""
+        self.progress.description = "done"
+        self.job = None
+        self.refresh()
+
+    def halt(self) -> None:
+        """Stop the running job; what it has found stays."""
+        if self.job is not None:
+            self.job.cancel()
+            self.job = None
+            self.progress.description = "stopped"
+
+
+class Filmed(Worker):
+    """A film that some controls have shot anew, as a job, and others scrub from memory.
+
+    Shapes      a scene with shoot(**values of `shooting`) -> shares of the work done, and at(**values of `scrubbing`)
+                -> frame
+    """
+
+    def __init__(
+        self, scene, what: str, scrubbing: dict[str, W.Widget], shooting: dict[str, W.Widget]
+    ):
+        super().__init__()
+        self.scene = scene
+        self.what = what
+        self.controls = scrubbing
+        self.shooting = shooting
+        first = next(iter(scrubbing.values()))
+        self.stage.observe(lambda change: setattr(first, "value", round(change["new"])), "cursor")
+        for control in scrubbing.values():
+            control.observe(self.refresh, "value")
+        for control in shooting.values():
+            control.observe(lambda _: self.shoot(), "value")
+        rows = [[*scrubbing.values(), self.progress, self.stop], shooting.values()]
+        self.children = [
+            *(W.HBox(list(row), layout=W.Layout(flex_flow="row wrap")) for row in rows),
+            self.stage,
+        ]
+        for _ in self.take():  # the first film at once: the figure is never empty
+            pass
+        self.finish()
+
+    def take(self) -> Iterator[float]:
+        """The job: a new film, by the present controls."""
+        return self.scene.shoot(**{name: control.value for name, control in self.shooting.items()})
+
+    def shoot(self) -> None:
+        """Start a new film."""
+        self.start(self.what, self.take())
+
+    def refresh(self, _=None) -> None:
+        """Draw the present step of the film there is."""
+        self.stage.frame = self.scene.at(
+            **{name: control.value for name, control in self.controls.items()}
+        )
+
+
+def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 3) -> Hero:
+    """36 lamps of an honest classifier, four mysteries and stored audits (documents of `diffclass audit --json`); a
+    click tells why (notebook 09)."""
+    scene = AuditScene(stored)
+    controls = dict(
+        name=choice("classifier", scene.audits, name),
+        number=slider("check", number, 1, len(scene.numbers()), 1),
+    )
+    hero = Hero(lambda name, number, point, picked: scene.at(name, number), controls)
+
+    def clicked(change) -> None:
+        if change["new"] >= 0:
+            controls["number"].value = scene.numbers()[change["new"]]
+            hero.stage.picked = -1  # so that the same lamp can be clicked again
+
+    hero.stage.observe(clicked, "picked")
+    return hero
+
+
+def attack_hero(denoiser: Denoiser, index: int = 12) -> Filmed:
+    """One digit attacked by PGD: picture, change, losses and posterior at every step (notebook 08)."""
+    scene = AttackScene(DigitScene(denoiser))
+    return Filmed(
+        scene,
+        "attacking",
+        dict(step=slider("film: PGD step", 20, 0, 20, 1, width=290)),
+        dict(
+            index=slider(
+                "test digit",
+                index,
+                0,
+                len(scene.world.test_images) - 1,
+                1,
+                width=290,
+                continuous_update=False,
+            ),
+            epsilon=slider(
+                "budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False
+            ),
+            norm=choice("norm", scene.NORMS, width=170),
+            loss=choice("loss", scene.LOSSES, width=160),
+        ),
+    )
+
+
+def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
+    """Likelihood maximisation of a clean and of an attacked digit, step by step (notebook 07)."""
+    scene = MaximisationScene(DigitScene(denoiser))
+    return Filmed(
+        scene,
+        "attacking, then walking",
+        dict(step=slider("film: step", 5, 0, 20, 1, width=290)),
+        dict(
+            index=slider(
+                "test digit",
+                index,
+                0,
+                len(scene.world.test_images) - 1,
+                1,
+                width=290,
+                continuous_update=False,
+            ),
+            budget=slider(
+                "its L∞ limit (pixels)", 0.1, 0.0, 0.3, 0.005, width=310, continuous_update=False
+            ),
+            variant=choice("variant", scene.VARIANTS, width=170),
+            target=choice("attack on", scene.TARGETS, width=260),
+        ),
+    )
+
+
+class Explorer(Worker):
+    """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.scene = ExplorerScene(DigitScene(denoiser, samples=2))
+        last = len(self.scene.world.test_images) - 1
+        self.index = slider("test digit", self.scene.index, 0, last, 1, width=290)
+        self.norm = choice("norm", NORMS, width=130)
+        self.budget = slider(
+            "budget (pixels)", 1.0, 0.0, 4.0, 0.05, width=290, continuous_update=False
+        )
+        self.step = slider("film: PGD step", 20, 0, 20, 1, width=290)
+        self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01, width=290)
+        self.votes = W.SelectionSlider(
+            options=VOTES,
+            value=1000,
+            description="votes n",
+            layout=W.Layout(width="240px"),
+            style={"description_width": "initial"},
+        )
+        self.run_attack, self.run_certify = (
+            W.Button(description=d, button_style=s, tooltip=t, layout=W.Layout(width="130px"))
+            for d, s, t in (
+                ("Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"),
+                (
+                    "Certify",
+                    "success",
+                    "votes, Clopper-Pearson bound, radius; then an attack on the same vote",
+                ),
+            )
+        )
+        self._wire()
+        wrap = W.Layout(flex_flow="row wrap")
+        self.children = [
+            W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
+            W.HBox([self.sigma, self.votes, self.run_certify, self.stop], layout=wrap),
+            W.HBox([self.step, self.progress], layout=wrap),
+            self.stage,
+        ]
+        self.refresh()
+
+    def _wire(self) -> None:
+        self.index.observe(
+            lambda _: (self.halt(), self.scene.choose(self.index.value), self.refresh()), "value"
+        )
+        self.step.observe(self.refresh, "value")
+        for control in (self.sigma, self.votes):
+            control.observe(lambda _: (self.scene.forget_votes(), self.refresh()), "value")
+        for control in (self.budget, self.norm):
+            control.observe(lambda _: self.attack(), "value")
+        self.stage.observe(
+            lambda change: setattr(self.step, "value", round(change["new"])), "cursor"
+        )
+        self.run_attack.on_click(lambda _: self.attack())
+        self.run_certify.on_click(lambda _: self.certify())
+
+    def refresh(self, _=None) -> None:
+        """Draw the present state."""
+        self.stage.frame = self.scene.at(self.step.value, self.sigma.value, self.votes.value)
+
+    def attack(self) -> None:
+        """Start the attack on the plain classifier."""
+        self.step.value = self.step.max
+        self.start("attacking", self.scene.attack(self.norm.value, self.budget.value))
+
+    def certify(self) -> None:
+        """Start votes, certificate and the attack on the smoothed vote."""
+        self.start("certifying", self.scene.certify(self.sigma.value, self.votes.value))
+
+
+def explorer(denoiser: Denoiser) -> Explorer:
+    """One digit, attacked and certified, on one radius axis (notebook 15)."""
+    return Explorer(denoiser)

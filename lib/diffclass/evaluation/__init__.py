@@ -1,0 +1,1 @@
+"""Accuracies, clean and under attack: measured, stored, verified."""

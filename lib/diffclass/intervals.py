@@ -1,0 +1,94 @@
+"""Exact binomial bounds and the intervals of averages: no model, no randomness."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact bounds for a probability from counted successes
+
+
+def lower_bound(successes, trials: int, alpha: float):
+    """The value that the true probability exceeds, except with probability at most alpha (one-sided).
+
+    Formula     Beta^-1(alpha; s, n - s + 1);  0 for s = 0 and alpha^(1/n) for s = n
+    Source      Clopper & Pearson 1934
+    Shapes      successes [...] -> [...], a float for a number
+    Errors      ValueError for counts outside 0..n or alpha outside (0, 1)
+    """
+    s, n, alpha = _counted(successes, trials, alpha)
+    bound = stats.beta.ppf(alpha, np.maximum(s, 1), n - s + 1)
+    # The two ends are exact in closed form; the inverse beta function is only accurate to a few digits fewer there.
+    return _as_given(np.where(s == 0, 0.0, np.where(s == n, alpha ** (1 / n), bound)))
+
+
+def upper_bound(successes, trials: int, alpha: float):
+    """The value that the true probability stays below, except with probability at most alpha (one-sided).
+
+    Formula     1 - lower_bound(n - s)
+    Source      Clopper & Pearson 1934
+    Shapes      successes [...] -> [...], a float for a number
+    Errors      ValueError for counts outside 0..n or alpha outside (0, 1)
+    """
+    s, n, alpha = _counted(successes, trials, alpha)
+    bound = stats.beta.ppf(1 - alpha, s + 1, np.maximum(n - s, 1))
+    return _as_given(np.where(s == n, 1.0, np.where(s == 0, -np.expm1(math.log(alpha) / n), bound)))
+
+
+def interval(successes, trials: int, level: float = 0.95):
+    """The two-sided interval of an accuracy: each side fails with probability at most (1 - level) / 2.
+
+    Source      Clopper & Pearson 1934
+    Shapes      successes [...] -> (low [...], high [...]), floats for a number
+    Errors      ValueError for counts outside 0..n or a level outside (0, 1)
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"expected a confidence level between 0 and 1, got {level}; 95 % is 0.95.")
+    alpha = (1 - level) / 2
+    return lower_bound(successes, trials, alpha), upper_bound(successes, trials, alpha)
+
+
+def mean_interval(values: Sequence[float], draws: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of an average over images of numbers in [0,1], such as shares of hits.
+
+    Formula     Clopper-Pearson for p m hits of m,  m = p (1 - p) / (var / n) images of which each is right or wrong
+    Source      Korn & Graubard 1998; for values of 0 and 1 alone it is Clopper-Pearson's interval of n - 1 images, or
+                of n where all are alike
+    Shapes      values [N], each a mean over `draws` -> (low, high)
+    Errors      ValueError for values outside [0,1]
+    """
+    n = len(values)
+    if not n or min(values) < 0 or max(values) > 1:
+        raise ValueError(
+            f"expected shares between 0 and 1, got {list(values)[:3]}...; divide hits by draws."
+        )
+    p = math.fsum(values) / n
+    variance = math.fsum((value - p) ** 2 for value in values) / max(1, n - 1)
+    count = n if p in (0, 1) else min(p * (1 - p) / max(variance / n, 1e-12), n * draws)
+    tail = (1 - level) / 2
+    hits = p * count
+    low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if p > 0 else 0.0
+    return low, float(stats.beta.ppf(1 - tail, hits + 1, count - hits)) if p < 1 else 1.0
+
+
+def _counted(successes, trials: int, alpha: float) -> tuple[np.ndarray, int, float]:
+    s = np.asarray(successes)
+    if int(trials) != trials or trials < 1:
+        raise ValueError(f"expected at least one trial, a whole number, got {trials}.")
+    if s.size and not (np.all(s == np.floor(s)) and s.min() >= 0 and s.max() <= trials):
+        raise ValueError(
+            f"expected successes as whole numbers from 0 to {trials}, got {s.min()} to {s.max()}; "
+            "are they shares instead of counts, or counts of another run?"
+        )
+    if not 0 < alpha < 1:
+        raise ValueError(
+            f"expected alpha between 0 and 1, got {alpha}; alpha is the chance of a wrong certificate, "
+            "0.001 by custom."
+        )
+    return s.astype(float), int(trials), float(alpha)
+
+
+def _as_given(values: np.ndarray):
+    return float(values) if values.ndim == 0 else values

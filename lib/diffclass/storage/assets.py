@@ -1,0 +1,116 @@
+"""The files that travel with the course: where they are, and whether they are still what they were."""
+
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from diffclass.storage.results import sha256_of
+
+SUMS = "SHA256SUMS"
+
+
+def folder() -> Path:
+    """The assets folder: DIFFCLASS_ASSETS if set, else `assets/` of this checkout."""
+    return Path(
+        os.environ.get("DIFFCLASS_ASSETS") or Path(__file__).resolve().parents[3] / "assets"
+    )
+
+
+def checksums() -> dict[str, str]:
+    """The SHA-256 that each file should have, from `SHA256SUMS` (the format of sha256sum); empty if there is none.
+
+    Errors      ValueError for a line that is not a checksum and a name
+    """
+    return _listed(folder() / SUMS)
+
+
+def _listed(listing: Path) -> dict[str, str]:
+    if not listing.exists():
+        return {}
+    listed = {}
+    for line in filter(
+        str.strip, listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    ):
+        entry = re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*?)\s*", line)
+        if not entry:
+            raise ValueError(
+                f"expected a SHA-256 and a file name in every line of {listing.name}, got {line[:80]!r}; "
+                "the list is damaged: restore it with git."
+            )
+        listed[entry[2]] = entry[1]
+    return listed
+
+
+def parts(name: str, present: Collection[str]) -> list[str]:
+    """The names among `present` that hold an asset: itself, or its parts NAME-1-of-2.safetensors and so on."""
+    part = re.compile(rf"{re.escape(Path(name).stem)}-\d+-of-\d+{re.escape(Path(name).suffix)}")
+    return [name] if name in present else sorted(filter(part.fullmatch, present))
+
+
+def whole(file: str) -> str:
+    """The asset that a file is, or is a part of."""
+    return re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", file)
+
+
+def fingerprint(name: str) -> str:
+    """The SHA-256 that identifies an asset in a record; of several files, that of their checksums in order."""
+    listed = checksums()
+    digests = [listed[file] for file in parts(name, listed)]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
+
+
+def verified(name: str) -> Path:
+    """The path of an asset whose checksum holds; large weights are several files, NAME-1-of-2.safetensors and so on.
+
+    Errors      FileNotFoundError if a file is missing or unlisted; ValueError if its bytes have changed
+    """
+    path = folder() / name
+    listed = checksums()
+    files = parts(name, listed)
+    missing = [part for part in files if not (folder() / part).exists()]
+    if missing or not files:
+        found = (
+            f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
+        )
+        world, dash, _ = name.partition(
+            "-"
+        )  # weights are named after the world that they were trained on
+        raise FileNotFoundError(
+            f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
+            "check out the repository again"
+            f"{f', or make it with `diffclass train {world}`' if dash else ''}."
+        )
+    for part in files:
+        got = sha256_of(folder() / part)
+        if got != listed[part]:
+            raise ValueError(
+                f"expected {part} with SHA-256 {listed[part][:12]}..., got {got[:12]}... "
+                f"({(folder() / part).stat().st_size} bytes); the file was changed or its copy cut short: "
+                "restore it with git, or train it again."
+            )
+    return path
+
+
+def record(names: list[str], target: Path | None = None) -> None:
+    """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files.
+
+    Errors      FileNotFoundError for a name without a file; ValueError for a damaged list
+    """
+    target = target or folder()
+    lines = _listed(target / SUMS)
+    for name in names:
+        for old in parts(name, lines):
+            del lines[old]
+        files = parts(name, os.listdir(target))
+        if not files:
+            raise FileNotFoundError(
+                f"expected {name} in {target} to record its checksum, found no such file."
+            )
+        lines |= {file: sha256_of(target / file) for file in files}
+    (target / SUMS).write_text(
+        "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    )

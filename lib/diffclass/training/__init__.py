@@ -1,0 +1,1 @@
+"""How the networks in `assets/` are trained."""
