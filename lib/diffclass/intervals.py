@@ -19,7 +19,7 @@ def lower_bound(successes, trials: int, alpha: float):
     Errors      ValueError for counts outside 0..n or alpha outside (0, 1)
     """
     s, n, alpha = _counted(successes, trials, alpha)
-    bound = stats.beta.ppf(alpha, np.maximum(s, 1), n - s + 1)
+    bound = _lower(np.maximum(s, 1), n, alpha)
     # The two ends are exact in closed form; the inverse beta function is only accurate to a few digits fewer there.
     return _as_given(np.where(s == 0, 0.0, np.where(s == n, alpha ** (1 / n), bound)))
 
@@ -33,7 +33,7 @@ def upper_bound(successes, trials: int, alpha: float):
     Errors      ValueError for counts outside 0..n or alpha outside (0, 1)
     """
     s, n, alpha = _counted(successes, trials, alpha)
-    bound = stats.beta.ppf(1 - alpha, s + 1, np.maximum(n - s, 1))
+    bound = _upper(np.minimum(s, n - 1), n, alpha)
     return _as_given(np.where(s == n, 1.0, np.where(s == 0, -np.expm1(math.log(alpha) / n), bound)))
 
 
@@ -69,8 +69,19 @@ def mean_interval(values: Sequence[float], draws: int, level: float = 0.95) -> t
     count = n if p in (0, 1) else min(p * (1 - p) / max(variance / n, 1e-12), n * draws)
     tail = (1 - level) / 2
     hits = p * count
-    low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if p > 0 else 0.0
-    return low, float(stats.beta.ppf(1 - tail, hits + 1, count - hits)) if p < 1 else 1.0
+    low = float(_lower(hits, count, tail)) if p > 0 else 0.0
+    high = float(_upper(hits, count, tail)) if p < 1 else 1.0
+    return low, high
+
+
+def _lower(successes, trials, alpha):
+    """Clopper and Pearson's lower bound of a probability, also for counts that are no whole numbers."""
+    return stats.beta.ppf(alpha, successes, trials - successes + 1)
+
+
+def _upper(successes, trials, alpha):
+    """Their upper bound."""
+    return stats.beta.ppf(1 - alpha, successes + 1, trials - successes)
 
 
 def _counted(successes, trials: int, alpha: float) -> tuple[np.ndarray, int, float]:

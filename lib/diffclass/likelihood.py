@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffclass import noise
+from diffclass import noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import NoiseBank, Weighting
 
@@ -50,6 +50,17 @@ def diffusion_loss(
     return diffusion_errors(denoiser, z, bank, classes, chunk).mean(-1)
 
 
+def evidence(
+    losses: Tensor, levels: noise.Levels, weighting: Weighting = noise.elbo_weight
+) -> Tensor:
+    """What losses say for each class: the evidence lower bound, where the weighting is that of an ELBO.
+
+    Formula     - sum_t w_t losses_t
+    Shapes      losses [...,T], T levels -> [...]
+    """
+    return -(losses * weighting(levels)).sum(-1)
+
+
 def elbo(
     denoiser: Denoiser,
     z: Tensor,
@@ -66,7 +77,7 @@ def elbo(
     Units       nats per image, for `elbo_weight` and `discrete_elbo_weight`; other weightings give other classifiers
     Exact when  the denoiser is exact, the levels reach from ~0 to infinity and T, S grow (tests/test_likelihood.py)
     """
-    return -(diffusion_loss(denoiser, z, bank, classes, chunk) * weighting(bank.levels)).sum(-1)
+    return evidence(diffusion_loss(denoiser, z, bank, classes, chunk), bank.levels, weighting)
 
 
 def log_likelihood(
@@ -116,16 +127,33 @@ def end_term(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float)
     )
 
 
+def end_slope(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float) -> Tensor:
+    """The gradient of `end_term` in the image.
+
+    Formula     -(z - m_k) / (sigma^2 + v_k)
+    Shapes      z [B,C,H,W], class_means [K,C,H,W], class_traces [K] -> [B,K,C,H,W]
+    """
+    variance = class_traces / z[0].numel()
+    return -(z[:, None] - class_means) / (sigma**2 + variance)[:, None, None, None]
+
+
 def class_moments(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Mean image and trace of the covariance of each class. Shapes: [N,C,H,W], [N] -> [K,C,H,W], [K]."""
-    means = torch.stack([images[labels == k].mean(0) for k in range(num_classes)])
-    traces = torch.stack(
-        [
-            ((images[labels == k] - means[k]) ** 2).flatten(1).sum(1).mean()
-            for k in range(num_classes)
-        ]
-    )
-    return means, traces
+    """Mean image and trace of the covariance of each class.
+
+    Shapes      images [N,C,H,W], labels [N] -> [K,C,H,W], [K]
+    Errors      ValueError for a class without images, or labels that do not fit
+    """
+    units.check_labels(labels, len(images), num_classes)
+    counts = torch.bincount(labels, minlength=num_classes)
+    if int(counts.min()) == 0:
+        raise ValueError(f"expected images of each class, got counts {counts.tolist()}.")
+    means = []
+    traces = []
+    for k in range(num_classes):
+        own = images[labels == k]
+        means.append(own.mean(0))
+        traces.append(((own - means[k]) ** 2).flatten(1).sum(1).mean())
+    return torch.stack(means), torch.stack(traces)
 
 
 def vp_elbo(
@@ -193,7 +221,7 @@ def noised_elbo(
         )
     spread = (bank.sigma**2 - sigma_tau**2).sqrt()
     errors = _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
-    return -(errors.mean(-1) * weighting(bank.levels)).sum(-1)
+    return evidence(errors.mean(-1), bank.levels, weighting)
 
 
 def noised_weight(sigma_tau: float) -> Weighting:

@@ -4,6 +4,7 @@ Everything is said in sigma, the standard deviation of the noise in model space:
 timestep t with signal coefficient abar_t is the level sigma_t = sqrt((1 - abar_t) / abar_t).
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +109,14 @@ class Levels:
 
     def __repr__(self) -> str:
         return f"Levels(T={len(self)}, sigma {float(self.lower[0]):.3g} to {float(self.upper[-1]):.3g})"
+
+    def __getitem__(self, kept) -> "Levels":
+        """Some of the levels. Shapes: a slice or indices -> the levels chosen."""
+        return Levels(self.sigma[kept], self.lower[kept], self.upper[kept])
+
+    def to(self, other: Tensor) -> "Levels":
+        """The levels on the device and in the precision of a tensor."""
+        return Levels(self.sigma.to(other), self.lower.to(other), self.upper.to(other))
 
     @property
     def step(self) -> Tensor:
@@ -223,7 +232,7 @@ def edm_weight(levels: Levels) -> Tensor:
     Source      Karras et al. 2022, Table 1; Chen et al. 2024 (RDC)
     Shapes      -> [T]
     """
-    return _edm_lambda(levels.sigma) * _log_normal(levels.sigma, EDM_LOG_STD) * levels.step
+    return edm_lambda(levels.sigma) * _log_normal(levels.sigma, EDM_LOG_STD) * levels.step
 
 
 def rdc_released_weight(levels: Levels) -> Tensor:
@@ -236,7 +245,7 @@ def rdc_released_weight(levels: Levels) -> Tensor:
     slipped = (-(z**2) / 2 * EDM_LOG_STD**2).exp() / (
         levels.sigma * EDM_LOG_STD * math.sqrt(2 * math.pi)
     )
-    return _edm_lambda(levels.sigma) * slipped * levels.step
+    return edm_lambda(levels.sigma) * slipped * levels.step
 
 
 def unit_weight(levels: Levels) -> Tensor:
@@ -274,7 +283,13 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def _edm_lambda(sigma: Tensor) -> Tensor:
+def edm_lambda(sigma: Tensor) -> Tensor:
+    """EDM's weight of a denoising error, which gives every level a loss of about one at first.
+
+    Formula     (sigma^2 + s^2) / (sigma s)^2 = 1 / c_out^2,  s = 0.5
+    Source      Karras et al. 2022, Table 1
+    Shapes      [...] -> [...]
+    """
     return (sigma**2 + EDM_SIGMA_DATA**2) / (sigma * EDM_SIGMA_DATA) ** 2
 
 
@@ -285,6 +300,20 @@ def _log_normal(sigma: Tensor, log_std: float) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise itself, as an argument
+
+
+def generator_of(seed: int, *purpose) -> torch.Generator:
+    """A generator of its own for every purpose, whatever else was drawn: a resumed run draws what an unbroken one does.
+
+    Shapes      purpose: words and whole numbers, such as ("evaluation", 3)
+    """
+    return torch.Generator().manual_seed(seed_of(seed, *purpose))
+
+
+def seed_of(seed: int, *purpose) -> int:
+    """A seed of its own for every purpose. Formula: the first 7 bytes of SHA-256 of the key."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 class NoiseBank(nn.Module):
@@ -353,18 +382,6 @@ class NoiseBank(nn.Module):
         uniform = engine.draw(samples, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
         noise = torch.special.ndtri(uniform).to(dtype).reshape(1, samples, 1, *image_shape)
         return cls(levels, noise.expand(len(levels), -1, -1, -1, -1, -1).clone())
-
-    def redrawn(self, images: int, generator: torch.Generator) -> "NoiseBank":
-        """A bank with the same levels and sample count, and new noise for each of `images` images."""
-        new = NoiseBank.fresh(
-            self.levels, self.image_shape, images, generator, self.samples, self.noise.dtype
-        )
-        return new.to(self.noise.device)
-
-    def level(self, index: int) -> "NoiseBank":
-        """The bank of one of the levels, with its noise."""
-        own = slice(index, index + 1)
-        return NoiseBank(Levels(self.sigma[own], self.lower[own], self.upper[own]), self.noise[own])
 
     @property
     def levels(self) -> Levels:

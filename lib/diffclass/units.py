@@ -152,3 +152,17 @@ def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
             f"did you mean {epsilon:g}/255?"
         )
     return float(epsilon)
+
+
+def chosen(value: str, allowed, what: str):
+    """The entry of `allowed` (names, or a mapping from names) that `value` names, whatever its case.
+
+    Errors      ValueError that lists the names
+    """
+    names = {name.lower(): name for name in allowed}
+    if value.lower() not in names:
+        choice = ", ".join(map(repr, allowed))
+        one_of = "one of " if len(allowed) > 1 else ""
+        raise ValueError(f"expected {what} to be {one_of}{choice}, got {value!r}.")
+    name = names[value.lower()]
+    return allowed[name] if isinstance(allowed, dict) else name

@@ -8,8 +8,6 @@ from torch import Tensor
 from diffclass import units
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]  # logits [B,K], labels [B] -> [B], to be maximised
-
-
 Penalty = Callable[[Tensor], Tensor]  # images [B,C,H,W] -> [B], subtracted from the loss
 
 

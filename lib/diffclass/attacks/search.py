@@ -1,13 +1,15 @@
-"""Attacks on whatever maps pixels to logits, written to be read; and the view of a classifier that libraries need."""
+"""Attacks that follow gradients, frame by frame; written to be read."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffclass import units
 from diffclass.attacks.losses import AttackLoss, Penalty, margin_loss
+from diffclass.classifiers.base import Classifier, Noise, NoiseSource
+from diffclass.classifiers.foreign import are_probabilities
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def project(x: Tensor, x0: Tensor, epsilon: float, norm: str) -> Tensor:
     return (x0 + delta).clamp(0, 1)
 
 
-def _ascent(gradient: Tensor, norm: str) -> Tensor:
+def ascent(gradient: Tensor, norm: str) -> Tensor:
+    """The steepest direction of a norm: sign(g) for L-inf, g/||g|| for L2. Shapes: [B,C,H,W] -> the same."""
     if norm == "linf":
         return gradient.sign()
     return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
@@ -53,11 +56,11 @@ def _start(x0: Tensor, epsilon: float, norm: str, generator: torch.Generator | N
     if generator is None:
         return x0
     push = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
-    return project(x0 + epsilon * _ascent(push, norm), x0, epsilon, norm)
+    return project(x0 + epsilon * ascent(push, norm), x0, epsilon, norm)
 
 
 def _checked(
-    classifier: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int
+    classifier: Classifier, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int
 ) -> float:
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
@@ -66,11 +69,18 @@ def _checked(
     return units.check_budget(epsilon, norm, x[0].numel())
 
 
+def noise_at(noise: NoiseSource, step: int, draw: int) -> Noise:
+    """The noise of one call: the one that is held, or that of this step and draw."""
+    return noise(step, draw) if callable(noise) else noise
+
+
 def expected_gradient(
-    classifier: nn.Module,
+    classifier: Classifier,
     x: Tensor,
     y: Tensor,
     *,
+    noise: NoiseSource = (),
+    step: int = 0,
     loss: AttackLoss = margin_loss,
     draws: int = 1,
     penalty: Penalty | None = None,
@@ -81,17 +91,23 @@ def expected_gradient(
     Formula     1/n sum_i grad_x [loss(f_i(x), y) - penalty(x)];  its variance falls as 1/n
     Source      Athalye et al. 2018
     Shapes      x [B,C,H,W], y [B] -> gradient [B,C,H,W] (zeros unless `differentiate`), logits [B,K], loss [B]
-    Errors      TypeError for logits without a gradient in x; ValueError for logits that are not [B,K] or draws < 1
+    Randomness  `noise`: one for every draw, or a function of the step and the draw
+    Errors      TypeError for logits without a gradient in x; ValueError for draws < 1, or several draws of one noise
     """
     if draws < 1:
         raise ValueError(f"expected at least one draw to average over, got {draws}.")
+    if draws > 1 and not callable(noise):
+        raise ValueError(
+            f"expected a function of step and draw as the noise of {draws} draws, got one noise, of which all draws are "
+            "the same; pass fresh_noise(classifier, pictures, seed)."
+        )
     x = x.detach().requires_grad_(differentiate)
     gradient = torch.zeros_like(x)
     logits = 0.0
     value = 0.0
-    for _ in range(draws):
+    for draw in range(draws):
         with torch.set_grad_enabled(differentiate):
-            drawn = _logits_of(classifier, x)
+            drawn = classifier(x, noise_at(noise, step, draw))
             height = loss(drawn, y) if penalty is None else loss(drawn, y) - penalty(x)
         if differentiate:
             slope = (
@@ -110,28 +126,16 @@ def expected_gradient(
     return gradient, logits, value
 
 
-def _logits_of(classifier: nn.Module, x: Tensor) -> Tensor:
-    logits = classifier(x)
-    if tuple(logits.shape) != (len(x), classifier.num_classes):
-        raise ValueError(
-            f"expected logits of shape [{len(x)},{classifier.num_classes}], got {list(logits.shape)}."
-        )
-    return logits
-
-
 def _look(classifier, x, y, step: int, steps: int, **how) -> tuple[Tensor, Tensor, Tensor]:
-    gradient, logits, value = expected_gradient(classifier, x, y, differentiate=step < steps, **how)
+    gradient, logits, value = expected_gradient(
+        classifier, x, y, step=step, differentiate=step < steps, **how
+    )
     if bool(torch.isnan(logits).any()):
         raise FloatingPointError(
             f"the classifier's logits became NaN at step {step}; the frames before it stand, "
             "and infinity minus infinity or 0/0 in the classifier is the likely cause."
         )
-    if (
-        step == 0
-        and len(x)
-        and float(logits.min()) >= 0
-        and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
-    ):
+    if step == 0 and are_probabilities(logits):
         raise ValueError(
             "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
             "flat; return what goes into the softmax."
@@ -149,11 +153,12 @@ def _finite(gradient: Tensor, step: int) -> Tensor:
 
 
 def pgd(
-    classifier: nn.Module,
+    classifier: Classifier,
     x: Tensor,
     y: Tensor,
     epsilon: float,
     *,
+    noise: NoiseSource = (),
     norm: str = "linf",
     steps: int = 20,
     step_size: float | None = None,
@@ -168,7 +173,7 @@ def pgd(
     Source      Madry et al. 2018; EOT: Athalye et al. 2018
     Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `AttackStep`
     Units       epsilon and step_size in pixels; step_size defaults to 2.5 epsilon / steps
-    Randomness  a random start if `generator` is given; a random classifier draws its own noise
+    Randomness  a random start if `generator` is given; `noise`: one for all steps, or a function of the step and the draw
     Errors      ValueError for a budget or labels that cannot be meant; FloatingPointError for a gradient that is not
                 finite or logits that are NaN, whose argmax would count as a class; the frames before it stand
     """
@@ -178,14 +183,14 @@ def pgd(
     x = _start(x, epsilon, norm, generator)
     for step in range(steps + 1):
         gradient, logits, _ = _look(
-            classifier, x, y, step, steps, loss=loss, draws=draws, penalty=penalty
+            classifier, x, y, step, steps, noise=noise, loss=loss, draws=draws, penalty=penalty
         )
         yield AttackStep(
             step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm)
         )
         if step < steps:
             x = project(
-                x.detach() + step_size * _ascent(_finite(gradient, step), norm), x0, epsilon, norm
+                x.detach() + step_size * ascent(_finite(gradient, step), norm), x0, epsilon, norm
             )
 
 
@@ -238,11 +243,12 @@ class _Halving:
 
 
 def apgd(
-    classifier: nn.Module,
+    classifier: Classifier,
     x: Tensor,
     y: Tensor,
     epsilon: float,
     *,
+    noise: NoiseSource = (),
     norm: str = "linf",
     steps: int = 100,
     loss: AttackLoss = margin_loss,
@@ -257,8 +263,7 @@ def apgd(
     Source      Croce & Hein 2020, algorithm 1, with the checkpoints of its code
     Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `SearchStep`; its x is the image of the highest loss so far, which
                 fools if any did for the margin and DLR losses, not always for cross-entropy or with a penalty
-    Randomness  a random start if `generator` is given. Of a random classifier the highest loss is partly luck: judge x
-                anew, with other noise
+    Randomness  that of `pgd`. Under fresh noise the highest loss is partly luck: judge x anew, with other noise
     Errors      those of `pgd`
     """
     epsilon = _checked(classifier, x, y, epsilon, norm, steps)
@@ -269,7 +274,9 @@ def apgd(
     for step in range(steps + 1):
         seen = (
             at.detach(),
-            *_look(classifier, at, y, step, steps, loss=loss, draws=draws, penalty=penalty),
+            *_look(
+                classifier, at, y, step, steps, noise=noise, loss=loss, draws=draws, penalty=penalty
+            ),
         )
         if step == 0:
             best = seen
@@ -289,7 +296,7 @@ def apgd(
         )
         if step < steps:
             at, gradient = _where(again, best[:2], seen[:2])
-            push = halving.size[:, None, None, None] * _ascent(_finite(gradient, step), norm)
+            push = halving.size[:, None, None, None] * ascent(_finite(gradient, step), norm)
             aim = project(at + push, x0, epsilon, norm)
             drift = 0 if before is None else momentum * (aim - at - (at - before))
             at, before = project(aim - drift, x0, epsilon, norm), at
@@ -343,10 +350,11 @@ def shrink(
 
 
 def smallest_l2(
-    classifier: nn.Module,
+    classifier: Classifier,
     x: Tensor,
     y: Tensor,
     *,
+    noise: NoiseSource = (),
     fooled: Callable[[Tensor], bool] | None = None,
     budgets=(0.25, 0.5, 1.0, 2.0, 4.0),
     steps: int = 20,
@@ -361,26 +369,34 @@ def smallest_l2(
     Units       budgets in pixels; the norm of the result is an *upper bound* of the distance to the decision boundary
     Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
-    decide = fooled or (lambda image: bool(classifier(image).argmax(1) != y))
+    held = noise_at(noise, 0, 0)
+    decide = fooled or (lambda image: bool(classifier(image, held).argmax(1) != y))
     best = None
     largest = x[0].numel() ** 0.5
     for budget in budgets:
         *_, last = pgd(
-            classifier, x, y, min(budget, largest), norm="l2", steps=steps, loss=loss, draws=draws
+            classifier,
+            x,
+            y,
+            min(budget, largest),
+            noise=noise,
+            norm="l2",
+            steps=steps,
+            loss=loss,
+            draws=draws,
         )
         best = shrink(decide, x, last.x, rounds)
         yield best
         if best is not None:
             break
-    if (
-        best is not None
-    ):  # once more from just inside what was found: the nearest boundary is often elsewhere
+    if best is not None:  # once more from just inside: the nearest boundary is often elsewhere
         radius = float(size_of(best - x, "l2"))
         *_, last = pgd(
             classifier,
             x,
             y,
             radius,
+            noise=noise,
             norm="l2",
             steps=steps,
             step_size=radius / 8,

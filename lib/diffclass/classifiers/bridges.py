@@ -162,9 +162,8 @@ class Bridge:
     @property
     def shares(self) -> Tensor:
         """m_t, the share of the picture. Shapes: -> [T], ascending, float64."""
-        first = (
-            self.first if self.steps > 1 else 1 - self.first
-        )  # a single step starts at the picture
+        # a single step starts at the picture
+        first = self.first if self.steps > 1 else 1 - self.first
         return torch.linspace(first, 1 - self.first, self.steps, dtype=torch.float64)
 
     def share(self, t: int | Tensor, like: Tensor) -> Tensor:
@@ -202,7 +201,7 @@ class Bridge:
 
         Formula     m_n / m_t,   2 s m_n (m_t - m_n) / m_t,   for positions n <= t
         Source      a Brownian bridge, cut at t, is a Brownian bridge between the label and x_t: the picture y has no
-                    weight. IDC's formula in a, delta and y is the same, with more terms (tests/test_translation.py)
+                    weight. IDC's formula in a, delta and y is the same, with more terms (tests/test_idc.py)
         """
         m_t = self.share(t, like)
         m_n = self.share(n, like)

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from diffclass import units
+from diffclass.classifiers.base import Classifier, Noise
 from diffclass.denoisers import nets
 from diffclass.storage import weights
 
-FILES = {
-    world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
-    for world in ("digits", "cifar10")
-}
 
-
-class ConvClassifier(nn.Module):
+class ConvClassifier(Classifier):
     """A small residual convolutional classifier: a deterministic function of the pixels, the same for all who call it.
 
     Formula     f(x) = W max_ij h_ij + b;  h = conv(2x - 1), then for each further width a convolution of stride 2 and
@@ -30,7 +26,8 @@ class ConvClassifier(nn.Module):
     Errors      ValueError for widths that are not multiples of 4; those of `units.check_images`
     """
 
-    deterministic = True
+    scale = "scores"
+    calls = 1
 
     def __init__(
         self,
@@ -48,9 +45,8 @@ class ConvClassifier(nn.Module):
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
         self.widths = tuple(widths)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # modules first fill themselves from the global generator
+        # modules first fill themselves from the global state
+        with torch.random.fork_rng(devices=[]):
             self.enter = nn.Conv2d(self.image_shape[0], widths[0], 3, padding=1)
             self.stages = nn.Sequential(
                 *[_Stage(*pair) for pair in zip(widths, widths[1:], strict=False)]
@@ -58,9 +54,8 @@ class ConvClassifier(nn.Module):
             self.leave = nn.Linear(widths[-1], num_classes)
         nets.initialise(self, torch.Generator().manual_seed(seed))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, in the precision of the pixels even under autocast. Shapes: x [B,C,H,W] in [0,1] -> [B,K]."""
-        units.check_images(x, self.image_shape)
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`; in the precision of the pixels even under autocast."""
         h = self.stages(nn.functional.silu(self.enter(units.to_model(x))))
         return self.leave(h.amax((2, 3))).to(x.dtype)
 
@@ -80,9 +75,8 @@ class _Stage(nn.Module):
 
 
 def _normed(before: int, width: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(
-        before, width, 3, stride, padding=1, bias=False
-    )  # the norm has a bias of its own
+    # the norm has a bias of its own
+    convolution = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, width), width), nn.SiLU())
 
 

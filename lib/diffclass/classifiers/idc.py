@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffclass import units
+from diffclass.classifiers.base import Classifier, Noise
+from diffclass.classifiers.bayes import check_level_count
 from diffclass.classifiers.bridges import Bridge, check_apart, check_steps, distances, every_step
-from diffclass.classifiers.randomised import Randomised
 from diffclass.denoisers import network
-from diffclass.storage import assets, weights
-
-# The translators of each world, the best first: the small one of photographs is what a CPU can train.
-FILES = {
-    "digits": ("digits-idc.safetensors",),
-    "cifar10": ("cifar10-idc.safetensors", "cifar10-idc-small.safetensors"),
-}
-
+from diffclass.storage import weights
 
 TEMPERATURE = 0.1  # of the released attack head, softmax(-d / 0.1)
 
@@ -48,9 +42,10 @@ class PrunedUNet(nn.Module):
         dropout: float = 0.3,
     ):
         super().__init__()
+        # here, not above: it takes seconds and digits do not need it
         from diffusers import (
             UNet2DModel,
-        )  # here, not above: it takes seconds and digits do not need it
+        )
 
         self.config = dict(widths=list(widths), dropout=dropout)
         self.unet = UNet2DModel(
@@ -73,9 +68,8 @@ class PrunedUNet(nn.Module):
 
 def _pruned(image_shape: Sequence[int], seed: int, **config) -> PrunedUNet:
     """The U-Net with weights N(0, 0.02^2) drawn from `seed`, as IDC's are."""
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # modules first fill themselves from the global generator
+    # modules first fill themselves from the global generator
+    with torch.random.fork_rng(devices=[]):
         net = PrunedUNet(image_shape[0], image_shape[1], **config)
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
@@ -145,25 +139,26 @@ class TranslationStep:
     distances: Tensor
 
 
-class TranslationClassifier(Randomised):
+class TranslationClassifier(Classifier):
     """Translate a picture and ask which label the translation is nearest to.
 
     Formula     x_T = 2x - 1;   x0_hat = clip(translator(x_t, t));   x_n ~ q(x_n | x_t, x0_hat) down to t = 0;
                 logit_k(x) = -mean |P_hat - P_k| / temperature,   P_hat the last estimate in pixels
     Source      Mei et al. 2024 (IDC); softmax of these logits is the released attack head. They are scores, not
                 log-probabilities: a perfect translation has a share of about one third in it
-    Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]
-    Randomness  deterministic: one fixed noise for each step, shared by all images. `with_fresh_noise` gives the random
-                one, which is what the released code evaluates
+    Shapes      x [B,C,H,W] in [0,1], noise [B or 1,N-1,C,H,W] for N steps -> logits [B,K]
+    Randomness  `sample_noise`: one noise for each step but the last (a single step has none); the released code evaluates with fresh noise
     """
+
+    scale = "scores"
 
     def __init__(
         self,
         translator: Translator,
         steps: Sequence[int] | None = None,
         *,
-        seed: int = 0,
         temperature: float = TEMPERATURE,
+        eot: int = 1,
     ):
         super().__init__()
         if not temperature > 0:
@@ -177,23 +172,22 @@ class TranslationClassifier(Randomised):
         )
         self.num_classes = translator.num_classes
         self.image_shape = translator.image_shape
-        shape = (len(self.steps) - 1, 1, *self.image_shape)
-        self.register_buffer(
-            "noise", torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        )
+        self.eot = eot
 
-    def _noise(self, x: Tensor) -> Tensor:
-        if self.deterministic:
-            return self.noise.to(x)
-        shape = (len(self.steps) - 1, *x.shape)
-        return torch.randn(shape, generator=self.generator, device=self.generator.device).to(x)
+    def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
+        """See `Classifier.sample_noise`. Shapes: -> [images,N-1,C,H,W]; of a single step, which has no noise, ()."""
+        if len(self.steps) == 1:
+            return ()
+        shape = (len(self.steps) - 1, images, *self.image_shape)
+        return torch.randn(shape, generator=generator, device=generator.device).movedim(1, 0)
 
-    def walk(self, x: Tensor) -> Iterator[TranslationStep]:
+    def walk(self, x: Tensor, noise: Noise) -> Iterator[TranslationStep]:
         """The translation, one network call after another; the last estimate decides. Shapes: x [B,C,H,W] in [0,1]."""
-        units.check_images(x, self.image_shape)
+        return self._walk(x, self.prepared(x, noise))
+
+    def _walk(self, x: Tensor, noise: Noise) -> Iterator[TranslationStep]:
         x_t = units.to_model(x)
         labels = self.translator.labels.to(x)
-        noise = self._noise(x)
         for i, t in enumerate(self.steps):
             estimate = self.translator(x_t, t).clamp(-1, 1)
             yield TranslationStep(t, x_t, estimate, distances(units.to_pixel(estimate), labels))
@@ -201,15 +195,34 @@ class TranslationClassifier(Randomised):
                 mean, variance = self.translator.bridge.posterior(
                     x_t, estimate, t, self.steps[i + 1]
                 )
-                x_t = mean + variance.sqrt() * noise[i]
+                x_t = mean + variance.sqrt() * noise[:, i]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits. Shapes: x [B,C,H,W] in [0,1] -> [B,K]."""
-        *_, last = self.walk(x)
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        *_, last = self._walk(x, noise)
         return -last.distances / self.temperature
 
+    @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Half of the steps; more than its bridge has, there are none."""
+        fewer = (*self.steps[:-1:2], 0)
+        return (len(fewer),) if fewer != self.steps else ()
+
+    def at_levels(self, count: int) -> "TranslationClassifier":
+        """The same translation with every other step left out."""
+        check_level_count(self, count)
+        fewer = (*self.steps[:-1:2], 0)
+        return TranslationClassifier(
+            self.translator, fewer, temperature=self.temperature, eot=self.eot
+        )
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return len(self.steps)
+
     def extra_repr(self) -> str:
-        return f"steps={list(self.steps)}, {'fixed noise' if self.deterministic else 'fresh noise'}"
+        return f"steps={list(self.steps)}"
 
 
 def classification_flops(classifier: TranslationClassifier) -> int:
@@ -220,7 +233,8 @@ def classification_flops(classifier: TranslationClassifier) -> int:
     """
     like = next(classifier.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        classifier(torch.zeros(1, *classifier.image_shape).to(like))
+        noise = classifier.sample_noise(1, torch.Generator().manual_seed(0))
+        classifier(torch.zeros(1, *classifier.image_shape).to(like), noise)
     counts = counter.get_flop_counts()
     root = type(classifier).__name__
     return sum(
@@ -273,8 +287,3 @@ def load_translator(path: str | Path) -> tuple[Translator, dict]:
     bridge = Bridge(**architecture.pop("bridge"))
     translator = build(labels=state["labels"], bridge=bridge, **architecture)
     return weights.filled(translator, state, f"{architecture['network']} in {path.name}"), card
-
-
-def load_digits_translator() -> Translator:
-    """The trained translator of digits from `assets/`, its checksum verified. Errors: those of `assets.verified`."""
-    return load_translator(assets.verified(FILES["digits"][0]))[0]

@@ -2,21 +2,29 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffclass import likelihood, noise, units
-from diffclass.classifiers.bayes import _OfDenoiser, check_prior
+from diffclass.classifiers.base import Classifier, Noise
+from diffclass.classifiers.bayes import (
+    bank_of,
+    check_level_count,
+    check_prior,
+    half_and_double,
+    sampled_bank,
+)
 from diffclass.denoisers.base import Denoiser
-from diffclass.noise import NoiseBank, Weighting
+from diffclass.noise import Weighting
 
 
-class NoisedBayesClassifier(_OfDenoiser):
-    """p(y | x + sigma_pixel eps): the classifier of noised images that randomised smoothing asks for (EPNDC).
+class NoisedBayesClassifier(Classifier):
+    """p(y | x + sigma_pixel eps): Bayes' rule for an image that already carries noise.
 
     Formula     logit_k(x_tau) = log p_tau(2 x_tau - 1 | k) + ln prior_k, by `likelihood.noised_elbo`
     Source      Chen et al. 2024 (NDC)
-    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> logits [B,K] in nats
-    Randomness  deterministic: one fixed noise bank. `with_fresh_noise` draws for every image: each vote independent
+    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value; noise [B or 1,T,S,C,H,W] -> logits [B,K] in nats
+    Randomness  `sample_noise`: S samples at each of T levels above the noise that the image carries
     """
 
     def __init__(
@@ -28,28 +36,63 @@ class NoisedBayesClassifier(_OfDenoiser):
         high: float = 5.0,
         samples: int = 1,
         prior: Sequence[float] | None = None,
-        seed: int = 0,
         weighting: Weighting = noise.elbo_weight,
         chunk: int = likelihood.CHUNK,
     ):
         super().__init__()
+        if samples < 1:
+            raise ValueError(f"expected at least one noise sample a level, got {samples}.")
         self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
-        grid = noise.noised_levels(units.sigma_to_model(self.sigma_pixel), high, levels, first=0.25)
+        sigma_tau = units.sigma_to_model(self.sigma_pixel)
+        self.levels = noise.noised_levels(sigma_tau, high, levels, first=0.25)
         self.denoiser = denoiser
+        self.high = high
+        self.samples = samples
         self.weighting = weighting
         self.chunk = chunk
-        self.bank = NoiseBank.fixed(grid, denoiser.image_shape, samples, seed)
+        self.num_classes = denoiser.num_classes
+        self.image_shape = denoiser.image_shape
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
 
-    def forward(self, x_tau: Tensor) -> Tensor:
-        """Logits in nats of an image that carries noise sigma_pixel. Shapes: [B,C,H,W] -> [B,K]."""
-        units.check_images(x_tau, self.image_shape, pixel_range=False)
-        bank = self.bank if self.deterministic else self.bank.redrawn(len(x_tau), self.generator)
-        sigma_tau = units.sigma_to_model(self.sigma_pixel)
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """See `Classifier.sample_noise`. Shapes: -> [images,T,S,C,H,W]."""
+        return sampled_bank((len(self.levels), self.samples, *self.image_shape), images, generator)
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
         logits = likelihood.noised_elbo(
-            self.denoiser, units.to_model(x_tau), sigma_tau, bank, self.weighting, chunk=self.chunk
+            self.denoiser,
+            units.to_model(x),
+            units.sigma_to_model(self.sigma_pixel),
+            bank_of(self.levels, noise),
+            self.weighting,
+            chunk=self.chunk,
         )
         return logits + self.log_prior.to(logits)
 
+    @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Half and twice as many noise levels."""
+        return half_and_double(len(self.levels))
+
+    def at_levels(self, count: int) -> "NoisedBayesClassifier":
+        """The same classifier with `count` levels."""
+        check_level_count(self, count)
+        return NoisedBayesClassifier(
+            self.denoiser,
+            self.sigma_pixel,
+            levels=count,
+            high=self.high,
+            samples=self.samples,
+            prior=self.log_prior.exp().cpu(),
+            weighting=self.weighting,
+            chunk=self.chunk,
+        )
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return len(self.levels) * self.samples * self.denoiser.calls(self.num_classes)
+
     def extra_repr(self) -> str:
-        return f"sigma_pixel={self.sigma_pixel:g}, {'fixed noise' if self.deterministic else 'fresh noise'}"
+        return f"sigma_pixel={self.sigma_pixel:g}, {self.levels}, samples={self.samples}"

@@ -1,20 +1,21 @@
-"""Purify, then classify: likelihood maximisation, noising and denoising, votes. What predicts is what is attacked."""
+"""Purify, then classify: likelihood maximisation, or noising and denoising, in front of a classifier."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffclass import units
-from diffclass.classifiers.randomised import Randomised
+from diffclass.classifiers.base import Classifier, Noise, each, on_device_of
+from diffclass.classifiers.bayes import check_level_count, half_and_double
 from diffclass.denoisers import sampling
 from diffclass.denoisers.base import Denoiser
 
-Rule = Callable[
-    [list[Tensor]], Tensor
-]  # the gradients of all steps so far, the last one newest -> a direction
+# the gradients of all steps so far, the last one newest -> a direction
+Rule = Callable[[list[Tensor]], Tensor]
 
 
 def plain_direction(gradients: list[Tensor]) -> Tensor:
@@ -45,18 +46,17 @@ def adam_direction(
     return mean / (square.clamp_min(tiny).sqrt() + epsilon)
 
 
-class Purifier(Randomised, ABC):
-    """Pixels -> pixels that the unconditional diffusion model finds more likely.
+class Purifier(nn.Module, ABC):
+    """Pixels and noise -> pixels that the unconditional diffusion model finds more likely.
 
-    Formula     x -> clamp((purify(2x - 1) + 1) / 2, 0, 1)
-    Shapes      x [B,C,H,W] in [0,1] -> the same
+    Formula     x -> clamp((purify(2x - 1, noise) + 1) / 2, 0, 1)
+    Shapes      x [B,C,H,W] in [0,1], noise of B pictures or of one for all -> [B,C,H,W]
     Gradient    `exact`: through every step, each recomputed in the backward pass instead of being kept. Else that of
                 the identity (BPDA, Athalye et al. 2018): the same values, so only an attack can tell the difference
-    Randomness  one fixed noise, drawn from `seed` and shared by all images; `with_fresh_noise` gives the random one,
-                which draws for every image of every call
+    Randomness  `sample_noise`
     """
 
-    def __init__(self, denoiser: Denoiser, exact: bool, seed: int):
+    def __init__(self, denoiser: Denoiser, exact: bool):
         super().__init__()
         if not denoiser.has_null:
             raise ValueError(
@@ -65,44 +65,44 @@ class Purifier(Randomised, ABC):
             )
         self.denoiser = denoiser
         self.exact = exact
-        self.num_classes = denoiser.num_classes
         self.image_shape = denoiser.image_shape
-        self.seed = seed
-
-    def with_gradient(self, exact: bool) -> "Purifier":
-        """The same purifier, its gradient exact or that of the identity."""
-        twin = self.twin()
-        twin.exact = exact
-        return twin
 
     @abstractmethod
-    def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The noise of one call for `images` images; of 1 image, it is shared by all."""
+    def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
+        """All the randomness of `images` pictures, the picture axis first."""
 
     @abstractmethod
-    def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
-        """The purified image, in model space, given the noise of `draw`. Shapes: [B,C,H,W] -> the same."""
+    def purify(self, z: Tensor, noise: Noise) -> Tensor:
+        """The purified image in model space. Shapes: z [B,C,H,W], noise of B or 1 pictures -> [B,C,H,W]."""
 
-    def noise(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The noise of this call, on the image's device and in its precision."""
-        drawn = (
-            self.draw(1, torch.Generator().manual_seed(self.seed))
-            if self.deterministic
-            else self.draw(len(z), self.generator)
-        )
-        return tuple(part.to(z) for part in drawn)
+    @abstractmethod
+    def changed(self, **options) -> Self:
+        """The same purifier with other options of its constructor."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The purified image. Shapes: [B,C,H,W] in [0,1] -> the same."""
+    @property
+    @abstractmethod
+    def calls(self) -> int:
+        """How many network calls one picture costs."""
+
+    @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Other numbers of steps that an attacker may use."""
+        return ()
+
+    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+        """The purified image. Shapes: x [B,C,H,W] in [0,1] -> the same."""
         units.check_images(x, self.image_shape)
         wanted = self.exact and torch.is_grad_enabled()
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(wanted),
-        ):  # a purifier may need gradients of its own
-            z = units.to_model(x)
-            pure = units.to_pixel(self.purify(z, *self.noise(z))).clamp(0, 1)
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            own = _for_autograd(x)  # a purifier may need gradients of its own
+            z = self.purify(units.to_model(own), each(_for_autograd, on_device_of(own, noise)))
+            pure = units.to_pixel(z).clamp(0, 1)
         return pure if self.exact else pure + (x - x.detach())
+
+
+def _for_autograd(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made under torch.inference_mode, which no gradient may pass."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _recomputed(function, *arguments: Tensor):
@@ -132,9 +132,8 @@ class LikelihoodMaximisation(Purifier):
         rule: Rule = adam_direction,
         band: tuple[float, float] = (0.4, 0.6),
         exact: bool = True,
-        seed: int = 0,
     ):
-        super().__init__(denoiser, exact, seed)
+        super().__init__(denoiser, exact)
         low, high = band
         if steps < 1 or not rate > 0 or not 0 < low <= high:
             raise ValueError(
@@ -162,22 +161,17 @@ class LikelihoodMaximisation(Purifier):
 
         Why         the paper names budget and steps, not the rate: 2.5 budgets over all steps lets the limit act
         """
-        return cls(
-            denoiser,
-            steps=steps,
-            rate=units.PIXELS_TO_MODEL * 2.5 * budget / steps,
-            budget=budget,
-            **options,
-        )
+        rate = units.PIXELS_TO_MODEL * 2.5 * budget / steps
+        return cls(denoiser, steps=steps, rate=rate, budget=budget, **options)
 
-    def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Levels [N,images] and noise [N,images,C,H,W] of the N steps."""
+    def sample_noise(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Levels [images,N] and noise [images,N,C,H,W] of the N steps."""
         low, high = self.band
-        uniform = torch.rand((self.steps, images), generator=generator, device=generator.device)
-        eps = torch.randn(
-            (self.steps, images, *self.image_shape), generator=generator, device=generator.device
-        )
-        return low + (high - low) * uniform, eps
+        device = generator.device
+        uniform = torch.rand((self.steps, images), generator=generator, device=device)
+        shape = (self.steps, images, *self.image_shape)
+        eps = torch.randn(shape, generator=generator, device=device)
+        return (low + (high - low) * uniform).movedim(1, 0), eps.movedim(1, 0)
 
     def slope(self, u: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """g at one level: the gradient that a step follows. Shapes: [B,C,H,W], [1 or B] -> [B,C,H,W]."""
@@ -189,11 +183,12 @@ class LikelihoodMaximisation(Purifier):
             loss = ((denoised - u) ** 2).flatten(1).mean(1).sum()
             return torch.autograd.grad(loss, u, create_graph=wanted)[0]
 
-    def walk(self, z: Tensor, *noise: Tensor) -> Iterator[Tensor]:
-        """The image after every step, in model space, given the noise of `draw`. Shapes: [B,C,H,W] -> N of the same."""
+    def walk(self, z: Tensor, noise: Noise) -> Iterator[Tensor]:
+        """The image after every step, in model space. Shapes: z [B,C,H,W] -> N of the same."""
+        levels, draws = noise
         u = z
         gradients = []
-        for sigma, eps in zip(*noise, strict=True):
+        for sigma, eps in zip(levels.unbind(1), draws.unbind(1), strict=True):
             gradients.append(_recomputed(self.slope, u, sigma, eps))
             u = u - self.rate * self.rule(gradients)
             if self.budget is not None:
@@ -201,10 +196,32 @@ class LikelihoodMaximisation(Purifier):
                 u = z + (u - z).clamp(-reach, reach)
             yield u
 
-    def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
+    def purify(self, z: Tensor, noise: Noise) -> Tensor:
         """See `Purifier.purify`."""
-        *_, u = self.walk(z, *noise)
+        *_, u = self.walk(z, noise)
         return u
+
+    def changed(self, **options) -> "LikelihoodMaximisation":
+        """See `Purifier.changed`."""
+        own = dict(
+            steps=self.steps,
+            rate=self.rate,
+            budget=self.budget,
+            rule=self.rule,
+            band=self.band,
+            exact=self.exact,
+        )
+        return LikelihoodMaximisation(self.denoiser, **{**own, **options})
+
+    @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Half and twice as many steps."""
+        return half_and_double(self.steps)
+
+    @property
+    def calls(self) -> int:
+        """See `Purifier.calls`; a step goes forward and back, counted as one call."""
+        return self.steps
 
     def extra_repr(self) -> str:
         return (
@@ -232,54 +249,66 @@ class Purification(Purifier):
         stochastic: bool = True,
         low: float = 0.05,
         exact: bool = True,
-        seed: int = 0,
     ):
-        super().__init__(denoiser, exact, seed)
-        self.levels = sampling.karras_levels(steps, low, float(units.check_sigma(sigma)))
+        super().__init__(denoiser, exact)
+        self.sigma = float(units.check_sigma(sigma))
+        self.levels = sampling.karras_levels(steps, low, self.sigma)
+        self.low = low
         self.stochastic = stochastic
 
-    def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor]:
-        """Noise [steps,images,C,H,W]: one to go up, and for the SDE one a step back, but for the last step."""
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """Noise [images,steps,C,H,W]: one to go up, and for the SDE one a step back, but for the last step."""
         count = len(self.levels) - 1 if self.stochastic else 1
-        return (
-            torch.randn(
-                (count, images, *self.image_shape), generator=generator, device=generator.device
-            ),
-        )
+        shape = (count, images, *self.image_shape)
+        return torch.randn(shape, generator=generator, device=generator.device).movedim(1, 0)
 
     def back(self, x: Tensor, level: Tensor, lower: Tensor) -> Tensor:
         """The mean of one step from `level` to `lower`. Shapes: [B,C,H,W] and two numbers -> [B,C,H,W]."""
         ratio = (lower / level) ** (2 if self.stochastic else 1)
         return ratio * x + (1 - ratio) * self.denoiser.unconditional(x, level)
 
-    def purify(self, z: Tensor, *noise: Tensor) -> Tensor:
+    def purify(self, z: Tensor, noise: Noise) -> Tensor:
         """See `Purifier.purify`."""
-        (eps,) = noise
         levels = self.levels.to(z)
-        x = z + levels[0] * eps[0]
+        x = z + levels[0] * noise[:, 0]
         for step, (level, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
             x = _recomputed(self.back, x, level, lower)
             if self.stochastic and lower > 0:
-                x = x + lower * (1 - (lower / level) ** 2).sqrt() * eps[step]
+                x = x + lower * (1 - (lower / level) ** 2).sqrt() * noise[:, step]
         return x
+
+    def changed(self, **options) -> "Purification":
+        """See `Purifier.changed`."""
+        own = dict(
+            sigma=self.sigma,
+            steps=len(self.levels) - 1,
+            stochastic=self.stochastic,
+            low=self.low,
+            exact=self.exact,
+        )
+        return Purification(self.denoiser, **{**own, **options})
+
+    @property
+    def calls(self) -> int:
+        """See `Purifier.calls`."""
+        return len(self.levels) - 1
 
     def extra_repr(self) -> str:
         return (
-            f"sigma={float(self.levels[0]):g}, steps={len(self.levels) - 1}, "
+            f"sigma={self.sigma:g}, steps={len(self.levels) - 1}, "
             f"{'SDE' if self.stochastic else 'ODE'}, exact={self.exact}"
         )
 
 
-class Defended(nn.Module):
-    """A purifier in front of a classifier: one module from pixels to logits, for predictions and attacks alike.
+class PurifiedClassifier(Classifier):
+    """A purifier in front of a classifier: one function from pixels to logits, for predictions and attacks alike.
 
-    Formula     f(purify(x))
-    Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]
-    Randomness  that of its parts; `with_fresh_noise` makes both random, from one generator
+    Formula     f(purify(x, noise_1), noise_2)
+    Shapes      x [B,C,H,W] in [0,1], noise: the purifier's and the classifier's -> logits [B,K]
     Errors      ValueError for parts that were made for different images
     """
 
-    def __init__(self, purifier: Purifier, classifier: nn.Module):
+    def __init__(self, purifier: Purifier, classifier: Classifier, eot: int = 1):
         super().__init__()
         if tuple(purifier.image_shape) != tuple(classifier.image_shape):
             raise ValueError(
@@ -290,23 +319,97 @@ class Defended(nn.Module):
         self.classifier = classifier
         self.num_classes = classifier.num_classes
         self.image_shape = classifier.image_shape
+        self.scale = classifier.scale
+        self.eot = eot
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> tuple[Noise, Noise]:
+        """The noise of the purifier, and that of the classifier behind it."""
+        first = self.purifier.sample_noise(images, generator)
+        return first, self.classifier.sample_noise(images, generator)
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        first, then = noise
+        return self.classifier.logits(self.purifier(x, first), then)
+
+    def with_gradient(self, exact: bool) -> "PurifiedClassifier":
+        """The same values, the gradient of the purifier exact or that of the identity (BPDA)."""
+        return PurifiedClassifier(self.purifier.changed(exact=exact), self.classifier, self.eot)
+
+    def before(self, classifier: Classifier) -> "PurifiedClassifier":
+        """The same purifier in front of another classifier, which takes the same noise."""
+        return PurifiedClassifier(self.purifier, classifier, self.eot)
+
+    def gradients(self) -> dict[str, Classifier]:
+        """See `Classifier.gradients`: this purifier's and, where another stands behind it, that one's by the same name."""
+        behind = self.classifier.gradients()
+        if not behind:
+            return {}
+        straight = behind.get("bpda", behind["exact"])
+        return {
+            "exact": self.before(behind["exact"]).with_gradient(True),
+            "bpda": self.before(straight).with_gradient(False),
+        }
+
+    def surrogate(self) -> Classifier:
+        """See `Classifier.surrogate`: that of the classifier behind the purifier."""
+        if self.classifier.gradients():
+            return self
+        return self.before(self.classifier.surrogate())
+
+    def routes(self) -> dict[str, Classifier]:
+        """The gradient of the identity, and the classifier behind the purifier."""
+        return {
+            "the identity's gradient (BPDA)": self.with_gradient(False),
+            "the classifier alone": _Behind(self),
+        }
 
     @property
-    def deterministic(self) -> bool:
-        """Whether two calls on the same image give the same logits."""
-        return self.purifier.deterministic and getattr(self.classifier, "deterministic", True)
+    def level_counts(self) -> tuple[int, ...]:
+        """Other numbers of steps of the purifier."""
+        return self.purifier.level_counts
 
-    def with_fresh_noise(self, generator: torch.Generator) -> "Defended":
-        """The random defence: the purifier, and a classifier that can, draw their noise anew at every call."""
-        own = getattr(self.classifier, "with_fresh_noise", None)
-        return Defended(
-            self.purifier.with_fresh_noise(generator), own(generator) if own else self.classifier
-        )
+    def at_levels(self, count: int) -> "PurifiedClassifier":
+        """The same classifier behind a purifier of `count` steps."""
+        check_level_count(self, count)
+        return PurifiedClassifier(self.purifier.changed(steps=count), self.classifier, self.eot)
 
-    def with_gradient(self, exact: bool) -> "Defended":
-        """The same defence, the gradient of its purifier exact or that of the identity (BPDA)."""
-        return Defended(self.purifier.with_gradient(exact), self.classifier)
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return self.purifier.calls + self.classifier.calls
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the purified image. Shapes: [B,C,H,W] -> [B,K]."""
-        return self.classifier(self.purifier(x))
+
+class _Behind(Classifier):
+    """The classifier behind a purifier, given the noise of both."""
+
+    def __init__(self, whole: PurifiedClassifier):
+        super().__init__()
+        self.whole = whole
+        self.num_classes = whole.num_classes
+        self.image_shape = whole.image_shape
+        self.scale = whole.scale
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
+        """See `Classifier.sample_noise`."""
+        return self.whole.sample_noise(images, generator)
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return self.whole.classifier.logits(x, noise[1])
+
+    def gradients(self) -> dict[str, Classifier]:
+        """See `Classifier.gradients`: those of the classifier."""
+        behind = self.whole.classifier.gradients()
+        return {name: _Behind(self.whole.before(other)) for name, other in behind.items()}
+
+    def surrogate(self) -> Classifier:
+        """See `Classifier.surrogate`: that of the classifier."""
+        if self.whole.classifier.gradients():
+            return self
+        return _Behind(self.whole.before(self.whole.classifier.surrogate()))
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return self.whole.classifier.calls

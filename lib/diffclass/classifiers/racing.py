@@ -18,14 +18,10 @@ from diffclass import likelihood, noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Levels, NoiseBank, Weighting
 
-Design = Callable[
-    [Tensor, int, torch.Generator], Tensor
-]  # share [G], count, generator -> grid indices [count]
-
-
-Rule = Callable[
-    [Tensor, Tensor | None], tuple[Tensor, Tensor]
-]  # differences [B,K,K], state -> who is out [B,K], state
+# share [G], count, generator -> grid indices [count]
+Design = Callable[[Tensor, int, torch.Generator], Tensor]
+# differences [B,K,K], state -> who is out [B,K], state
+Rule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +85,8 @@ class Meter:
         """
         grid = self.question.levels
         every = range(asked.shape[1])
-        levels = Levels(grid.sigma[index], grid.lower[index], grid.upper[index])
-        found = torch.full(
+        levels = grid[index]
+        weighted = torch.full(
             (*asked.shape, len(index)), math.nan, dtype=torch.float64, device=self.z.device
         )
         for classes in [list(every)] if self.heads else [[k] for k in every]:
@@ -100,11 +96,11 @@ class Meter:
                 errors = likelihood.diffusion_errors(
                     self.question.denoiser, self.z[rows], bank, classes
                 )[..., 0]
-                found[rows[:, None], torch.tensor(classes, device=rows.device)] = (
+                weighted[rows[:, None], torch.tensor(classes, device=rows.device)] = (
                     errors.double() * self.weights[index]
                 )
         self.evaluations += len(index) * self.cost(asked)
-        return found.masked_fill(~asked[..., None], math.nan)
+        return weighted.masked_fill(~asked[..., None], math.nan)
 
     def losses_of_all(self, index: Tensor, shared: bool = True) -> Tensor:
         """Losses of every class under fresh noise: one for all classes, or one for each. Shapes: [n] -> [B,K,n]."""

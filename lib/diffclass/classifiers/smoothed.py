@@ -1,40 +1,169 @@
-"""The smoothed classifier: what an attack climbs in place of its votes."""
+"""The smoothed classifier: the class that wins most often when Gaussian noise is added to the picture."""
+
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffclass import units
+from diffclass.classifiers.base import Classifier, Noise, on_device_of
+from diffclass.classifiers.votes import vote_of
+from diffclass.noise import generator_of
+
+VOTE_BLOCK = 100  # votes that are drawn together, from one key
 
 
-class NoiseAveraged(nn.Module):
-    """Mean logits over noised copies: a differentiable stand-in for the smoothed vote.
+def smoothing_sigma(base: Classifier, sigma_pixel: float | None) -> float:
+    """The one noise level of a smoothed classifier: that of its base, or the one it is told.
 
-    Formula     mean over `draws` of f(x + sigma eps)
-    Why         votes have no gradient; an attack climbs this and then lets the votes decide (Salman et al. 2019)
-    Shapes      x [B,C,H,W] in [0,1] -> [B,K]
-    Randomness  `generator` draws eps anew at every call
-    Errors      ValueError for a noise level <= 0 or fewer than one draw
+    Units       pixels in [0,1]
+    Errors      ValueError where both are there and differ, or neither is
+    """
+    if base.sigma_pixel is None and sigma_pixel is None:
+        raise ValueError(
+            f"expected a smoothing noise sigma_pixel, as {type(base).__name__} has none of its own, got none."
+        )
+    if base.sigma_pixel is None:
+        return float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+    if sigma_pixel is not None and not abs(sigma_pixel - base.sigma_pixel) <= 1e-9:
+        raise ValueError(
+            f"expected the noise that {type(base).__name__} was made for, sigma_pixel {base.sigma_pixel:g}, got "
+            f"{sigma_pixel:g}; smoothing has one sigma."
+        )
+    return base.sigma_pixel
+
+
+class NoisedCopies(Classifier):
+    """Mean logits over noised copies: what an attack climbs in place of the smoothed votes, which have no gradient.
+
+    Formula     1/n sum_i f(x + sigma eps_i, noise_i)
+    Source      Salman et al. 2019
+    Shapes      x [B,C,H,W] in [0,1], noise [B or 1] of seeds -> [B,K]
+    Randomness  one seed a picture; copies are drawn one after the other
     """
 
-    def __init__(
-        self, classifier: nn.Module, sigma_pixel: float, draws: int, generator: torch.Generator
-    ):
+    def __init__(self, base: Classifier, sigma_pixel: float | None, draws: int):
         super().__init__()
         if draws < 1:
             raise ValueError(f"expected at least one draw to average over, got {draws}.")
-        self.classifier = classifier
-        self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+        self.base = base
+        self.sigma = smoothing_sigma(base, sigma_pixel)
         self.draws = draws
-        self.generator = generator
-        self.num_classes = classifier.num_classes
-        self.image_shape = classifier.image_shape
+        self.num_classes = base.num_classes
+        self.image_shape = base.image_shape
+        self.scale = base.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mean logits. Shapes: [B,C,H,W] -> [B,K]."""
-        many = x.repeat(self.draws, 1, 1, 1)
-        eps = torch.randn(many.shape, generator=self.generator, dtype=x.dtype).to(x.device)
-        return (
-            self.classifier(many + self.sigma_pixel * eps)
-            .unflatten(0, (self.draws, len(x)))
-            .mean(0)
-        )
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """One seed for each picture. Shapes: -> [images]."""
+        return torch.randint(2**62, (images,), generator=generator, device=generator.device)
+
+    def copies(self, x: Tensor, seed: int, number: int, count: int) -> Tensor:
+        """Logits of `count` noised copies of one picture, from the key (seed, number). Shapes: [1,C,H,W] -> [count,K]."""
+        generator = generator_of(seed, number)
+        eps = torch.randn((count, *self.image_shape), generator=generator).to(x)
+        noise = on_device_of(x, self.base.sample_noise(count, generator))
+        noised = x + self.sigma * eps
+        # made for pictures: it never sees what no picture can hold
+        if self.base.sigma_pixel is None:
+            noised = noised.clamp(0, 1)
+        return self.base.logits(noised, noise)
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        seeds = noise.expand(len(x)).tolist()
+        pairs = zip(x.split(1), seeds, strict=True)
+        return torch.stack([self.copies(one, seed, 0, self.draws).mean(0) for one, seed in pairs])
+
+    def gradients(self) -> dict[str, Classifier]:
+        """See `Classifier.gradients`: those of the base, averaged."""
+        return {
+            name: NoisedCopies(other, self.sigma, self.draws)
+            for name, other in self.base.gradients().items()
+        }
+
+    def surrogate(self) -> Classifier:
+        """See `Classifier.surrogate`: the mean of the base's own, where that counts votes."""
+        if self.base.gradients():
+            return self
+        return NoisedCopies(self.base.surrogate(), self.sigma, self.draws)
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return self.draws * self.base.calls
+
+
+class Smoothed(Classifier):
+    """The votes of a classifier on noised copies of a picture: the function that a smoothing certificate is about.
+
+    Formula     counts_k = #{i <= votes: argmax f(x + sigma eps_i, noise_i) = k}
+    Source      Cohen et al. 2019
+    Shapes      x [B,C,H,W] in [0,1], noise [B or 1] of seeds -> [B,K], rows sum to `votes`
+    Units       sigma_pixel: the noise, in pixels of [0,1]; a base with a `sigma_pixel` of its own brings it
+    Randomness  one seed a picture; votes come in whole blocks of 100, each from its own key, so that neither a batch
+                size nor a resumed run changes a count
+    Meaning     a base without a sigma of its own is asked about the clamped copies: clamping is part of the function
+    """
+
+    scale = "votes"
+
+    def __init__(
+        self, base: Classifier, sigma_pixel: float | None = None, votes: int = 100, draws: int = 16
+    ):
+        super().__init__()
+        if votes < 1:
+            raise ValueError(f"expected at least one vote, got {votes}.")
+        self.mean = NoisedCopies(base, sigma_pixel, draws)
+        self.sigma = self.mean.sigma
+        self.votes = votes
+        self.num_classes = base.num_classes
+        self.image_shape = base.image_shape
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """One seed for each picture. Shapes: -> [images]."""
+        return self.mean.sample_noise(images, generator)
+
+    @torch.no_grad()
+    def count(self, x: Tensor, seed: int, votes: int) -> Iterator[Tensor]:
+        """The votes on one picture, as running counts after every block; the last ones sum to `votes`.
+
+        Shapes      x [1,C,H,W] -> yields [K] of dtype long
+        Randomness  block number b of 100 votes from the key (seed, b)
+        Errors      those of `units.check_images`; ValueError for several pictures or no votes; FloatingPointError for
+                    logits that are NaN and cannot vote
+        """
+        self.checked(x)
+        if len(x) != 1:
+            raise ValueError(
+                f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time."
+            )
+        if votes < 1:
+            raise ValueError(f"expected at least one vote, got {votes}.")
+        counts = torch.zeros(self.num_classes, dtype=torch.long)
+        for block, start in enumerate(range(0, votes, VOTE_BLOCK)):
+            drawn = self.mean.copies(x, seed, block, VOTE_BLOCK)
+            cast = vote_of(drawn)[: votes - start]
+            counts = counts + torch.bincount(cast.cpu(), minlength=self.num_classes)
+            yield counts.clone()
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        rows = []
+        for one, seed in zip(x.split(1), noise.expand(len(x)).tolist(), strict=True):
+            *_, counts = self.count(one, seed, self.votes)
+            rows.append(counts)
+        return torch.stack(rows).to(x)
+
+    def gradients(self) -> dict[str, Classifier]:
+        """None: votes have no gradient."""
+        return {}
+
+    def surrogate(self) -> Classifier:
+        """Mean logits over noised copies."""
+        return self.mean.surrogate()
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`."""
+        return self.votes * self.mean.base.calls

@@ -22,17 +22,9 @@ import torch
 from torch import Tensor
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-
-
 ARCHIVE = "cifar-10-python.tar.gz"
-
-
 BATCHES = "cifar-10-batches-py"
-
-
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"  # as printed on the official page
-
-
 BATCH_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -41,8 +33,6 @@ BATCH_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-
-
 CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -55,12 +45,11 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
-
-
+# a batch is 30 MB; no member larger than 64 MiB is ever held in memory
 SIDE, LARGEST_BATCH = (
     32,
     2**26,
-)  # a batch is 30 MB; no member larger than 64 MiB is ever held in memory
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,8 +99,8 @@ def cifar10_available() -> tuple[bool, str]:
         "archive": "the official archive",
     }
     for folder in _folders():
-        if found := _layout(folder):
-            return True, f"CIFAR-10 found in {found[1]} ({what[found[0]]})."
+        if layout := _layout(folder):
+            return True, f"CIFAR-10 found in {layout[1]} ({what[layout[0]]})."
     part = cifar10_cache() / (ARCHIVE + ".part")
     begun = (
         f" An interrupted download of {part.stat().st_size >> 20} MiB can be resumed."
@@ -259,9 +248,8 @@ def _read_tiles(folder: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarr
     done = 0
     while done < len(labels):
         name = f"{split}-{done // 1000:02d}.webp"
-        sheet = np.asarray(
-            Image.open(verified(name), formats=["WEBP"]).convert("RGB")
-        )  # [rows*32, columns*32, 3]
+        # its shape is [rows*32, columns*32, 3]
+        sheet = np.asarray(Image.open(verified(name), formats=["WEBP"]).convert("RGB"))
         rows = sheet.shape[0] // SIDE
         columns = sheet.shape[1] // SIDE
         tiles = (
@@ -293,18 +281,18 @@ def cifar10(
         raise ValueError(f"expected split 'train' or 'test', got {split!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"expected a limit of at least 1 image, got {limit}; None means all.")
-    found = next(filter(None, map(_layout, _folders())), None)
-    if found is None:
+    layout = next(filter(None, map(_layout, _folders())), None)
+    if layout is None:
         if not download:
             raise FileNotFoundError(_missing())
-        found = "archive", download_cifar10(progress=progress)
-    reader = {"batches": _read_batches, "archive": _read_archive, "tiles": _read_tiles}[found[0]]
+        layout = "archive", download_cifar10(progress=progress)
+    reader = {"batches": _read_batches, "archive": _read_archive, "tiles": _read_tiles}[layout[0]]
     pieces = []
     have = 0
     with tqdm(
         total=limit, desc=f"CIFAR-10 {split}", unit="image", leave=False, disable=not progress
     ) as bar:
-        for images, labels in reader(found[1], split):
+        for images, labels in reader(layout[1], split):
             wanted = len(images) if limit is None else min(len(images), limit - have)
             pieces.append((images[:wanted], labels[:wanted]))
             have += wanted
@@ -366,9 +354,8 @@ def _fetch(url: str, part: Path, progress: bool) -> int | None:
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as reason:
-        if (
-            reason.code == 416 and have
-        ):  # nothing lies beyond what we have: complete, or wrong; the checksum tells
+        # nothing lies beyond what we have: complete, or wrong; the checksum tells
+        if reason.code == 416 and have:
             return have
         raise
     with response:

@@ -81,11 +81,11 @@ def _brightness(x: Tensor, more: float, _) -> Tensor:
 def _jpeg(x: Tensor, quality: int, _) -> Tensor:
     from PIL import Image
 
-    found = []
+    pictures = []
     for picture in (255 * x).round().byte().permute(0, 2, 3, 1).numpy():
         with io.BytesIO() as file:
             Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
                 file, "JPEG", quality=quality
             )
-            found.append(np.asarray(Image.open(file)).reshape(picture.shape))
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(x) / 255
+            pictures.append(np.asarray(Image.open(file)).reshape(picture.shape))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(x) / 255

@@ -11,8 +11,6 @@ from torch import Tensor
 # Digits
 
 DIGITS_TEST = 400
-
-
 DIGITS_SHA256 = "428ad214e900fe9343f94d9fedc8a16d461db8cd1bc0f61eecf448b8c5f16b35"
 
 
@@ -62,10 +60,10 @@ def digits() -> ImageSet:
     order = np.random.default_rng(0).permutation(len(source.target))
     counts = source.images[order].astype(np.uint8)
     labels = source.target[order].astype(np.uint8)
-    found = _digits_checksum(counts, labels)
-    if found != DIGITS_SHA256:
+    checksum = _digits_checksum(counts, labels)
+    if checksum != DIGITS_SHA256:
         raise ValueError(
-            f"expected scikit-learn's digits with SHA-256 {DIGITS_SHA256[:12]}..., got {found[:12]}...; "
+            f"expected scikit-learn's digits with SHA-256 {DIGITS_SHA256[:12]}..., got {checksum[:12]}...; "
             "this scikit-learn has other data or NumPy permutes differently, so the split is another."
         )
     images = torch.from_numpy(counts).float().div(16)[:, None]

@@ -12,8 +12,6 @@ from torch import Tensor
 from diffclass import units
 
 FAR_PERCENTILE = 99.0
-
-
 MAX_REFERENCES = (
     1000  # training images whose own nearest neighbour is looked up: enough to place a percentile
 )
@@ -166,9 +164,9 @@ def distance_report(picture: Tensor, train_images: Tensor) -> Familiarity:
 def _neighbour_distances(flat: Tensor, chosen: Tensor, chunk: int = 250) -> Tensor:
     """For each chosen row of flat [N,D], the distance to the nearest other row. The fast product form finds the
     neighbour; its distance is then taken exactly, because the product form cannot tell small distances from zero."""
-    found = []
+    parts = []
     for rows in chosen.split(chunk):
         distances = torch.cdist(flat[rows], flat, compute_mode="use_mm_for_euclid_dist")
         distances[torch.arange(len(rows)), rows] = torch.inf
-        found.append(torch.linalg.vector_norm(flat[rows] - flat[distances.argmin(1)], dim=1))
-    return torch.cat(found)
+        parts.append(torch.linalg.vector_norm(flat[rows] - flat[distances.argmin(1)], dim=1))
+    return torch.cat(parts)

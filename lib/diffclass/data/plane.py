@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffclass import units
+from diffclass.denoisers.exact import MixtureDenoiser
 
 LARGEST_TAIL = 1e-6  # how much of a plane law may lie outside [0,1]^2: sampling redraws it, the density does not
 
@@ -73,7 +74,7 @@ class MixtureLaw:
             for t in (self.means, self.scales, self.weights, self.priors)
         ):
             raise ValueError(
-                f"law '{self.name}': expected finite numbers, got NaN or infinity; check how it was made."
+                f"law '{self.name}': expected finite numbers, got NaN or infinity; check where they come from."
             )
         if float(self.scales.min()) <= 0:
             raise ValueError(
@@ -151,35 +152,15 @@ class MixtureLaw:
     def log_density(self, x_sigma: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """The exact log density of noisy points, given each class; differentiable in x_sigma.
 
-        Formula     log p_sigma(x | k) = logsumexp over m of class k of
-                    log weights[m] - |x - means[m]|^2 / (2 v_m) - log(2 pi v_m),   v_m = scales[m]^2 + sigma^2
+        Formula     that of `MixtureDenoiser.log_density`, the only place where it stands
         Source      a Gaussian plus independent Gaussian noise is Gaussian, and variances add
         Shapes      x_sigma [B,2,1,1] in model space, sigma a number or [B]  ->  [B,K], float64
         Units       nats; density per unit area of model space
         Errors      ValueError for a wrong shape, non-finite points, or sigma < 0
         """
         units.check_images(x_sigma, self.image_shape, pixel_range=False)
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device)
-        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x_sigma)):
-            raise ValueError(
-                f"expected one sigma, or one for each of {len(x_sigma)} points, got {list(sigma.shape)}."
-            )
-        if not bool(torch.isfinite(sigma).all()) or bool((sigma < 0).any()):
-            raise ValueError(
-                f"expected finite noise levels sigma >= 0, got {float(sigma.min()):.3g} among them."
-            )
-        means, scales, weights = (
-            t.to(x_sigma.device) for t in (self.means, self.scales, self.weights)
-        )
-        points = x_sigma.flatten(1).double()  # [B,2]
-        variance = scales**2 + sigma.reshape(-1, 1) ** 2  # [B or 1, M]
-        square = ((points[:, None] - means) ** 2).sum(-1)  # [B,M]
-        log_terms = weights.log() - square / (2 * variance) - torch.log(2 * math.pi * variance)
-        members = [
-            torch.nonzero(self.labels == k).flatten().to(x_sigma.device)
-            for k in range(self.num_classes)
-        ]
-        return torch.stack([log_terms[:, m].logsumexp(1) for m in members], dim=1)
+        denoiser = MixtureDenoiser.of_law(self).to(x_sigma.device)
+        return denoiser.log_density(x_sigma.double(), sigma)
 
     def posterior(self, x: Tensor) -> Tensor:
         """The exact probability of each class at a clean point: the best that any classifier can know.

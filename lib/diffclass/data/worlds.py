@@ -1,51 +1,116 @@
-"""The labelled pictures of every world by name."""
+"""The worlds that classifiers are asked about: their pictures, classes, budgets, and what may be done to them."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffclass import data
+from diffclass import data, units
 from diffclass.data import cifar, corruptions, gallery
+from diffclass.data.plane import PLANE_LAWS, MixtureLaw
 
 DATA = {
     "digits": "scikit-learn digits, 1397 training images",
     "cifar10": "CIFAR-10, 50 000 training images",
 }
+BUDGETS = {  # of attacks, in pixels
+    "digits": {"linf": 0.1, "l2": 1.0},
+    "cifar10": {"linf": 8 / 255, "l2": 0.5},
+    "plane": {"linf": 0.05, "l2": 0.05},
+}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "plane": (2, 1, 1)}
+POINTS = 1000  # that are drawn of a law where no number is asked for
 
 
-def images_of(world: str, split: str) -> tuple[Tensor, Tensor]:
-    """All images of a split in [0,1], and their labels. Errors: those of `cifar.cifar10` where it is missing."""
-    if world == "cifar10":
-        return cifar.cifar10(split)
-    digits = data.digits()
-    return (
-        (digits.train_images, digits.train_labels)
-        if split == "train"
-        else (digits.test_images, digits.test_labels)
+@dataclass(frozen=True)
+class World:
+    """Labelled pictures that a classifier can be asked about.
+
+    kind        "digits", "cifar10" or "plane": what decides shapes, classes and networks
+    name        as it was asked for: the kind, "gallery" (generated photographs), "plane:moons", "digits:noise-3"
+    law         of the plane: the law that points are drawn from
+    corruption  what makes the pictures worse, and how severely, from 1 to 5
+    """
+
+    kind: str
+    name: str
+    law: MixtureLaw | None = None
+    corruption: tuple[str, int] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return SHAPES[self.kind]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called."""
+        if self.law is not None:
+            return self.law.class_names
+        return cifar.CIFAR10_CLASSES if self.kind == "cifar10" else tuple(map(str, range(10)))
+
+    def budget(self, norm: str) -> float:
+        """The budget that this world is attacked with. Units: pixels. Errors: ValueError for another norm."""
+        return units.chosen(norm, BUDGETS[self.kind], "the norm")
+
+    def test(self, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """The first test images and their labels; of the plane, points drawn from `seed`.
+
+        Shapes      -> [N,C,H,W] in [0,1], [N]
+        Randomness  `seed` of points and of corruptions
+        Errors      those of `cifar.cifar10` where it is missing
+        """
+        if self.law is not None:
+            return self.law.sample(limit or POINTS, torch.Generator().manual_seed(seed))
+        if self.name.startswith("gallery"):
+            images, labels = (part[:limit] for part in gallery.pictures())
+        elif self.kind == "cifar10":
+            images, labels = cifar.cifar10("test", limit)
+        else:
+            images, labels = (part[:limit] for part in images_of("digits", "test"))
+        if self.corruption is not None:
+            generator = torch.Generator().manual_seed(seed)
+            images = corruptions.corrupted(images, *self.corruption, generator)
+        return images, labels
+
+
+def world_of(name: str) -> World:
+    """A world by its name: digits, cifar10, gallery, plane:LAW; digits and photographs also corrupted, as digits:blur-3.
+
+    Errors      ValueError that lists what exists
+    """
+    kind, _, detail = name.partition(":")
+    kind = units.chosen(kind, ("digits", "cifar10", "gallery", "plane"), "the world")
+    if kind == "plane":
+        make = units.chosen(detail, PLANE_LAWS, "the law of the plane (as in plane:moons)")
+        law = make()
+        return World("plane", f"plane:{law.name}", law)
+    corruption = _corruption(kind, detail) if detail else None
+    return World(
+        kind="digits" if kind == "digits" else "cifar10",
+        name=f"{kind}:{detail}" if detail else kind,
+        corruption=corruption,
     )
 
 
-def test_pictures(
-    kind: str, corruption: str, limit: int | None, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first test pictures of a world and their labels, corrupted if that is asked for, as in "noise-3"."""
-    if kind == "digits":
-        digits = data.digits()
-        images = digits.test_images[:limit]
-        labels = digits.test_labels[:limit]
-    else:
-        images, labels = (
-            cifar.cifar10("test", limit)
-            if kind == "cifar10"
-            else (p[:limit] for p in gallery.pictures())
+def _corruption(kind: str, detail: str) -> tuple[str, int]:
+    name, _, severity = detail.rpartition("-")
+    if name not in corruptions.SEVERITIES or severity not in tuple("12345"):
+        raise ValueError(
+            f"expected the world {kind!r}, alone or with one of {', '.join(corruptions.SEVERITIES)} at a severity of 1 "
+            f"to 5, as in {kind}:noise-3, got {f'{kind}:{detail}'!r}."
         )
-    if corruption:
-        name, _, severity = corruption.rpartition("-")
-        if name not in corruptions.SEVERITIES or severity not in tuple("12345"):
-            raise ValueError(
-                f"expected the world {kind!r}, alone or with one of {', '.join(corruptions.SEVERITIES)} "
-                f"at a severity of 1 to 5, as in {kind}:noise-3, got {f'{kind}:{corruption}'!r}."
-            )
-        images = corruptions.corrupted(
-            images, name, int(severity), torch.Generator().manual_seed(seed)
-        )
-    return images, labels
+    return name, int(severity)
+
+
+def images_of(world: str, split: str) -> tuple[Tensor, Tensor]:
+    """All images of a split of digits or CIFAR-10 in [0,1], and their labels.
+
+    Errors      those of `cifar.cifar10` where it is missing
+    """
+    if world == "cifar10":
+        return cifar.cifar10(split)
+    digits = data.digits()
+    if split == "train":
+        return digits.train_images, digits.train_labels
+    return digits.test_images, digits.test_labels

@@ -21,7 +21,12 @@ class Denoiser(nn.Module, ABC):
     image_shape: tuple[int, int, int]  # C, H, W of model space
     sigma_range: tuple[float, float]  # the levels at which the estimate can be trusted, model units
     has_null: bool = False
+    has_density: bool = False  # whether `log_density(x_sigma, sigma)` is known exactly
     one_call: bool = False  # whether one call of the network answers for every class: classes left out save nothing
+
+    def calls(self, classes: int) -> int:
+        """How many network calls it takes to denoise one image under so many classes."""
+        return 1 if self.one_call else classes
 
     @abstractmethod
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:

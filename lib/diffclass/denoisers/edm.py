@@ -48,8 +48,8 @@ def architecture_of(state: dict[str, Tensor]) -> dict:
         )
     size = int(entries[0][1])
     width, channels = state[entries[0][0]].shape[:2]
-    found = (re.match(r"enc\.(\d+)x\1_block0\.", name) for name in state)
-    sides = sorted({int(match[1]) for match in found if match}, reverse=True)
+    matches = (re.match(r"enc\.(\d+)x\1_block0\.", name) for name in state)
+    sides = sorted({int(match[1]) for match in matches if match}, reverse=True)
     inputs = {
         what: state[f"map_{what}.weight"].shape[1] if f"map_{what}.weight" in state else 0
         for what in ("label", "augment")
@@ -84,14 +84,14 @@ class _Recorded:
         """Parameters and buffers by name, as `state_dict` would give them."""
         own = {**self.state.get("_parameters", {}), **self.state.get("_buffers", {})}
         passing = self.state.get("_non_persistent_buffers_set", ())
-        found = {
+        tensors = {
             prefix + name: value
             for name, value in own.items()
             if isinstance(value, Tensor) and name not in passing
         }
         for name, part in self.state.get("_modules", {}).items():
-            found |= part.tensors(f"{prefix}{name}.") if isinstance(part, _Recorded) else {}
-        return found
+            tensors |= part.tensors(f"{prefix}{name}.") if isinstance(part, _Recorded) else {}
+        return tensors
 
 
 class _TensorsOnly(pickle.Unpickler):

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from diffclass import units
 from diffclass.denoisers.base import Denoiser
 
 
@@ -23,6 +24,7 @@ class MixtureDenoiser(Denoiser):
     """
 
     has_null = True
+    has_density = True
 
     def __init__(
         self,
@@ -100,20 +102,33 @@ class MixtureDenoiser(Denoiser):
 
         Shapes      x_sigma [B,C,H,W], sigma a number >= 0 or [B], classes [k] or None -> [B,k]
         Units       nats, with respect to the volume of model space
+        Errors      ValueError for a wrong shape, non-finite points, sigma < 0, or no variance at all
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device).expand(
-            len(x_sigma)
-        )
-        if float(sigma.min()) < 0 or float(self.variances.min() + sigma.min() ** 2) <= 0:
-            raise ValueError(
-                "expected a positive total variance: a finite data set has no density at sigma = 0."
-            )
+        units.check_images(x_sigma, self.image_shape, pixel_range=False)
+        sigma = self._checked_sigma(sigma, x_sigma)
         classes = self.check_classes(classes)
         x = x_sigma.flatten(1).double()
         logs = [
             torch.logsumexp(joint, dim=1) for _, joint in self._joint_by_class(x, sigma, classes)
         ]
         return torch.stack(logs, 1).to(x_sigma)
+
+    def _checked_sigma(self, sigma: Tensor | float, x_sigma: Tensor) -> Tensor:
+        """One level >= 0 for each image, float64. Shapes: a number or [B] -> [B]."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device)
+        if sigma.ndim > 0 and tuple(sigma.shape) != (len(x_sigma),):
+            raise ValueError(
+                f"expected one noise level for all images or one for each of {len(x_sigma)}, got sigma of shape "
+                f"{list(sigma.shape)}."
+            )
+        bad = sigma[~(torch.isfinite(sigma) & (sigma >= 0))]
+        if bad.numel():
+            raise ValueError(f"expected finite noise levels sigma >= 0, got {float(bad[0]):.3g}.")
+        if bool((self.variances.min() + sigma**2 <= 0).any()):
+            raise ValueError(
+                "expected a positive total variance: a finite data set has no density at sigma = 0."
+            )
+        return sigma.expand(len(x_sigma))
 
     def _joint_by_class(self, x: Tensor, sigma: Tensor, classes: Tensor):
         """Yield (member indices, log w_m + log N(x; mu_m, total variance I) [B,M_k]) for each class asked for."""

@@ -14,8 +14,6 @@ from torch.nn.functional import (
 )
 
 WIDENING = 4  # channels of the embedding of level and class, over those of the first layer
-
-
 ROOT_HALF = 0.5**0.5  # the sum of a block and its skip keeps the variance
 
 
@@ -42,9 +40,8 @@ class DigitNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(classes, width) if classes else None
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.place = nn.Parameter(
-            torch.zeros(1, width, size, size)
-        )  # where a stroke is matters on an 8x8 grid
+        # where a stroke is matters on an 8x8 grid
+        self.place = nn.Parameter(torch.zeros(1, width, size, size))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.leave = nn.Sequential(
             nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, heads * channels, 3, padding=1)
@@ -123,7 +120,7 @@ class PatchNet(nn.Module):
 class UNet(nn.Module):
     """`diffusers.UNet2DModel` as F(x, ln sigma, classes): its timestep is 250 ln sigma, its null class the last.
 
-    Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding made for t in 0..1000
+    Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding for t in 0..1000
     """
 
     def __init__(
@@ -138,9 +135,8 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        from diffusers import (
-            UNet2DModel,
-        )  # here, not above: it takes seconds and digits do not need it
+        # here, not above: it takes seconds and digits do not need it
+        from diffusers import UNet2DModel
 
         self.config = dict(
             channels=channels,
@@ -201,9 +197,8 @@ class _SongBlock(nn.Module):
         self.conv1 = nn.Conv2d(leave, leave, 3, padding=1)
         self.skip = nn.Conv2d(enter, leave, 1) if enter != leave or resample else None
         self.norm2 = _norm(leave) if attention else None
-        self.qkv, self.proj = (
-            nn.Conv2d(leave, n * leave, 1) if attention else None for n in (3, 1)
-        )
+        self.qkv = nn.Conv2d(leave, 3 * leave, 1) if attention else None
+        self.proj = nn.Conv2d(leave, leave, 1) if attention else None
 
     def resampled(self, x: Tensor) -> Tensor:
         """The mean of every 2x2 pixels, or every pixel four times. Shapes: [B,C,H,W] -> [B,C,H/2,W/2] or the double."""
@@ -213,14 +208,11 @@ class _SongBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B,enter,H,W], embedding [B,E] -> [B,leave,H',W']."""
-        inner = (
-            self.conv0(self.resampled(silu(self.norm0(x))))
-            + self.affine(embedding)[:, :, None, None]
-        )
+        shift = self.affine(embedding)[:, :, None, None]
+        inner = self.conv0(self.resampled(silu(self.norm0(x)))) + shift
         x = self.resampled(x)
-        x = ROOT_HALF * (
-            self.conv1(silu(self.norm1(inner))) + (x if self.skip is None else self.skip(x))
-        )
+        straight = x if self.skip is None else self.skip(x)
+        x = ROOT_HALF * (self.conv1(silu(self.norm1(inner))) + straight)
         if self.qkv is None:
             return x
         q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (-1, 3)).transpose(1, 3).unbind(2)
@@ -265,9 +257,8 @@ class SongUNet(nn.Module):
         frequencies = 10_000 ** (-torch.arange(width // 2) / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.map_label = nn.Linear(labels, width) if labels else None
-        self.map_augment = (
-            nn.Linear(augment, width, bias=False) if augment else None
-        )  # asked without augmentation
+        # released weights have it; it is asked without augmentation, which adds nothing
+        self.map_augment = nn.Linear(augment, width, bias=False) if augment else None
         self.map_layer0 = nn.Linear(width, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
         grid = [(size >> level, width * multiple) for level, multiple in enumerate(multiples)]
@@ -305,16 +296,13 @@ class SongUNet(nn.Module):
         self.dec[f"{size}x{size}_aux_conv"] = nn.Conv2d(now, channels, 3, padding=1)
 
     def embedding(self, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
-        """What every block is told of level and class. Shapes: [B], [B] -> [B, 4 width]."""
+        """The level and the class, as every block receives them. Shapes: [B], [B] -> [B, 4 width]."""
         angles = log_sigma[:, None] / 4 * self.frequencies.to(log_sigma)
-        told = torch.cat([angles.sin(), angles.cos()], 1)
+        condition = torch.cat([angles.sin(), angles.cos()], 1)
         if self.map_label is not None:  # a one-hot label times the root of their number
-            told = (
-                told
-                + self.map_label.bias
-                + self.map_label.in_features**0.5 * self.map_label.weight.T[classes]
-            )
-        return silu(self.map_layer1(silu(self.map_layer0(told))))
+            label = self.map_label.in_features**0.5 * self.map_label.weight.T[classes]
+            condition = condition + self.map_label.bias + label
+        return silu(self.map_layer1(silu(self.map_layer0(condition))))
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""

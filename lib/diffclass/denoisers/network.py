@@ -5,18 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffclass import noise
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.nets import DigitNet, PatchNet, SongUNet, UNet, initialise
 from diffclass.storage.weights import filled, load_weights, save_weights
 
-SIGMA_DATA = 0.5  # standard deviation of images in model space that the preconditioning assumes
 
-
-def edm_scalings(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> tuple[Tensor, Tensor, Tensor]:
-    """EDM's c_skip, c_out, c_in.
+def edm_scalings(
+    sigma: Tensor, sigma_data: float = noise.EDM_SIGMA_DATA
+) -> tuple[Tensor, Tensor, Tensor]:
+    """EDM's c_skip, c_out, c_in around a network, for images of standard deviation s in model space.
 
     Formula     c_skip = s^2/(sigma^2 + s^2),  c_out = sigma s/sqrt(sigma^2 + s^2),  c_in = 1/sqrt(sigma^2 + s^2)
-    Source      Karras et al. 2022, Table 1
+    Source      Karras et al. 2022, Table 1; `noise.edm_lambda` is 1 / c_out^2
     Shapes      sigma [...] -> three tensors [...]
     """
     total = sigma**2 + sigma_data**2
@@ -24,7 +25,7 @@ def edm_scalings(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> tuple[Tensor,
 
 
 class _AroundNetwork(Denoiser):
-    """A denoiser made of a network: what both kinds keep."""
+    """A denoiser around a network: what both kinds keep."""
 
     def __init__(
         self,
@@ -52,7 +53,9 @@ class ConditionalDenoiser(_AroundNetwork):
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
         return self.paired(
-            _repeat(x_sigma, len(classes)), _repeat(sigma, len(classes)), classes.repeat(len(sigma))
+            x_sigma.repeat_interleave(len(classes), dim=0),
+            sigma.repeat_interleave(len(classes)),
+            classes.repeat(len(sigma)),
         ).reshape(len(x_sigma), len(classes), *self.image_shape)
 
     def paired(self, x_sigma: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -74,32 +77,21 @@ class MultiHeadDenoiser(_AroundNetwork):
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
         c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
-        heads = self.network(c_in * x_sigma, sigma.log(), None).unflatten(
-            1, (self.num_classes + self.has_null, -1)
-        )
-        if len(classes) != heads.shape[1]:
-            heads = (
-                heads[:, :-1]
-                if len(classes) == self.num_classes and _is_range(classes)
-                else heads[:, classes]
-            )
+        answers = self.num_classes + 1 if self.has_null else self.num_classes
+        heads = self.network(c_in * x_sigma, sigma.log(), None).unflatten(1, (answers, -1))
+        heads = heads[:, : len(classes)] if _is_range(classes) else heads[:, classes]
         return (c_skip * x_sigma)[:, None] + c_out[:, None] * heads
 
 
 def _is_range(classes: Tensor) -> bool:
+    """Whether the classes are the first ones in order, so that a view of the heads will do."""
     return bool((classes == torch.arange(len(classes), device=classes.device)).all())
-
-
-def _repeat(x: Tensor, times: int) -> Tensor:
-    return x.repeat_interleave(times, dim=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: safetensors with the architecture in the header, so that a file says what it is
 
 _NETWORKS = {"DigitNet": DigitNet, "PatchNet": PatchNet, "UNet": UNet, "SongUNet": SongUNet}
-
-
 _KINDS = {"ConditionalDenoiser": ConditionalDenoiser, "MultiHeadDenoiser": MultiHeadDenoiser}
 
 
@@ -121,18 +113,16 @@ def build(
     if kind not in _KINDS or network not in _NETWORKS:
         raise ValueError(
             f"expected one of {list(_KINDS)} around one of {list(_NETWORKS)}, got {kind!r} around "
-            f"{network!r}; was the file made by another version?"
+            f"{network!r}; was the file written by another version?"
         )
     channels, size, _ = image_shape
-    answers = num_classes + has_null
-    heads = (
-        dict(classes=answers, heads=1)
-        if kind == "ConditionalDenoiser"
-        else dict(classes=0, heads=answers)
-    )
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # modules first fill themselves from the global generator
+    answers = num_classes + 1 if has_null else num_classes
+    if kind == "ConditionalDenoiser":
+        heads = dict(classes=answers, heads=1)
+    else:
+        heads = dict(classes=0, heads=answers)
+    # modules first fill themselves from the global generator
+    with torch.random.fork_rng(devices=[]):
         net = _NETWORKS[network](**{**dict(channels=channels, size=size), **heads, **config})
     initialise(net, torch.Generator().manual_seed(seed))
     return _KINDS[kind](net, num_classes, tuple(image_shape), tuple(sigma_range), has_null)

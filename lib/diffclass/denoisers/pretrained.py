@@ -40,9 +40,8 @@ class ScheduledDenoiser(Denoiser):
         self.predicts = predicts
         self.num_classes = num_classes
         self.image_shape = tuple(image_shape)
-        self.has_null = (
-            num_classes == 0
-        )  # a network without classes answers the question without a class only
+        # a network without classes answers the question without a class only
+        self.has_null = num_classes == 0
         self.sigma_range = (float(levels[0]), float(levels[-1]))
         self.register_buffer("log_levels", levels.log().float())
 

@@ -5,23 +5,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from diffclass import noise
 from diffclass.denoisers.base import Denoiser
 
 
 def karras_levels(steps: int, low: float = 0.02, high: float = 80.0, rho: float = 7.0) -> Tensor:
     """EDM's falling noise levels, the last followed by zero.
 
-    Formula     sigma_i = (high^(1/rho) + i/(steps-1) (low^(1/rho) - high^(1/rho)))^rho
-    Source      Karras et al. 2022, equation 5
+    Formula     that of `noise.edm_sigmas`, then 0
     Shapes      -> [steps + 1]
+    Errors      ValueError for fewer than 2 steps, or levels that do not fall
     """
     if steps < 2 or not 0 < low < high:
         raise ValueError(
             f"expected at least 2 steps between levels 0 < low < high, got {steps} from {high} to {low}."
         )
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    levels = noise.edm_sigmas(steps, low, high, rho)
+    return torch.cat([levels, levels.new_zeros(1)])
 
 
 def heun(
@@ -36,16 +36,14 @@ def heun(
     """
     device = next(denoiser.parameters(), torch.zeros(())).device
     denoiser.check_classes(labels)
-    x = torch.randn((len(labels), *denoiser.image_shape), generator=generator).to(device) * float(
-        levels[0]
-    )
+    eps = torch.randn((len(labels), *denoiser.image_shape), generator=generator)
+    x = eps.to(device) * float(levels[0])
 
     def denoised(x: Tensor, sigma: float) -> Tensor:
         out = torch.empty_like(x)
         with torch.no_grad():
-            for label in (
-                labels.unique().tolist()
-            ):  # one class at a time: a denoiser answers for all its images at once
+            # one class at a time: a denoiser answers for all its images at once
+            for label in labels.unique().tolist():
                 rows = labels == label
                 out[rows] = denoiser(x[rows], sigma, [label])[:, 0]
         return out

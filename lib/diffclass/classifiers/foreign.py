@@ -1,0 +1,135 @@
+"""Other people's modules as classifiers: the only place that looks at what a module is instead of asking it."""
+
+import torch
+from torch import Tensor, nn
+
+from diffclass.classifiers.base import Classifier, Noise
+
+RANDOMNESS = ("none", "hidden", "argument")
+
+
+class Foreign(Classifier):
+    """A module of somebody else, from pixels in [0,1] to logits.
+
+    Shapes      module(x [B,C,H,W]) -> [B,K], or module(x, noise) for randomness "argument"
+    Randomness  "none": it draws nothing, or says so; "hidden": it draws from torch's global state or from generators of
+                its own, which are rewound to a seed of ours and then go on as if uncalled, one picture at a time, as
+                what it draws for a picture would depend on the pictures beside it; "argument": it has a `sample_noise`
+                like ours
+    Errors      ValueError for another kind of randomness; TypeError, ValueError for what is not logits [B,K]; see also
+                `complaints`
+    """
+
+    scale = "scores"
+    calls = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        randomness: str = "none",
+        sigma_pixel: float | None = None,
+    ):
+        super().__init__()
+        if randomness not in RANDOMNESS:
+            raise ValueError(
+                f"expected randomness to be one of {', '.join(RANDOMNESS)}, got {randomness!r}."
+            )
+        if randomness == "argument" and not callable(getattr(module, "sample_noise", None)):
+            raise ValueError(
+                f"expected {type(module).__name__} to have sample_noise(images, generator), as its randomness is an "
+                "argument, got a module without; say 'hidden' if it draws by itself."
+            )
+        self.module = module
+        self.num_classes = num_classes
+        self.image_shape = tuple(image_shape)
+        self.randomness = randomness
+        self.sigma_pixel = sigma_pixel
+
+    def complaints(self, x: Tensor) -> list[str]:
+        """What speaks against measuring this module, one sentence each; the audit shows them, `evaluate` refuses.
+
+        Shapes      x [B,C,H,W] in [0,1], a few pictures
+        """
+        problems = super().complaints(x)
+        noise = self.sample_noise(len(x), torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                logits = self.logits(x, noise)
+        except (TypeError, ValueError) as error:
+            return [*problems, str(error)]
+        if are_probabilities(logits):
+            problems.append(
+                "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go flat; return "
+                "what goes into the softmax."
+            )
+        return problems
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
+        """The module's own noise as an argument; of hidden noise, one seed for each picture."""
+        if self.randomness == "argument":
+            return self.module.sample_noise(images, generator)
+        if self.randomness == "hidden":
+            return torch.randint(2**62, (images,), generator=generator, device=generator.device)
+        return ()
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return self._checked_logits(self._logits(x, noise), len(x))
+
+    def _logits(self, x: Tensor, noise: Noise):
+        if self.randomness == "argument":
+            return self.module(x, noise)
+        if self.randomness == "none":
+            return self.module(x)
+        pairs = zip(x.split(1), noise.expand(len(x)).tolist(), strict=True)
+        return torch.cat([self._checked_logits(self._rewound(one, seed), 1) for one, seed in pairs])
+
+    def _rewound(self, x: Tensor, seed: int):
+        """One call with every generator that the module draws from set to a seed; all go on afterwards as if uncalled."""
+        own = _generators(self.module)
+        states = [generator.get_state() for generator in own]
+        accelerators = [] if x.device.type == "cpu" else [x.device]
+        with torch.random.fork_rng(accelerators, device_type=x.device.type):
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            for device in accelerators:
+                state = torch.Generator(device).manual_seed(seed).get_state()
+                torch.get_device_module(device).set_rng_state(state, device)
+            for generator in own:
+                generator.manual_seed(seed)
+            try:
+                return self.module(x)
+            finally:
+                for generator, state in zip(own, states, strict=True):
+                    generator.set_state(state)
+
+    def _checked_logits(self, logits, images: int) -> Tensor:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"expected logits as a tensor, got {type(logits).__name__}; return the logits alone."
+            )
+        if tuple(logits.shape) != (images, self.num_classes):
+            raise ValueError(
+                f"expected logits of shape [{images},{self.num_classes}], got {list(logits.shape)}."
+            )
+        return logits
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether rows look like probabilities: none negative, each of sum one. Shapes: [B,K]."""
+    return (
+        len(logits) > 0
+        and float(logits.min()) >= 0
+        and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+    )
+
+
+def _generators(module: nn.Module) -> list[torch.Generator]:
+    problems = [
+        value
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, torch.Generator)
+    ]
+    return list({id(generator): generator for generator in problems}.values())
