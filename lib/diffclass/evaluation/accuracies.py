@@ -1,171 +1,183 @@
 """Accuracy on clean images, as records with intervals."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from diffclass import intervals, noise
+from diffclass import noise, units, zoo
+from diffclass.classifiers.base import Classifier, Held
 from diffclass.classifiers.bayes import BayesClassifier
-from diffclass.data.worlds import test_pictures
+from diffclass.data.worlds import World, world_of
 from diffclass.evaluation import measuring
 from diffclass.storage import assets, results
-from diffclass.zoo.networks import (
-    CLASSIFIERS,
-    PLANE_RANGE,
-    PLANE_SAMPLES,
-    chosen,
-    load,
-    plane_classifier,
-    plane_law,
-)
+from diffclass.zoo import networks
+
+SOURCE = "diffclass evaluate"
 
 
 def hits(
-    classifier, images: torch.Tensor, labels: torch.Tensor, batch: int = 100
+    classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch: int = 100
 ) -> Iterator[tuple[int, int]]:
     """Classify batch by batch, yielding how many are correct of how many seen so far, so that a caller can show it.
 
-    Shapes      images [N,C,H,W] in [0,1], labels [N]
+    Shapes      classifier: a function of the pixels alone (`Held`, `Fresh`, or a deterministic one); images [N,C,H,W] in
+                [0,1], labels [N]
+    Errors      FloatingPointError for logits that are NaN, whose argmax would count as a class
     """
     correct = 0
     for start in range(0, len(images), batch):
         with torch.no_grad():
-            answers = classifier(images[start : start + batch]).argmax(1)
-        correct += int((answers == labels[start : start + batch]).sum())
+            logits = classifier(images[start : start + batch])
+        if bool(torch.isnan(logits).any()):
+            raise FloatingPointError(
+                f"the classifier's logits became NaN on images {start} to {start + len(logits) - 1}; are its weights finite?"
+            )
+        correct += int((logits.argmax(1) == labels[start : start + batch]).sum())
         yield correct, min(start + batch, len(images))
 
 
-def accuracy(classifier, images: torch.Tensor, labels: torch.Tensor, batch: int = 100) -> int:
+def accuracy(
+    classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch: int = 100
+) -> int:
     """How many of the images are classified correctly. Shapes: images [N,C,H,W] in [0,1], labels [N] -> a count."""
     return max((correct for correct, _ in hits(classifier, images, labels, batch)), default=0)
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Trial:
     """A classifier, the labelled images it is to be measured on, and everything that was chosen, for a record.
 
+    name        of the classifier; detail: which denoiser and weighting, in words
     optimal     how many of the images the exact posterior classifies correctly; None where no law is known
     checkpoint  SHA-256 of the weights; None for closed forms
     """
 
-    classifier: BayesClassifier
-    images: torch.Tensor
-    labels: torch.Tensor
+    world: World
+    name: str
+    classifier: Classifier
+    images: Tensor
+    labels: Tensor
     settings: dict
+    seed: int
+    detail: str = ""
     checkpoint: str | None = None
     optimal: int | None = None
 
+    @property
+    def held(self) -> Held:
+        """The classifier with one noise, from the seed, for all images."""
+        return Held.seeded(self.classifier, self.seed)
 
-def evaluation(
+
+def bayes_trial(
     world: str = "digits",
     model: str | None = None,
     limit: int | None = None,
     levels: int = 16,
     weighting: str = "ELBO",
     seed: int = 0,
-) -> Evaluation:
-    """Prepare the measurement of an accuracy on "digits", "cifar10", the "gallery", "digits:blur-3" or "plane:moons".
+) -> Trial:
+    """A diffusion classifier by its denoiser, number of levels and weighting, on the first images of a world.
 
     Randomness  noise and points from `seed`; `limit` takes the first test images (their order is a random permutation)
     Errors      ValueError for a name that does not exist; those of `load_denoiser` and `cifar.cifar10`
     """
-    weighting = chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
-    rule = noise.WEIGHTINGS[weighting]
-    kind, _, detail = world.partition(":")
-    kind = chosen(kind, ("digits", "plane", "cifar10", "gallery"), "the world")
-    if kind == "plane":
-        law = plane_law(detail)
+    place = world_of(world)
+    weighting = units.chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
+    span = networks.RANGES[place.kind]
+    settings = dict(
+        world=place.name, levels=levels, samples=1, weighting=weighting, sigma=list(span)
+    )
+    own = dict(world=place, name="dc", seed=seed)
+    if place.law is not None:
         if model is not None:
             raise ValueError(
                 f"expected no model for the plane, got {model!r}; its denoiser is exact."
             )
-        images, labels = law.sample(limit or 1000, torch.Generator().manual_seed(seed))
-        classifier = plane_classifier(law, levels, seed, rule)
-        optimal = int((law.posterior(images).argmax(1) == labels).sum())
-        settings = dict(
-            world=f"plane:{law.name}",
-            model="exact",
-            levels=levels,
-            sigma=list(PLANE_RANGE),
-            samples=PLANE_SAMPLES,
-            weighting=weighting,
+        classifier = networks.plane_classifier(place.law, levels, noise.WEIGHTINGS[weighting])
+        images, labels = place.test(limit, seed)
+        best = (place.law.posterior(images).argmax(1) == labels).sum()
+        return Trial(
+            classifier=classifier,
+            images=images,
+            labels=labels,
+            settings={**settings, "model": "exact", "samples": networks.PLANE_SAMPLES},
+            detail=f"exact denoiser, {weighting} weights",
+            optimal=int(best),
+            **own,
         )
-        return Evaluation(classifier, images, labels, settings, optimal=optimal)
-    denoiser, file = load("digits" if kind == "digits" else "cifar10", model)
+    denoiser, file = networks.load(place.kind, model)
     name = file.partition(".")[0].partition("-")[2]
-    make, span = CLASSIFIERS["digits" if kind == "digits" else "cifar10"]
-    settings = dict(
-        world=f"{kind}:{detail}" if detail else kind,
-        model=name,
-        levels=levels,
-        samples=1,
-        weighting=weighting,
-        sigma=list(span),
-    )
-    classifier = make(denoiser, noise.log_levels(*span, levels), seed=seed, weighting=rule)
-    return Evaluation(
-        classifier, *test_pictures(kind, detail, limit, seed), settings, assets.fingerprint(file)
+    images, labels = place.test(limit, seed)
+    return Trial(
+        classifier=BayesClassifier(
+            denoiser, noise.log_levels(*span, levels), 1, noise.WEIGHTINGS[weighting]
+        ),
+        images=images,
+        labels=labels,
+        settings={**settings, "model": name},
+        detail=f"{name} denoiser, {weighting} weights",
+        checkpoint=assets.fingerprint(file),
+        **own,
     )
 
 
-def records(trial: Evaluation, correct: int, seed: int) -> list[results.Record]:
+def named_trial(world: str, name: str, limit: int | None = None, seed: int = 0) -> Trial:
+    """A classifier of the registry on the first images of a world. Errors: those of `zoo.classifier`."""
+    place = world_of(world)
+    images, labels = place.test(limit, seed)
+    checkpoints = zoo.checkpoints(world, name)
+    return Trial(
+        world=place,
+        name=zoo.entry_of(world, name).name,
+        classifier=zoo.classifier(world, name),
+        images=images,
+        labels=labels,
+        settings=dict(world=place.name, checkpoints=checkpoints),
+        seed=seed,
+        checkpoint=next(iter(checkpoints.values())) if len(checkpoints) == 1 else None,
+    )
+
+
+def records_of(trial: Trial, correct: int) -> list[results.Record]:
     """The measured accuracy as a record, followed by the optimal one of the same points where it is known."""
     n = len(trial.labels)
-    settings = trial.settings
-    kind, _, detail = settings["world"].partition(":")
-    where = {
-        "digits": f"{n} test digits",
-        "cifar10": f"the first {n} test images of CIFAR-10",
-        "gallery": f"{n} pictures that such a network drew itself",
-    }.get(kind)
-    worse = f", made worse by {detail}" if detail else ""
-    where = where + worse if where else f"{n} points of {settings['world']}"
-    how = f"{settings['model']} denoiser, {settings['weighting']} weights"
-    counts = [(f"accuracy of the diffusion classifier ({how}) on {where}", correct, settings)]
-    if trial.optimal is not None:
-        counts.append(
-            (
-                f"accuracy of the exact posterior on {where}",
-                trial.optimal,
-                {"world": settings["world"]},
-            )
-        )
-    return [
-        results.accuracy_record(
-            count,
-            n,
-            what,
-            intervals.interval(count, n),
-            settings=own,
-            seed=seed,
-            source="diffclass evaluate",
-            checkpoint=trial.checkpoint,
-        )
-        for what, count, own in counts
-    ]
+    common = dict(world=trial.world.name, seed=trial.seed, source=SOURCE)
+    measured = results.accuracy_record(
+        correct,
+        n,
+        classifier=trial.name,
+        settings=trial.settings,
+        checkpoint=trial.checkpoint,
+        detail=trial.detail,
+        **common,
+    )
+    if trial.optimal is None:
+        return [measured]
+    best = results.accuracy_record(
+        trial.optimal, n, classifier="exact", settings={"world": trial.world.name}, **common
+    )
+    return [measured, best]
 
 
-def store_settings(trial: Evaluation, seed: int, precision: str) -> dict:
+def store_settings(trial: Trial, precision: str) -> dict:
     """What stored losses depend on: everything but the weighting, which is applied to them afterwards."""
     own = {key: value for key, value in trial.settings.items() if key != "weighting"}
-    return {**own, "seed": seed, "checkpoint": trial.checkpoint, "precision": precision}
+    return {**own, "seed": trial.seed, "checkpoint": trial.checkpoint, "precision": precision}
 
 
-def stored_records(trial: Evaluation, losses: measuring.Losses, seed: int) -> list[results.Record]:
+def stored_records(trial: Trial, losses: measuring.Losses) -> list[results.Record]:
     """The accuracy under every weighting, from the same stored losses."""
-    n = len(losses.labels)
-    return [
-        record
-        for name, rule in noise.WEIGHTINGS.items()
-        for record in records(
-            replace(
-                trial,
-                labels=losses.labels,
-                optimal=None,
-                settings={**trial.settings, "weighting": name, "n": n},
-            ),
-            int(losses.hits(rule).sum()),
-            seed,
+    listed = []
+    for name, weighting in noise.WEIGHTINGS.items():
+        own = replace(
+            trial,
+            labels=losses.labels,
+            optimal=None,
+            settings={**trial.settings, "weighting": name},
+            detail=f"{trial.settings['model']} denoiser, {name} weights",
         )
-    ]
+        listed += records_of(own, int(losses.hits(weighting).sum()))
+    return listed

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from diffclass import data
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.data import cifar, pictures
+from diffclass.data.worlds import world_of
 from diffclass.zoo import networks
 
 PHOTO_REFERENCES = 10_000  # training photographs among which the nearest is looked for
@@ -21,25 +23,21 @@ class Judge:
 
     def __init__(self, world: str, model: str | None = None):
         denoiser, self.model = networks.load(world, model)
-        if world == "digits":
-            digits = data.digits()
-            self.class_names = digits.class_names
-            self.familiar = digits.train_images
-            self.classifier = networks.digit_classifier(denoiser)
-            return
-        self.class_names = cifar.CIFAR10_CLASSES
+        place = world_of(world)
+        levels = networks.PHOTO_LEVELS if place.kind == "cifar10" else networks.DIGIT_LEVELS
+        self.classifier = BayesClassifier(denoiser, levels)
+        self.noise = self.classifier.sample_noise(1, torch.Generator().manual_seed(0))
+        self.class_names = place.class_names
         self.familiar = None
-        self.classifier = networks.cifar_classifier(denoiser, networks.PHOTO_LEVELS)
-        if cifar.cifar10_available()[0]:
+        if place.kind == "digits":
+            self.familiar = data.digits().train_images
+        elif cifar.cifar10_available()[0]:
             self.familiar = cifar.cifar10("train", PHOTO_REFERENCES, progress=False)[0]
 
     def losses(self, image: Tensor) -> Iterator[Tensor]:
         """The diffusion losses, a noise level at a time. Shapes: image [1,C,H,W] in [0,1] -> T times [1,K,1]."""
-        for level in range(len(self.classifier.bank.levels)):
-            part = self.classifier.twin()
-            part.bank = self.classifier.bank.level(level)
-            with torch.no_grad():
-                yield part.losses(image)
+        with torch.no_grad():
+            yield from self.classifier.losses_by_level(image, self.noise)
 
     def verdict(self, path: str) -> Iterator[tuple[int, int, dict | None]]:
         """Yields (noise levels asked, all of them, None), and at the end the verdict in place of None.
@@ -49,12 +47,12 @@ class Judge:
         Errors      those of `pictures.load_picture`
         """
         image = pictures.load_picture(path, self.classifier.image_shape)
-        found = []
-        total = len(self.classifier.bank.levels)
+        parts = []
+        total = len(self.classifier.levels)
         for part in self.losses(image):
-            found.append(part)
-            yield len(found), total, None
-        logits = self.classifier.logits_of(torch.cat(found, 2))
+            parts.append(part)
+            yield len(parts), total, None
+        logits = self.classifier.logits_of(torch.cat(parts, 2))
         posterior = logits.softmax(1)[0].tolist()
         losses = (self.classifier.log_prior.to(logits) - logits)[0].tolist()
         familiarity = (

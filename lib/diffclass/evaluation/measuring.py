@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffclass import noise
+from diffclass import likelihood
+from diffclass.classifiers.base import Held, Noise
 from diffclass.classifiers.bayes import BayesClassifier
-from diffclass.noise import Levels, Weighting
+from diffclass.noise import Levels, Weighting, elbo_weight
 from diffclass.storage import files
 
 DIGITS = 6  # significant digits of a stored loss: a relative 1e-6, as far as float32 sums go
@@ -35,11 +36,11 @@ class Losses:
     levels: Levels
     settings: dict
 
-    def logits(self, weighting: Weighting = noise.elbo_weight) -> Tensor:
+    def logits(self, weighting: Weighting = elbo_weight) -> Tensor:
         """Logits under a uniform prior. Formula: -sum_t w_t losses_t. Shapes: -> [N,K] in nats for an ELBO weight."""
-        return -(self.losses * weighting(self.levels).to(self.losses)).sum(-1)
+        return likelihood.evidence(self.losses, self.levels.to(self.losses), weighting)
 
-    def hits(self, weighting: Weighting = noise.elbo_weight) -> Tensor:
+    def hits(self, weighting: Weighting = elbo_weight) -> Tensor:
         """Which images are classified correctly. Shapes: -> [N] of booleans, ready for a paired test."""
         return self.logits(weighting).argmax(1) == self.labels
 
@@ -62,6 +63,7 @@ class Losses:
 
 def measure(
     classifier: BayesClassifier,
+    noise: Noise,
     images: Tensor,
     labels: Tensor,
     folder: str | Path,
@@ -72,20 +74,17 @@ def measure(
 ) -> Iterator[tuple[int, int]]:
     """Measure the losses of the images that `folder` does not have yet, yielding (images done here, images to do here).
 
-    Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
+    Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`; noise of one picture
     Precision   "fp32", or "bf16" for the network under autocast
-    Randomness  none for a deterministic classifier: results do not depend on batches, processes or interruptions
+    Randomness  none but the noise: results do not depend on batches, processes or interruptions
     Writes      folder/settings.json, and folder/losses-RANK.jsonl, flushed after each batch
     Errors      ValueError if the folder holds losses of other settings; RuntimeError if another run writes to it
     """
-    if not classifier.deterministic:
-        raise ValueError(
-            "expected a deterministic classifier, got one with fresh noise; its losses could not be "
-            "measured again, so a resumed run would differ."
-        )
+    Held(classifier, noise)  # raises unless it is one noise for all images
     accelerator = Accelerator()
     folder = Path(folder)
-    levels = {name: getattr(classifier.bank, name).tolist() for name in ("sigma", "lower", "upper")}
+    grid = classifier.levels.to(torch.zeros(()))
+    levels = dict(sigma=grid.sigma.tolist(), lower=grid.lower.tolist(), upper=grid.upper.tolist())
     chosen = json.loads(json.dumps({**settings, "levels": levels}, allow_nan=False))
     with files.locked(folder, accelerator.process_index):
         files.settle(folder, chosen, "losses measured")
@@ -102,30 +101,33 @@ def measure(
                 with torch.autocast(
                     accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
                 ):
-                    losses = losses_within_memory(
-                        classifier, images[part].to(accelerator.device)
-                    ).cpu()
-                for index, loss in zip(part, losses, strict=True):
+                    classifier, losses = losses_within_memory(
+                        classifier, images[part].to(accelerator.device), noise
+                    )
+                for index, loss in zip(part, losses.cpu(), strict=True):
                     file.write(_line(index, int(labels[index]), loss))
                 file.flush()
                 yield start + len(part), len(todo)
         accelerator.wait_for_everyone()
 
 
-def losses_within_memory(classifier: BayesClassifier, x: Tensor) -> Tensor:
-    """`classifier.losses(x)` without gradient; when memory runs out, with half the chunk, until it fits.
+def losses_within_memory(
+    classifier: BayesClassifier, x: Tensor, noise: Noise
+) -> tuple[BayesClassifier, Tensor]:
+    """`classifier.losses(x, noise)` without gradient; when memory runs out, with half the chunk, until it fits.
 
-    Shapes      [B,C,H,W] -> [B,K,T]; the chunk changes memory and speed, never a value
+    Shapes      x [B,C,H,W] -> the classifier with a chunk that fits, and [B,K,T]; the chunk changes memory and speed, never
+                a value
     Errors      torch.OutOfMemoryError if a chunk of one does not fit
     """
     while True:
         try:
             with torch.no_grad():
-                return classifier.losses(x)
+                return classifier, classifier.losses(x, noise)
         except torch.OutOfMemoryError:
             if classifier.chunk <= 1:
                 raise
-            classifier.chunk = max(1, classifier.chunk // 2)
+            classifier = classifier.changed(chunk=max(1, classifier.chunk // 2)).to(x.device)
             warnings.warn(
                 f"memory ran out; going on with {classifier.chunk} network inputs at once, same result.",
                 stacklevel=2,
@@ -138,8 +140,8 @@ def read(folder: str | Path) -> Losses:
     Errors      FileNotFoundError; ValueError for a line that is not one image's losses, or losses that contradict
     """
     folder = Path(folder)
-    files = sorted(folder.glob("losses-*.jsonl"))
-    if not files or not (folder / "settings.json").exists():
+    paths = sorted(folder.glob("losses-*.jsonl"))
+    if not paths or not (folder / "settings.json").exists():
         raise FileNotFoundError(
             f"expected settings.json and losses-*.jsonl in {folder}, found "
             f"{sorted(p.name for p in folder.glob('*'))}; measure them with `diffclass evaluate`."
@@ -148,11 +150,10 @@ def read(folder: str | Path) -> Losses:
     levels = Levels(
         *(torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper"))
     )
-    found: dict[int, tuple] = {}
-    for path in files:
-        finished = path.read_text().split("\n")[
-            :-1
-        ]  # what follows the last line end was interrupted
+    by_index: dict[int, tuple] = {}
+    for path in paths:
+        # what follows the last line end was interrupted
+        finished = path.read_text().split("\n")[:-1]
         for number, line in enumerate(finished, start=1):
             try:
                 row = json.loads(line)
@@ -169,8 +170,8 @@ def read(folder: str | Path) -> Losses:
                     f"expected losses of {len(levels.sigma)} levels on line {number} of {path}, got shape "
                     f"{list(losses.shape)}; is settings.json of another run?"
                 )
-            found[index] = (label, losses)
-    if not found:
+            by_index[index] = (label, losses)
+    if not by_index:
         return Losses(
             torch.zeros(0, dtype=torch.long),
             torch.zeros(0, dtype=torch.long),
@@ -178,11 +179,11 @@ def read(folder: str | Path) -> Losses:
             levels,
             settings,
         )
-    index = torch.tensor(sorted(found))
+    index = torch.tensor(sorted(by_index))
     return Losses(
         index,
-        torch.tensor([found[i][0] for i in index.tolist()]),
-        torch.stack([found[i][1] for i in index.tolist()]),
+        torch.tensor([by_index[i][0] for i in index.tolist()]),
+        torch.stack([by_index[i][1] for i in index.tolist()]),
         levels,
         settings,
     )

@@ -1,12 +1,15 @@
-"""Two protocols for every defence: the one of its own paper, and an honest one. Each is a list of attacks, in full."""
+"""Two protocols for every classifier: the one of its own paper, and an honest one. Each is a list of attacks, in full."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffclass import attacks
+from diffclass.classifiers.base import Classifier, NoiseSource, block_noise, take
+from diffclass.noise import generator_of
+from diffclass.zoo.attacks import attack as attack_named
 
 
 def _of_probabilities(logits: Tensor, y: Tensor) -> Tensor:
@@ -22,30 +25,28 @@ LOSSES = {
     "scaled CE": attacks.cross_entropy_loss,
     "CE of softmax": _of_probabilities,
 }
-
-
-METHODS = {"pgd": attacks.pgd, "apgd": attacks.apgd}
+GRADIENTS = ("exact", "bpda")
+STARTS = ("image", "random")
 
 
 @dataclass(frozen=True)
 class Attack:
     """One attack of a protocol.
 
-    method      "pgd" with steps of `step` budgets, or "apgd", which chooses its own
     loss        a name of `LOSSES`
-    exact       the gradient of a purifier: exact, or that of the identity (BPDA); others have the exact one only
-    fresh       whether a classifier that can draws its noise anew at every call, or keeps one fixed noise
-    draws       gradients averaged at every step (EOT); of fixed noise one is all there is
+    method      a name of `zoo.attacks`: "pgd" with steps of `step` budgets, or "apgd", which chooses its own
+    gradient    of a purifier: "exact", or that of the identity ("bpda"); others have the exact one only
+    fresh       whether a random classifier's noise is drawn anew at every call, or one noise is held
+    draws       gradients averaged at every step (EOT); of held noise one is all there is
     restarts    runs, each an attack of its own; all but the first start at random
-    start       where the first run starts: "image", or "random" inside the budget. Where the margin is convex, as in a
-                linear model, only the image itself is sure to lead to the best wrong class
-    Errors      ValueError for a name that does not exist, or averaged draws of one fixed noise
+    start       where the first run starts: "image", or "random" inside the budget
+    Errors      ValueError for a name that does not exist, or averaged draws of one held noise
     """
 
     loss: str
     steps: int = 100
     method: str = "apgd"
-    exact: bool = True
+    gradient: str = "exact"
     fresh: bool = True
     draws: int = 1
     restarts: int = 1
@@ -53,211 +54,231 @@ class Attack:
     start: str = "image"
 
     def __post_init__(self):
-        if self.start not in ("image", "random"):
+        if self.start not in STARTS or self.gradient not in GRADIENTS:
             raise ValueError(
-                f"expected an attack to start at the 'image' or at 'random', got {self.start!r}."
+                f"expected a start of {STARTS} and a gradient of {GRADIENTS}, got {self.start!r} and {self.gradient!r}."
             )
-        if self.loss not in LOSSES or self.method not in METHODS:
-            raise ValueError(
-                f"expected a loss of {list(LOSSES)} and a method of {list(METHODS)}, got {self.loss!r} "
-                f"and {self.method!r}."
-            )
+        if self.loss not in LOSSES:
+            raise ValueError(f"expected a loss of {list(LOSSES)}, got {self.loss!r}.")
+        needs_step = attack_named(self.method).step_size
         if min(self.steps, self.draws, self.restarts) < 1:
             raise ValueError(
-                f"expected at least one step, draw and restart, got {self.steps}, {self.draws} and "
-                f"{self.restarts}."
+                f"expected at least one step, draw and restart, got {self.steps}, {self.draws} and {self.restarts}."
             )
         if self.draws > 1 and not self.fresh:
             raise ValueError(
-                f"expected one draw of fixed noise, got {self.draws}, which would all be the same; "
-                "average over fresh noise."
+                f"expected one draw of held noise, got {self.draws}, which would all be the same; average over fresh noise."
             )
-        if (self.step is not None) != (self.method == "pgd"):
-            raise ValueError(
-                f"expected a step size for pgd, and none for apgd, got {self.step} for {self.method}."
-            )
+        if (self.step is not None) != needs_step:
+            wanted = "a step size" if needs_step else "no step size"
+            raise ValueError(f"expected {wanted} for {self.method}, got {self.step}.")
 
     def __str__(self) -> str:
-        noise = (
-            f"fresh noise{f' x{self.draws}' if self.draws > 1 else ''}"
-            if self.fresh
-            else "fixed noise"
-        )
-        return (
-            f"{self.method} {self.loss} {self.steps}, {'exact' if self.exact else 'BPDA'}, {noise}"
-        )
+        """The attack in words, for display."""
+        noise = "fresh noise" if self.fresh else "held noise"
+        if self.draws > 1:
+            noise = f"{noise} x{self.draws}"
+        gradient = "BPDA" if self.gradient == "bpda" else self.gradient
+        return f"{self.method} {self.loss} {self.steps}, {gradient}, {noise}"
 
     @property
     def calls(self) -> int:
         """How often one run asks the classifier about an image, also to find the scale of its logits."""
-        return (self.steps + 1) * self.draws + (self.loss == "scaled CE")
+        return (self.steps + 1) * self.draws + int(self.loss == "scaled CE")
 
     def frames(
         self,
-        classifier: nn.Module,
+        classifier: Classifier,
         x: Tensor,
         y: Tensor,
         epsilon: float,
         norm: str,
-        noise: torch.Generator,
-        start: torch.Generator,
+        noise: "AttackNoise",
     ) -> Iterator[attacks.AttackStep]:
-        """One run; a random start is drawn from `start`, and a random classifier draws from `noise`.
+        """One run on some images.
 
         Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `attacks.AttackStep`
         Errors      those of `attacks.pgd`
         """
-        if hasattr(classifier, "with_gradient"):
-            classifier = classifier.with_gradient(self.exact)
-        if self.fresh and hasattr(classifier, "with_fresh_noise"):
-            classifier = classifier.with_fresh_noise(noise)
+        target = self.climbed(classifier)
+        entry = attack_named(self.method)
+        source = noise.source(target, self.fresh)
         if self.loss == "scaled CE":
-            classifier = attacks.AttackView.calibrated(classifier, x)
+            target = attacks.AttackView.calibrated(target, x, attacks.noise_at(source, -1, 0))
         options = dict(
+            noise=source,
             norm=norm,
             steps=self.steps,
             loss=LOSSES[self.loss],
             draws=self.draws,
-            generator=start if self.start == "random" else None,
+            generator=noise.start() if self.start == "random" else None,
         )
-        if self.method == "pgd":
+        if entry.step_size:
             options["step_size"] = self.step * epsilon
-        return METHODS[self.method](classifier, x, y, epsilon, **options)
+        return entry.run(target, x, y, epsilon, **options)
+
+    def climbed(self, classifier: Classifier) -> Classifier:
+        """What this attack differentiates: the classifier by the chosen gradient, or the surrogate of its votes."""
+        by_name = classifier.gradients()
+        if not by_name:
+            return classifier.surrogate()
+        return by_name.get(self.gradient, by_name["exact"])
+
+
+@dataclass(frozen=True)
+class AttackNoise:
+    """The randomness of one attack on one block of images, by keys: no run depends on what was drawn before it.
+
+    block       the number of the block of 64 images
+    kept        the places of the attacked images within the block
+    """
+
+    seed: int
+    number: int
+    block: int
+    kept: Tensor
+
+    def source(self, classifier: Classifier, fresh: bool) -> NoiseSource:
+        """Noise for every step and draw, each image its own; or one noise for all images and steps."""
+        if not fresh:
+            return classifier.sample_noise(1, generator_of(self.seed, "held noise"))
+        return lambda step, draw: take(
+            block_noise(classifier, self.block, self.seed, "attack", self.number, step, draw),
+            self.kept,
+        )
+
+    def start(self) -> torch.Generator:
+        """What random starts are drawn from."""
+        return generator_of(self.seed, "start", self.number, self.block)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that was chosen for a robust accuracy; its repr is what a record keeps.
+    """Everything that was chosen for a robust accuracy.
 
+    version     another number is another protocol: records name it, and are judged by it
     norm        "linf" or "l2"; epsilon in pixels
-    draws       how often a random defence is asked about each finished perturbation, with noise that no attack saw;
+    draws       how often a random classifier is asked about each finished perturbation, with noise that no attack saw;
                 a deterministic one is asked once
-    source      one sentence: whose protocol this is
     """
 
     name: str
-    defence: str
     norm: str
     epsilon: float
     attacks: tuple[Attack, ...]
-    source: str
+    version: int = 1
     draws: int = 10
 
     def __post_init__(self):
+        if not self.attacks:
+            raise ValueError(
+                f"expected at least one attack in the protocol {self.name!r}, got none."
+            )
         if len(set(map(str, self.attacks))) < len(self.attacks):
             raise ValueError(
-                "expected attacks of different names, got one twice; give it more restarts instead."
+                "expected attacks that differ, got one twice; give it more restarts instead."
             )
 
-    def runs(self) -> list[tuple[str, Attack]]:
-        """The attacks in order, each restart as one of its own, under the names that results go by."""
+    @property
+    def key(self) -> str:
+        """By what records name it, such as "honest-1"."""
+        return f"{self.name}-{self.version}"
+
+    @property
+    def source(self) -> str:
+        """Whose protocol this is, in one sentence."""
+        return SOURCES[self.name]
+
+    def as_json(self) -> dict:
+        """Its identity: every field, as JSON values."""
+        return {**asdict(self), "attacks": [asdict(attack) for attack in self.attacks]}
+
+    @classmethod
+    def of_json(cls, content: dict) -> "Protocol":
+        """The protocol of an identity. Errors: ValueError for fields that are missing, unknown or cannot be meant."""
+        try:
+            listed = tuple(Attack(**attack) for attack in content["attacks"])
+            return cls(**{**content, "attacks": listed})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"expected the fields of a protocol, got others ({error}).") from None
+
+    def runs(self) -> list[Attack]:
+        """The attacks in order, each restart as one of its own."""
         return [
-            (
-                f"{attack}{f', run {number}' if attack.restarts > 1 else ''}",
-                replace(attack, start=attack.start if number == 1 else "random"),
-            )
+            replace(attack, restarts=1, start=attack.start if number == 0 else "random")
             for attack in self.attacks
-            for number in range(1, attack.restarts + 1)
+            for number in range(attack.restarts)
         ]
 
 
-RDC_TESTER = (Attack("DLR", exact=False, restarts=5, start="random"),)
-
-
-RDC_SOURCE = (
-    "Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, "
-    "and the identity's gradient for likelihood maximisation."
-)
-
-
+RDC_TESTER = (Attack("DLR", gradient="bpda", restarts=5, start="random"),)
 PGD20 = (Attack("CE", 20, "pgd", fresh=False, step=0.25, start="random"),)
-
-
-MADRY = "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start."
-
-
 PAPERS = {
-    **dict.fromkeys(
-        ("dc", "lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive"),
-        (RDC_TESTER, RDC_SOURCE),
-    ),
+    "rdc": RDC_TESTER,
     "diffpure": (
-        (Attack("CE", draws=20, start="random"), Attack("DLR", draws=20, start="random")),
-        "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
-        "EOT 20; its gradient by the adjoint method, ours exact.",
+        Attack("CE", draws=20, start="random"),
+        Attack("DLR", draws=20, start="random"),
     ),
     "idc": (
-        (
-            Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random"),
-            Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0),
-        ),
-        "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
-        "one frozen noise.",
+        Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random"),
+        Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0),
     ),
-    **dict.fromkeys(("cnn", "adversarial", "adversarial-dc", "contrastive"), (PGD20, MADRY)),
+    "madry": PGD20,
+}
+SOURCES = {
+    "paper-rdc": "Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, and "
+    "the identity's gradient for likelihood maximisation.",
+    "paper-diffpure": "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
+    "EOT 20; its gradient by the adjoint method, ours exact.",
+    "paper-idc": "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
+    "one frozen noise.",
+    "paper-madry": "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start.",
+    "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, the "
+    "worst for each image, judged anew.",
+    "single": "One attack alone, as it was asked for.",
 }
 
 
-PURIFIED = ("lm-cnn", "rdc1", "rdc5", "rdc-released", "rdc-contrastive", "diffpure")
-
-
-DETERMINISTIC = ("cnn", "adversarial")
-
-
-HONEST = (
-    "Ours: exact gradient and BPDA, fixed and fresh noise, several losses and starts, at least 100 steps, the "
-    "worst for each image, judged anew."
-)
-
-
-# Gradients averaged at a step, one where not named: where trials on a few digits showed that more gain nothing.
-EOT = {"idc": 4, "diffpure": 4}
-
-
-def paper(defence: str, norm: str, epsilon: float, *, classes: int = 10) -> Protocol:
-    """The protocol of the defence's own paper, at a budget of our choice.
+def paper(name: str, norm: str, epsilon: float, *, classes: int = 10) -> Protocol:
+    """The protocol of a classifier's own paper (the `paper` of its entry), at a budget of our choice.
 
     Errors      ValueError for an unknown name, or a DLR loss and fewer than 3 classes
     """
-    if defence not in PAPERS:
+    if name not in PAPERS:
+        raise ValueError(f"expected a paper's protocol of {', '.join(PAPERS)}, got {name!r}.")
+    if classes < 3 and any(attack.loss == "DLR" for attack in PAPERS[name]):
         raise ValueError(
-            f"expected a defence with a paper, one of {list(PAPERS)}, got {defence!r}."
+            f"expected at least 3 classes, as the protocol of {name} uses the DLR loss, got {classes}; the honest protocol "
+            "has another loss then."
         )
-    listed, source = PAPERS[defence]
-    if classes < 3 and any(attack.loss == "DLR" for attack in listed):
-        raise ValueError(
-            f"expected at least 3 classes, as the paper's protocol for {defence} uses the DLR loss, got "
-            f"{classes}; the honest protocol has another loss then."
-        )
-    return Protocol("paper", defence, norm, epsilon, listed, source)
+    return Protocol(f"paper-{name}", norm, epsilon, PAPERS[name])
 
 
-def honest(defence: str, norm: str, epsilon: float, *, classes: int = 10) -> Protocol:
-    """The protocol that a number should be quoted from: whatever kind of defence, all that is known to matter.
+def honest(classifier: Classifier, norm: str, epsilon: float) -> Protocol:
+    """The protocol that a number should be quoted from: for every kind of classifier, all that is known to matter.
 
     Source      Carlini et al. 2019; Croce & Hein 2020; Lee & Kim 2023
-    Why pgd     under fresh noise APGD returns, and steps back to, the image whose draw was luckiest; PGD returns its
-                last one
+    Chosen by   what the classifier declares: whether it has noise, its gradients, and the draws to average (`eot`)
+    Why pgd     under fresh noise APGD returns, and steps back to, the image whose draw was luckiest; PGD returns its last
     Classes     fewer than 3 have no DLR loss, and get the margin's instead
-    Errors      ValueError for an unknown name
     """
-    if defence not in PAPERS:
-        raise ValueError(f"expected one of the defences {list(PAPERS)}, got {defence!r}.")
-    draws = EOT.get(defence, 1)
-    ratio = "DLR" if classes > 2 else "margin"
-    averaged = Attack("margin", 100, "pgd", draws=draws, step=0.1)
-    if defence in DETERMINISTIC:
-        listed = (
-            Attack("margin", fresh=False, restarts=5),
-            Attack(ratio, fresh=False, restarts=5),
-            Attack("scaled CE", fresh=False, restarts=5),
+    ratio = "DLR" if classifier.num_classes > 2 else "margin"
+    averaged = Attack("margin", 100, "pgd", draws=classifier.eot, step=0.1)
+    if classifier.deterministic:
+        listed = tuple(
+            Attack(loss, fresh=False, restarts=5) for loss in ("margin", ratio, "scaled CE")
         )
-    elif defence in PURIFIED:
+    elif "bpda" in classifier.gradients():
         listed = (
             averaged,
-            replace(averaged, loss=ratio, exact=False, draws=1),
+            replace(averaged, loss=ratio, gradient="bpda", draws=1),
             Attack("scaled CE", fresh=False),
         )
     else:
         listed = (averaged, Attack(ratio, fresh=False), replace(averaged, loss="scaled CE"))
-    return Protocol("honest", defence, norm, epsilon, tuple(dict.fromkeys(listed)), HONEST)
+    return Protocol("honest", norm, epsilon, tuple(dict.fromkeys(listed)))
+
+
+def single(attack: Attack, norm: str, epsilon: float) -> Protocol:
+    """One attack alone."""
+    return Protocol("single", norm, epsilon, (attack,))

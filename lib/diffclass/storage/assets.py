@@ -73,14 +73,13 @@ def verified(name: str) -> Path:
     files = parts(name, listed)
     missing = [part for part in files if not (folder() / part).exists()]
     if missing or not files:
-        found = (
+        instead = (
             f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
         )
-        world, dash, _ = name.partition(
-            "-"
-        )  # weights are named after the world that they were trained on
+        # weights are named after the world that they were trained on
+        world, dash, _ = name.partition("-")
         raise FileNotFoundError(
-            f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {found}; "
+            f"expected the asset {name} in {folder().name}/ and its line in {SUMS}, found {instead}; "
             "check out the repository again"
             f"{f', or make it with `diffclass train {world}`' if dash else ''}."
         )

@@ -21,23 +21,36 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+SCHEMA = 2  # of a line; another number is another meaning of the fields
+STATISTICS = ("single", "mean", "worst")  # of the draws of a random classifier
+
+
 @dataclass(frozen=True)
 class Record:
     """One measured number.
 
-    what        the sentence that the number answers, such as "accuracy of the EDM-weighted classifier on digits"
+    metric      what was measured, such as "accuracy"
+    world       on which pictures, by the name of a world
+    classifier  of which classifier, by its name in the registry
     value       the number; `low` and `high` are its interval at `level`, by `method`, from `n` observations
     settings    everything that was chosen: JSON values only
     seed        of the noise; None where nothing is random
     checkpoint  SHA-256 of the weights (`sha256_of`); None where there are none
     source      who measured it: a command, a notebook, or a paper with its table
+    attack      the protocol of the attack, such as "honest-1": the number is an upper bound; None on clean images
+    part        the one attack of the protocol that the number is about; None for the worst of all of them
+    statistic   "single", or "mean" or "worst" of several draws of a random classifier
+    detail      what else tells the number apart, in words for display
     when        UTC, ISO 8601
     unit        "share" for accuracies (shown in percent), else the unit to print
+    schema      of these fields
     Errors      ValueError, in one sentence, for whatever cannot be a result: NaN, an interval without its value, a
                 share that is not a whole number of n
     """
 
-    what: str
+    metric: str
+    world: str
+    classifier: str
     value: float
     n: int
     low: float
@@ -47,21 +60,55 @@ class Record:
     seed: int | None
     checkpoint: str | None
     source: str
+    attack: str | None = None
+    part: str | None = None
+    statistic: str = "single"
+    detail: str = ""
     when: str = field(default_factory=_now)
     unit: str = SHARE
     method: str = "Clopper-Pearson"
+    schema: int = SCHEMA
+
+    @property
+    def what(self) -> str:
+        """The number in words, for display."""
+        subject = f"{self.metric} of {self.classifier} on {self.n} images of {self.world}"
+        if self.detail:
+            subject = f"{subject} ({self.detail})"
+        if self.attack is not None:
+            budget = self.settings.get("protocol", self.settings)
+            size = f", {budget['norm']} {budget['epsilon']:.4g}" if "epsilon" in budget else ""
+            subject = f"upper bound of the robust {subject} under {self.attack}{size}"
+        if self.part is not None:
+            subject = f"{subject}, only {self.part}"
+        if self.statistic != "single":
+            draws = self.settings.get("draws", "several")
+            subject = f"{subject}, {self.statistic} of {draws} draws"
+        return subject
 
     def __post_init__(self):
-        if not (self.what and self.source):
+        if self.schema != SCHEMA:
             raise ValueError(
-                f"expected a record that says what was measured and by whom, got what={self.what!r}, "
-                f"source={self.source!r}."
+                f"expected a record of schema {SCHEMA}, got {self.schema!r}; it was written by another version."
+            )
+        unnamed = [
+            name
+            for name in ("metric", "world", "classifier", "source")
+            if not isinstance(getattr(self, name), str) or not getattr(self, name)
+        ]
+        if unnamed:
+            raise ValueError(
+                f"expected a record that says what was measured, of what and by whom, got no {' and no '.join(unnamed)}."
+            )
+        if self.statistic not in STATISTICS:
+            raise ValueError(
+                f"expected a statistic of {', '.join(STATISTICS)}, got {self.statistic!r}."
             )
         numbers = {k: getattr(self, k) for k in ("value", "low", "high", "level")}
         bad = {k: v for k, v in numbers.items() if isinstance(v, bool) or not _is_finite(v)}
         if bad:
             raise ValueError(
-                f"expected finite numbers in a record, got {bad} for {self.what!r}; a failed run is not "
+                f"expected finite numbers in a record, got {bad} for the {self.metric}; a failed run is not "
                 "a result."
             )
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
@@ -175,32 +222,32 @@ def read(path) -> list[Record]:
 
 
 def accuracy_record(
-    correct: int,
-    n: int,
-    what: str,
-    bounds: tuple[float, float],
-    *,
-    source: str,
-    level: float = 0.95,
-    settings: dict | None = None,
-    seed: int | None = None,
-    checkpoint: str | None = None,
+    correct: int, n: int, *, world: str, classifier: str, source: str, **fields
 ) -> Record:
-    """The record of `correct` hits among `n` images; `bounds` is `certificates.interval(correct, n, level)`."""
+    """The record of `correct` hits among `n` images, with the Clopper-Pearson interval at `level`, 0.95 unless given.
+
+    Shapes      fields: others of `Record`; settings, seed and checkpoint are empty unless given
+    """
+    from diffclass import (
+        intervals,  # here, not above: assets are looked after where scipy is missing
+    )
+
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"expected 0 <= correct <= n with n >= 1, got {correct} of {n}.")
-    low, high = (float(b) for b in bounds)
+    level = fields.pop("level", 0.95)
+    low, high = intervals.interval(correct, n, level)
+    own = dict(settings={}, seed=None, checkpoint=None)
     return Record(
-        what,
-        int(correct) / int(n),
-        int(n),
-        low,
-        high,
-        level,
-        settings or {},
-        seed,
-        checkpoint,
-        source,
+        metric="accuracy",
+        world=world,
+        classifier=classifier,
+        value=int(correct) / int(n),
+        n=int(n),
+        low=float(low),
+        high=float(high),
+        level=level,
+        source=source,
+        **{**own, **fields},
     )
 
 
@@ -220,11 +267,15 @@ def _is_finite(value) -> bool:
 def _parse(line: bytes) -> Record:
     """The record on a line. Errors: ValueError whose text is one sentence."""
     content = json.loads(line.decode())  # both of their errors are ValueErrors
-    known = {f.name for f in fields(Record)}
-    if not isinstance(content, dict) or not set(content) <= known:
-        extra = (
-            sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict):
+        raise ValueError(f"expected the fields of a Record, got {type(content).__name__}.")
+    if content.get("schema") != SCHEMA:
+        raise ValueError(
+            f"expected a record of schema {SCHEMA}, got {content.get('schema', 'one without a schema')!r}; it was written "
+            "by another version."
         )
+    extra = sorted(set(content) - {f.name for f in fields(Record)})
+    if extra:
         raise ValueError(f"expected the fields of a Record, got also {extra}.")
     try:
         return Record(**content)

@@ -53,17 +53,17 @@ def save_weights(
 
 def weight_files(path: Path) -> list[Path]:
     """The files that `save_denoiser(..., path)` wrote. Errors: FileNotFoundError, also if one of several is missing."""
-    found = (
+    present = (
         [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
     )
-    wanted = int(found[0].stem.rpartition("-")[2]) if found and found[0] != path else 1
-    if len(found) != wanted:
-        files, there = (f" in {wanted} files", len(found)) if wanted > 1 else ("", "none")
+    wanted = int(present[0].stem.rpartition("-")[2]) if present and present[0] != path else 1
+    if len(present) != wanted:
+        files, there = (f" in {wanted} files", len(present)) if wanted > 1 else ("", "none")
         raise FileNotFoundError(
             f"expected weights at {path.name}{files}, found {there}; run `diffclass doctor` to see "
             "what is missing and how to get it."
         )
-    return found
+    return present
 
 
 def read_header(path: str | Path) -> dict[str, str]:

@@ -1,21 +1,22 @@
-"""Every classifier that the course speaks of, by name."""
+"""Every classifier and every attack that the course speaks of, by name."""
 
+from diffclass.zoo.attacks import AttackEntry, attack
 from diffclass.zoo.classifiers import (
-    BUDGETS,
-    NAMES,
-    VOTES,
-    budget,
+    Entry,
     checkpoints,
-    defence,
-    images,
+    classifier,
+    entry_of,
+    names,
+    register,
 )
 
 __all__ = [
-    "BUDGETS",
-    "NAMES",
-    "VOTES",
-    "budget",
+    "AttackEntry",
+    "Entry",
+    "attack",
     "checkpoints",
-    "defence",
-    "images",
+    "classifier",
+    "entry_of",
+    "names",
+    "register",
 ]

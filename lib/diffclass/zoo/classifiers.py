@@ -1,219 +1,323 @@
-"""Every defence that the course speaks of, by name, made of the networks in `assets/`."""
+"""Every classifier that the course speaks of: one table, one entry a name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
+from diffclass import units
 from diffclass.classifiers import cnn, idc
-from diffclass.classifiers.purified import Defended, LikelihoodMaximisation, Purification
+from diffclass.classifiers.base import Classifier
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.purified import (
+    LikelihoodMaximisation,
+    Purification,
+    PurifiedClassifier,
+)
 from diffclass.classifiers.votes import MajorityVote
-from diffclass.data import worlds
+from diffclass.data.worlds import World, world_of
 from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.storage import assets
 from diffclass.zoo import networks
-
-BUDGETS = {
-    "digits": {"linf": 0.1, "l2": 1.0},
-    "cifar10": {"linf": 8 / 255, "l2": 0.5},
-    "plane": {"linf": 0.05, "l2": 0.05},
-}  # in pixels
-
 
 VOTES = 11
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The parts of a world's defences, each loaded when it is asked for."""
+class Parts:
+    """What an entry's builder is given: the world, and the weights files of the entry by their role."""
 
-    world: str
-    law: str
-    exact: bool
-    seed: int
+    world: World
+    files: dict[str, str]
 
-    def budget(self) -> float:
-        """The L-inf budget within which the paper's likelihood maximisation stays: that of the attacks."""
-        return BUDGETS[self.world]["linf"]
+    def denoiser(self, role: str = "denoiser") -> Denoiser:
+        """The denoiser of a role; of the plane, the exact one. Errors: FileNotFoundError with the command to train it."""
+        if self.world.law is not None:
+            return MixtureDenoiser.of_law(self.world.law)
+        return networks.loaded(networks.trained(self.files[role]))
 
-    def bayes(self) -> nn.Module:
-        """The diffusion classifier."""
-        if self.world == "plane":
-            return networks.plane_classifier(networks.plane_law(self.law), seed=self.seed)
-        return self.classifier(networks.load(self.world)[0])
+    def bayes(self, role: str = "denoiser") -> BayesClassifier:
+        """The course's diffusion classifier of this world, by the denoiser of a role."""
+        denoiser = self.denoiser(role)
+        if self.world.law is not None:
+            return networks.plane_classifier(self.world.law)
+        return BayesClassifier(denoiser, networks.LEVELS[self.world.kind])
 
-    def hardened(self) -> nn.Module:
-        """The diffusion classifier whose denoiser was trained on attacked images."""
-        command = f"diffclass train {self.world} --method adversarial-dc"
-        return self.classifier(networks.loaded(_trained(networks.HARDENED[self.world], command)))
+    def cnn(self, role: str = "cnn") -> cnn.ConvClassifier:
+        """The convolutional network of a role."""
+        return cnn.load(networks.trained(self.files[role]))[0]
 
-    def contrastive(self) -> nn.Module:
-        """The diffusion classifier whose denoiser was trained to tell the classes apart."""
-        command = f"diffclass train {self.world} --method contrastive"
-        return self.classifier(networks.loaded(_trained(networks.CONTRASTIVE[self.world], command)))
-
-    def unconditional(self) -> Denoiser:
-        """A denoiser that also answers without a class, for purifiers."""
-        return (
-            self.bayes().denoiser
-            if self.world == "plane"
-            else networks.loaded(assets.verified(_unconditional(self.world)))
+    def maximisation(self, steps: int) -> LikelihoodMaximisation:
+        """The paper's likelihood maximisation, within the budget of this world's attacks."""
+        return LikelihoodMaximisation.paper(
+            self.denoiser("purifier"), self.world.budget("linf"), steps
         )
 
-    def classifier(self, denoiser: Denoiser) -> nn.Module:
-        """The course's diffusion classifier of this world, with another denoiser."""
-        return networks.CLASSIFIERS[self.world][0](denoiser, seed=self.seed)
 
-    def vote(self) -> nn.Module:
-        """The majority of fresh noises of the diffusion classifier."""
-        return MajorityVote(
-            self.bayes().with_fresh_noise(torch.Generator().manual_seed(self.seed)), VOTES
-        )
+@dataclass(frozen=True)
+class Entry:
+    """One classifier by name: how it is built, of which weights, whose it is.
 
-    def baseline(self, method: str) -> nn.Module:
-        """The plain or the adversarially trained network."""
-        file = cnn.FILES[self.world][method]
-        return cnn.load(_trained(file, f"diffclass train {self.world} --method {method}"))[0]
-
-    def translation(self) -> nn.Module:
-        """The classifier that translates into label pictures."""
-        file = _trained(_translator(self.world), f"diffclass train {self.world} --method idc")
-        return idc.TranslationClassifier(idc.load_translator(file)[0], seed=self.seed)
-
-    def purified(self, classifier: str, make: Callable[..., nn.Module], *steps: int) -> nn.Module:
-        """A purifier before a classifier; its seed is another one, as the same would repeat the classifier's noise."""
-        options = (self.budget(), *steps) if steps else ()
-        first = make(self.unconditional(), *options, exact=self.exact, seed=self.seed + 1)
-        return Defended(first, _PLAIN[classifier](self))
-
-
-_PLAIN: dict[str, Callable[[_Parts], nn.Module]] = {
-    "dc": _Parts.bayes,
-    "cnn": lambda parts: parts.baseline("cnn"),
-    "adversarial": lambda parts: parts.baseline("adversarial"),
-    "adversarial-dc": _Parts.hardened,
-    "contrastive": _Parts.contrastive,
-    "idc": _Parts.translation,
-    "vote": _Parts.vote,
-}
-
-
-_PURIFIED = {  # the classifier behind the purifier, the purifier, and its steps where it is asked for a number
-    "lm-cnn": ("cnn", LikelihoodMaximisation.paper, 5),
-    "rdc1": ("dc", LikelihoodMaximisation.paper, 1),
-    "rdc5": ("dc", LikelihoodMaximisation.paper, 5),
-    "rdc-released": ("dc", LikelihoodMaximisation.released),
-    "rdc-contrastive": ("contrastive", LikelihoodMaximisation.paper, 5),
-    "diffpure": ("cnn", Purification),
-}
-
-
-_EXACT = ("dc", "rdc1", "rdc5", "rdc-released", "vote")  # what a world without trained networks has
-
-
-NAMES = {"digits": (*_PLAIN, *_PURIFIED), "cifar10": (*_PLAIN, *_PURIFIED), "plane": _EXACT}
-
-
-def defence(
-    world: str,
-    name: str,
-    *,
-    exact: bool = True,
-    seed: int = 0,
-    fresh: torch.Generator | None = None,
-) -> nn.Module:
-    """A defence by name, from pixels to logits, ready to be asked and attacked.
-
-    dc is the diffusion classifier, adversarial-dc the same trained on attacked images, contrastive the same trained to
-    tell classes apart; lm-cnn, rdc1, rdc5, rdc-released and rdc-contrastive maximise the likelihood before the plain
-    network or one of these (in the paper's way with 1 or 5 steps, or as the code does it); diffpure noises and denoises
-    before the plain network; vote is the majority of 11 fresh noises
-    Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]
-    Randomness  one fixed noise, from `seed`; drawn anew at every call from `fresh`, where it is given
-    Errors      ValueError for a world or name that does not exist, a generator that a defence has no use for, or a
-                purifier on a denoiser trained without a null class; FileNotFoundError, with the command, for weights
-                that are yet to be trained
+    title       what a table calls it
+    sentence    what it is, for the reader
+    source      who proposed it
+    paper       the protocol of its own paper, a name of `evaluation.protocols.PAPERS`
+    build       Parts -> Classifier
+    weights     kind of world -> {role: file}, the files that are read; None where the world has no such classifier
+    Errors      ValueError for an entry that lacks one of these
     """
-    kind, law = _world(world)
-    name = networks.chosen(name, NAMES[kind], f"the defence of {kind}")
-    parts = _Parts(kind, law, exact, seed)
-    made = _PLAIN[name](parts) if name in _PLAIN else parts.purified(*_PURIFIED[name])
-    if fresh is None:
-        return made
-    if not hasattr(made, "with_fresh_noise"):
+
+    name: str
+    title: str
+    sentence: str
+    source: str
+    paper: str
+    build: Callable[[Parts], Classifier]
+    weights: Callable[[str], dict[str, str] | None]
+
+    def __post_init__(self):
+        for field in ("name", "title", "sentence", "source", "paper"):
+            if not getattr(self, field):
+                raise ValueError(
+                    f"expected an entry with a {field}, got the entry {self.name!r} without; readers are told all of them."
+                )
+        for field in ("build", "weights"):
+            if not callable(getattr(self, field)):
+                raise ValueError(
+                    f"expected {field} of the entry {self.name!r} to be a function, got {getattr(self, field)!r}."
+                )
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> None:
+    """Add an entry to the table. Errors: ValueError for a name that is taken, in whatever case."""
+    if entry.name.lower() in map(str.lower, ENTRIES):
         raise ValueError(
-            f"expected no generator for {name}, which has no noise that could be drawn by one."
+            f"expected a new name for a classifier, got {entry.name!r}, which is taken; two entries of one name would hide "
+            "one of them."
         )
-    return made.with_fresh_noise(fresh)
+    ENTRIES[entry.name] = entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files
+
+
+def _denoiser(kind: str) -> dict[str, str]:
+    return {} if kind == "plane" else {"denoiser": networks.denoiser_file(kind)}
+
+
+def _purifier(kind: str) -> dict[str, str]:
+    return {} if kind == "plane" else {"purifier": networks.null_denoiser_file(kind)}
+
+
+def _denoiser_and_purifier(kind: str) -> dict[str, str]:
+    return _denoiser(kind) | _purifier(kind)
+
+
+def _trained_only(roles: Callable[[str], dict[str, str]]) -> Callable[[str], dict[str, str] | None]:
+    """Of worlds whose networks are trained: the plane, whose denoiser is exact, has no such classifier."""
+    return lambda kind: None if kind == "plane" else roles(kind)
+
+
+def _contrastive(kind: str) -> dict[str, str]:
+    return {"denoiser": networks.CONTRASTIVE[kind]}
+
+
+def _baseline(method: str) -> Callable[[str], dict[str, str]]:
+    return lambda kind: {"cnn": networks.BASELINES[kind][method]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How they are built
+
+
+def _bayes(parts: Parts) -> Classifier:
+    return parts.bayes()
+
+
+def _cnn(parts: Parts) -> Classifier:
+    return parts.cnn()
+
+
+def _idc(parts: Parts) -> Classifier:
+    translator = networks.load_translator(parts.world.kind)
+    return idc.TranslationClassifier(translator, eot=4)  # more averaged draws gained nothing
+
+
+def _vote(parts: Parts) -> Classifier:
+    return MajorityVote(parts.bayes(), VOTES)
+
+
+def _rdc(steps: int) -> Callable[[Parts], Classifier]:
+    return lambda parts: PurifiedClassifier(parts.maximisation(steps), parts.bayes())
+
+
+def _rdc_released(parts: Parts) -> Classifier:
+    purifier = LikelihoodMaximisation.released(parts.denoiser("purifier"))
+    return PurifiedClassifier(purifier, parts.bayes())
+
+
+def _maximised_cnn(parts: Parts) -> Classifier:
+    return PurifiedClassifier(parts.maximisation(5), parts.cnn())
+
+
+def _diffpure(parts: Parts) -> Classifier:
+    purifier = Purification(parts.denoiser("purifier"))
+    return PurifiedClassifier(purifier, parts.cnn(), eot=4)  # more averaged draws gained nothing
+
+
+RDC = "Chen et al. 2024 (RDC)"
+for _entry in (
+    Entry(
+        "cnn",
+        "plain CNN",
+        "A small residual convolutional network, trained on clean images.",
+        "He et al. 2016",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("cnn")),
+    ),
+    Entry(
+        "adversarial",
+        "CNN, adversarially trained",
+        "The same network, trained on the images that fool it.",
+        "Madry et al. 2018",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("adversarial")),
+    ),
+    Entry(
+        "dc",
+        "diffusion classifier",
+        "Bayes' rule on the per-class losses of a diffusion model.",
+        "Li et al. 2023; " + RDC,
+        "rdc",
+        _bayes,
+        _denoiser,
+    ),
+    Entry(
+        "contrastive",
+        "diffusion classifier, contrastive",
+        "The diffusion classifier whose heads were trained to tell the classes apart under noise.",
+        "this course, notebook 07",
+        "madry",
+        _bayes,
+        _trained_only(_contrastive),
+    ),
+    Entry(
+        "adversarial-dc",
+        "diffusion classifier, adversarially trained",
+        "The diffusion classifier whose denoiser was trained on the images that fool it.",
+        "this course, after Madry et al. 2018",
+        "madry",
+        _bayes,
+        _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
+    ),
+    Entry(
+        "vote",
+        "diffusion classifier, majority of 11",
+        "What the diffusion classifier answers most often under eleven noises.",
+        "this course, notebook 09",
+        "rdc",
+        _vote,
+        _denoiser,
+    ),
+    Entry(
+        "rdc1",
+        "RDC, 1 step",
+        "One step of likelihood maximisation within the attacks' budget, then the diffusion classifier.",
+        RDC,
+        "rdc",
+        _rdc(1),
+        _denoiser_and_purifier,
+    ),
+    Entry(
+        "rdc5",
+        "RDC, 5 steps",
+        "Five steps of likelihood maximisation within the attacks' budget, then the diffusion classifier.",
+        RDC,
+        "rdc",
+        _rdc(5),
+        _denoiser_and_purifier,
+    ),
+    Entry(
+        "rdc-released",
+        "RDC as released",
+        "Likelihood maximisation as RDC's code does it, without an active limit, then the diffusion classifier.",
+        RDC + ", released code",
+        "rdc",
+        _rdc_released,
+        _denoiser_and_purifier,
+    ),
+    Entry(
+        "rdc-contrastive",
+        "RDC, 5 steps, contrastive",
+        "Five steps of likelihood maximisation, then the contrastive diffusion classifier.",
+        RDC + "; this course, notebook 07",
+        "rdc",
+        _rdc(5),
+        _trained_only(lambda kind: _contrastive(kind) | _purifier(kind)),
+    ),
+    Entry(
+        "lm-cnn",
+        "likelihood maximisation, plain CNN",
+        "Five steps of likelihood maximisation in front of the plain network.",
+        RDC,
+        "rdc",
+        _maximised_cnn,
+        _trained_only(lambda kind: _baseline("cnn")(kind) | _purifier(kind)),
+    ),
+    Entry(
+        "diffpure",
+        "DiffPure, plain CNN",
+        "Noise the picture, walk back with the unconditional denoiser, then ask the plain network.",
+        "Nie et al. 2022",
+        "diffpure",
+        _diffpure,
+        _trained_only(lambda kind: _baseline("cnn")(kind) | _purifier(kind)),
+    ),
+    Entry(
+        "idc",
+        "IDC",
+        "Translate the picture into the picture of its label; the nearest label wins.",
+        "Mei et al. 2024 (IDC)",
+        "idc",
+        _idc,
+        _trained_only(lambda kind: {"translator": networks.translator_file(kind)}),
+    ),
+):
+    register(_entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What others ask
+
+
+def names(world: str) -> tuple[str, ...]:
+    """The classifiers that a world has. Errors: ValueError for a world that does not exist."""
+    kind = world_of(world).kind
+    return tuple(name for name, entry in ENTRIES.items() if entry.weights(kind) is not None)
+
+
+def entry_of(world: str, name: str) -> Entry:
+    """The entry of a classifier by name, whatever its case. Errors: ValueError for a world or name that is not there."""
+    return ENTRIES[units.chosen(name, names(world), f"the classifier of {world_of(world).kind}")]
+
+
+def classifier(world: str, name: str) -> Classifier:
+    """A classifier by name, from pixels and noise to logits, ready to be asked and attacked.
+
+    Errors      ValueError for a world or name that does not exist, or a purifier on a denoiser that was trained without a
+                null class; FileNotFoundError, with the command, for weights that are yet to be trained
+    """
+    entry = entry_of(world, name)
+    place = world_of(world)
+    return entry.build(Parts(place, entry.weights(place.kind))).eval()
 
 
 def checkpoints(world: str, name: str) -> dict[str, str]:
-    """The weights that a defence is made of, file -> SHA-256; empty for closed forms."""
-    kind, _ = _world(world)
-    if kind == "plane":
-        return {}
-    own = {
-        "idc": _translator(kind),
-        "adversarial-dc": networks.HARDENED[kind],
-        "contrastive": networks.CONTRASTIVE[kind],
-        **cnn.FILES[kind],
-    }
-    classifier = _PURIFIED[name][0] if name in _PURIFIED else name
-    files = [own.get(classifier) or networks.available_model(kind, None)]
-    if name in _PURIFIED and _unconditional(kind) not in files:
-        files.append(_unconditional(kind))
-    return {file: assets.fingerprint(file) for file in files}
-
-
-def images(world: str, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The first test images of a world and their labels; of the plane, points drawn from `seed`."""
-    kind, law = _world(world)
-    if kind == "plane":
-        return networks.plane_law(law).sample(limit or 1000, torch.Generator().manual_seed(seed))
-    return worlds.test_pictures(kind, "", limit, seed)
-
-
-def budget(world: str, norm: str) -> float:
-    """The budget that a world is attacked with. Units: pixels. Errors: ValueError for a name that does not exist."""
-    return networks.chosen(norm, BUDGETS[_world(world)[0]], "the norm")
-
-
-def _world(world: str) -> tuple[str, str]:
-    kind, _, law = world.partition(":")
-    kind = networks.chosen(kind, tuple(BUDGETS), "the world")
-    if kind == "plane":
-        networks.plane_law(law)
-    elif law:
-        raise ValueError(f"expected the world {kind!r} without a law, got {world!r}.")
-    return kind, law
-
-
-def _translator(kind: str) -> str:
-    """The first translator of a world that is in `assets/`, else the first."""
-    first, *others = idc.FILES[kind]
-    return next(filter(_present, (first, *others)), first)
-
-
-def _unconditional(kind: str) -> str:
-    """The weights of a denoiser with a null class: those of dc, or the contrastive ones where they have none."""
-    file = networks.available_model(kind, None)
-    return (
-        file
-        if networks.has_null(file) or not _present(networks.CONTRASTIVE[kind])
-        else networks.CONTRASTIVE[kind]
-    )
-
-
-def _present(file: str) -> bool:
-    return bool(assets.parts(file, assets.checksums()))
-
-
-def _trained(file: str, command: str):
-    """The verified path of an asset that a command makes."""
-    if not _present(file):
-        raise FileNotFoundError(
-            f"expected the weights {file} in {assets.folder().name}/, found none; train them with "
-            f"`{command}`."
-        )
-    return assets.verified(file)
+    """The weights that a classifier is built of, file -> SHA-256; empty for closed forms."""
+    files = entry_of(world, name).weights(world_of(world).kind)
+    return {file: assets.fingerprint(file) for file in sorted(set(files.values()))}

@@ -1,23 +1,23 @@
-"""The networks in `assets/` and the classifiers made of them, measured and asked as the course does it."""
+"""The networks in `assets/`, by name: their files, the noise levels they are asked at, and how to get them."""
 
 import json
 from pathlib import Path
 
-from diffclass import data, noise
+from diffclass import noise, units
+from diffclass.classifiers import idc
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.idc import Translator
+from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
-from diffclass.noise import NoiseBank, Weighting
+from diffclass.noise import Levels, Weighting
 from diffclass.storage import assets, weights
 
 TEACHER = "digits-teacher.safetensors"
-
-
 STUDENT = "digits-student.safetensors"
-
-
-MODELS = {  # the best first
+# Denoisers of a world, the best first: a name -> its file.
+MODELS = {
     "digits": {
         "student": STUDENT,
         "teacher": TEACHER,
@@ -28,116 +28,99 @@ MODELS = {  # the best first
         for name in ("student", "teacher", "prototype", "edm", "contrastive")
     },
 }
-
-
-CONTRASTIVE = {
-    world: models["contrastive"] for world, models in MODELS.items()
-}  # trained to tell classes apart
-
-
-HARDENED = {
-    world: f"{world}-adversarial-dc.safetensors" for world in MODELS
-}  # trained on attacked images
-
+# Denoisers that were trained to tell classes apart, or on attacked images.
+CONTRASTIVE = {world: models["contrastive"] for world, models in MODELS.items()}
+HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}
+BASELINES = {
+    world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
+    for world in MODELS
+}
+# Translators of each world, the best first: the small one of photographs is what a CPU can train.
+TRANSLATORS = {
+    "digits": ("digits-idc.safetensors",),
+    "cifar10": ("cifar10-idc.safetensors", "cifar10-idc-small.safetensors"),
+}
 
 DIGIT_RANGE = (0.1, 3.0)  # where digits differ: below, all losses are small; above, all alike
-
-
 DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
-
-
 CIFAR_RANGE = (0.05, 10.0)  # the same for photographs of 32x32 pixels
-
-
 CIFAR_LEVELS = noise.log_levels(*CIFAR_RANGE, 36)
-
-
-PHOTO_LEVELS = noise.log_levels(
-    *CIFAR_RANGE, 12
-)  # for one photograph: ten to twenty seconds on two cores
-
-
+PHOTO_LEVELS = noise.log_levels(*CIFAR_RANGE, 12)  # for one photograph, in seconds on two cores
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
-
-
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
-
-
-def digit_classifier(
-    denoiser: Denoiser,
-    levels: noise.Levels = DIGIT_LEVELS,
-    samples: int = 1,
-    seed: int = 0,
-    weighting: Weighting = noise.elbo_weight,
-) -> BayesClassifier:
-    """The deterministic classifier of digits that the course uses: 16 levels, one noise each."""
-    return BayesClassifier(
-        denoiser, NoiseBank.fixed(levels, denoiser.image_shape, samples, seed), weighting
-    )
-
-
-def cifar_classifier(
-    denoiser: Denoiser,
-    levels: noise.Levels = CIFAR_LEVELS,
-    seed: int = 0,
-    weighting: Weighting = noise.elbo_weight,
-) -> BayesClassifier:
-    """The deterministic classifier of CIFAR-10 that the course uses: 36 levels, one noise each."""
-    return BayesClassifier(
-        denoiser, NoiseBank.fixed(levels, denoiser.image_shape, 1, seed), weighting
-    )
-
-
-CLASSIFIERS = {
-    "digits": (digit_classifier, DIGIT_RANGE),
-    "cifar10": (cifar_classifier, CIFAR_RANGE),
+RANGES = {"digits": DIGIT_RANGE, "cifar10": CIFAR_RANGE, "plane": PLANE_RANGE}
+LEVELS = {
+    "digits": DIGIT_LEVELS,
+    "cifar10": CIFAR_LEVELS,
+    "plane": noise.log_levels(*PLANE_RANGE, 16),
 }
 
 
-def plane_law(name: str) -> data.MixtureLaw:
-    """A law of the plane by name. Errors: ValueError for a name that does not exist."""
-    return chosen(name, data.PLANE_LAWS, "the law of the plane (as in plane:moons)")()
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
-def plane_classifier(
-    law: data.MixtureLaw, levels: int = 16, seed: int = 0, weighting: Weighting = noise.elbo_weight
-) -> BayesClassifier:
-    """The deterministic classifier of a law of the plane that the course uses: exact denoiser, 16 noises a level."""
-    bank = NoiseBank.fixed(
-        noise.log_levels(*PLANE_RANGE, levels), law.image_shape, PLANE_SAMPLES, seed
-    )
-    return BayesClassifier(MixtureDenoiser.of_law(law), bank, weighting, prior=law.priors)
+def is_present(file: str) -> bool:
+    """Whether the weights are listed in `assets/`."""
+    return bool(assets.parts(file, assets.checksums()))
 
 
-def available_model(world: str, model: str | None) -> str:
-    """The file of a world's network by name; without a name the first of `MODELS` that is in `assets/`.
+def command_for(file: str) -> str:
+    """The command that makes a weights file, by the name it has."""
+    world, _, method = Path(file).stem.partition("-")
+    if method == "edm":
+        return "diffclass convert EDM.pkl"
+    if method in ("teacher", "student"):
+        return f"diffclass train {world}"
+    return f"diffclass train {world} --method {method}"
+
+
+def trained(file: str) -> Path:
+    """The verified path of a weights file. Errors: FileNotFoundError with the command that makes it."""
+    if not is_present(file):
+        raise FileNotFoundError(
+            f"expected the weights {file} in {assets.folder().name}/, got none; train them with `{command_for(file)}`."
+        )
+    return assets.verified(file)
+
+
+def denoiser_file(world: str, model: str | None = None) -> str:
+    """The file of a world's denoiser by its model's name; without a name the best that is in `assets/`.
 
     Errors      ValueError for a name that does not exist
     """
     models = MODELS[world]
     if model is not None:
-        return chosen(model, models, "the model")
-    listed = assets.checksums()
-    return next(
-        (file for file in models.values() if assets.parts(file, listed)),
-        next(iter(models.values())),
-    )
+        return units.chosen(model, models, "the model")
+    return next(filter(is_present, models.values()), next(iter(models.values())))
+
+
+def null_denoiser_file(world: str) -> str:
+    """The file of the best denoiser that also answers without a class, as purifiers need."""
+    file = denoiser_file(world)
+    if not is_present(file) or has_null(file) or not is_present(CONTRASTIVE[world]):
+        return file
+    return CONTRASTIVE[world]
+
+
+def translator_file(world: str) -> str:
+    """The first translator of a world that is in `assets/`, else the first."""
+    return next(filter(is_present, TRANSLATORS[world]), TRANSLATORS[world][0])
+
+
+def has_null(file: str) -> bool:
+    """Whether the denoiser of a weights file also answers without a class. Errors: those of `assets.verified`."""
+    header = weights.read_header(assets.verified(file))
+    return json.loads(header["architecture"]).get("has_null", True)
 
 
 def load(world: str, model: str | None = None) -> tuple[Denoiser, str]:
     """A world's trained denoiser by its model's name, its checksum verified, and the file it came from.
 
-    Errors      those of `available_model`, `assets.verified` and `load_denoiser`
+    Errors      those of `denoiser_file`, `assets.verified` and `load_denoiser`
     """
-    file = available_model(world, model)
+    file = denoiser_file(world, model)
     return loaded(assets.verified(file)), file
-
-
-def has_null(file: str) -> bool:
-    """Whether the denoiser of a weights file in `assets/` also answers without a class. Errors: those of `verified`."""
-    return json.loads(weights.read_header(assets.verified(file))["architecture"]).get(
-        "has_null", True
-    )
 
 
 def loaded(path: Path) -> Denoiser:
@@ -145,21 +128,48 @@ def loaded(path: Path) -> Denoiser:
     return network.load_denoiser(path)[0]
 
 
-def chosen(value: str, allowed, what: str):
-    """The entry of `allowed` (names, or a mapping from names) that `value` names, whatever its case.
-
-    Errors      ValueError that lists the names
-    """
-    names = {name.lower(): name for name in allowed}
-    if value.lower() not in names:
-        choice = ", ".join(map(repr, allowed))
-        raise ValueError(
-            f"expected {what} to be {'one of ' * (len(allowed) > 1)}{choice}, got {value!r}."
-        )
-    name = names[value.lower()]
-    return allowed[name] if isinstance(allowed, dict) else name
-
-
 def load_digits_denoiser(name: str = STUDENT) -> Denoiser:
     """A trained digits denoiser from `assets/`, its checksum verified. Errors: those of `verified`, `load_denoiser`."""
-    return network.load_denoiser(assets.verified(name))[0]
+    return loaded(assets.verified(name))
+
+
+def load_translator(world: str = "digits") -> Translator:
+    """A world's trained translator, its checksum verified. Errors: those of `trained` and `idc.load_translator`."""
+    return idc.load_translator(trained(translator_file(world)))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diffusion classifiers that the course makes of them
+
+
+def digit_classifier(
+    denoiser: Denoiser,
+    levels: Levels = DIGIT_LEVELS,
+    samples: int = 1,
+    weighting: Weighting = noise.elbo_weight,
+) -> BayesClassifier:
+    """The classifier of digits that the course uses: 16 levels, one noise each."""
+    return BayesClassifier(denoiser, levels, samples, weighting)
+
+
+def cifar_classifier(
+    denoiser: Denoiser,
+    levels: Levels = CIFAR_LEVELS,
+    samples: int = 1,
+    weighting: Weighting = noise.elbo_weight,
+) -> BayesClassifier:
+    """The classifier of CIFAR-10 that the course uses: 36 levels, one noise each."""
+    return BayesClassifier(denoiser, levels, samples, weighting)
+
+
+def plane_classifier(
+    law: MixtureLaw, levels: int = 16, weighting: Weighting = noise.elbo_weight
+) -> BayesClassifier:
+    """The classifier of a law of the plane that the course uses: exact denoiser, 16 noises a level."""
+    return BayesClassifier(
+        MixtureDenoiser.of_law(law),
+        noise.log_levels(*PLANE_RANGE, levels),
+        PLANE_SAMPLES,
+        weighting,
+        prior=law.priors,
+    )

@@ -1,0 +1,459 @@
+"""Robust accuracy under a protocol in three steps: attack, judge, store; anybody can verify what was stored.
+
+Every number here is an upper bound: a better attack may find more. What a run keeps is one perturbation for each image,
+the strongest of all attacks, and asking the classifier about it again is all that a check of the claim needs.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffclass import attacks, units
+from diffclass.classifiers.base import BLOCK, Classifier, Noise, block_noise, take
+from diffclass.evaluation.protocols import AttackNoise, Protocol
+from diffclass.noise import generator_of
+from diffclass.storage import files
+
+SCHEMA = 2  # of settings and rows
+ROWS = "rows.jsonl"
+SHARD_BYTES = 14_000_000  # of one file of perturbations
+NEEDED = {
+    "schema",
+    "world",
+    "classifier",
+    "checkpoints",
+    "protocol",
+    "stream",
+    "seed",
+    "n",
+    "draws",
+    "images",
+}
+ROW = {"index", "label", "clean", "attacks", "strongest", "hits", "calls"}
+SLACK = 1e-6  # of a budget, for rounding
+# How the noise of a judgement is drawn: by a key for every draw and block of 64 images; or, as the first records were,
+# one draw after the other from one key of the block, for as many images as it has.
+STREAMS = ("blocks", "batches of 64")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: images finished of how many, and the attack that was last finished."""
+
+    images: int
+    total: int
+    attack: str
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run has stored: settings, one row for each image in order of their index, perturbations [N,C,H,W].
+
+    A row holds index; label; clean, the hits of `draws` on the clean image; attacks, for the clean image and then for
+    every run of the protocol [hits, mean margin] with noise that only this selection saw, or None for an image that an
+    earlier one had fooled at every draw; strongest, a place in that list (0: the clean image); hits of `draws` on the
+    stored perturbation, with noise that no selection saw, None until all attacks are over; and calls, how often the
+    classifier was asked about the image
+    """
+
+    settings: dict
+    rows: list[dict]
+    deltas: Tensor
+
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol of the settings."""
+        return Protocol.of_json(self.settings["protocol"])
+
+    @property
+    def sizes(self) -> list[float]:
+        """The norm of each perturbation, in pixels."""
+        return attacks.size_of(self.deltas, self.protocol.norm).tolist()
+
+    @property
+    def finished(self) -> int:
+        """How many images all attacks are over for."""
+        return sum(row["hits"] is not None for row in self.rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attack
+
+
+def attack(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    protocol: Protocol,
+    number: int,
+    seed: int,
+    block: int,
+    kept: Tensor,
+) -> Tensor:
+    """What one run of the protocol does to some images of a block: perturbations that can be stored.
+
+    Shapes      x [B,C,H,W] in [0,1], y [B]; kept [B], their places in the block -> [B,C,H,W], on the CPU
+    Errors      those of `attacks.pgd`
+    """
+    chosen = protocol.runs()[number]
+    noise = AttackNoise(seed, number, block, kept)
+    *_, last = chosen.frames(classifier, x, y, protocol.epsilon, protocol.norm, noise)
+    return storable((last.x - x).float().cpu())
+
+
+def storable(deltas: Tensor) -> Tensor:
+    """The perturbations as 16 bits hold them: a little shorter, so that no rounding leads out of a budget or of [0,1].
+
+    Why         rounding to 11 bits changes a number by at most 2^-11 of it, so a factor 1 - 2^-11 comes first; what is
+                too small for 11 bits and would grow all the same becomes zero
+    """
+    kept = (deltas * (1 - 2.0**-11)).half().to(deltas)
+    return torch.where(kept.abs() > deltas.abs(), 0, kept)
+
+
+def perturbed(x: Tensor, delta: Tensor) -> Tensor:
+    """The image that is judged, today and by whoever verifies it. Shapes: [B,C,H,W] twice -> [B,C,H,W] in [0,1]."""
+    return (x + delta.to(x)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judge
+
+
+def judge(
+    classifier: Classifier, x: Tensor, y: Tensor, noises: Iterable[Noise]
+) -> tuple[Tensor, Tensor]:
+    """How often each image is classified correctly, and the mean margin of the best wrong class.
+
+    Shapes      x [B,C,H,W], y [B], a noise for every draw -> hits [B], margin [B]
+    Errors      FloatingPointError for logits that are NaN, whose argmax would count as a class
+    """
+    hits = torch.zeros_like(y)
+    margins = []
+    for noise in noises:
+        with torch.no_grad():
+            logits = classifier(x, noise)
+        if bool(torch.isnan(logits).any()):
+            raise FloatingPointError(
+                "the classifier's logits became NaN and cannot be judged; infinity minus infinity "
+                "or 0/0 in it is the likely cause."
+            )
+        hits = hits + (logits.argmax(1) == y)
+        margins.append(attacks.margin_loss(logits, y).double())
+    return hits, torch.stack(margins).mean(0)
+
+
+def judging_noises(
+    classifier: Classifier, settings: dict, block: int, images: int, purpose: str
+) -> Iterator[Noise]:
+    """The noise of every draw of a judgement, for the images of a block; no attack ever saw it.
+
+    Randomness  (seed, purpose, draw, block), as the stream of the settings says
+    """
+    seed = settings["seed"]
+    if settings["stream"] == STREAMS[0]:
+        for draw in range(settings["draws"]):
+            noise = block_noise(classifier, block, seed, "judge", purpose, draw)
+            yield take(noise, slice(0, images))
+    else:
+        generator = generator_of(seed, BLOCK * block, purpose)
+        for _ in range(settings["draws"]):
+            yield classifier.sample_noise(images, generator)
+
+
+def draws_of(classifier: Classifier, protocol: Protocol) -> int:
+    """How often the classifier is asked about an image: once if it has no noise to draw."""
+    return 1 if classifier.deterministic else protocol.draws
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Store
+
+
+def store(folder: Path, run: Run, first: int, last: int) -> None:
+    """Write perturbations and rows, after images `first` to `last` have changed; each file is whole or absent.
+
+    Perturbations first: rows never speak of one that is not there.
+    """
+    shard = per_file(run.deltas)
+    known = len(run.rows)
+    for number in range(first // shard, (last - 1) // shard + 1):
+        path = folder / f"deltas-{number}.safetensors"
+        own = run.deltas[number * shard : min((number + 1) * shard, known)]
+        save_file({"deltas": own.half().contiguous()}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in run.rows]
+    files.write(folder / ROWS, "".join(lines))
+
+
+def per_file(deltas: Tensor) -> int:
+    """How many images' perturbations go into a file."""
+    return max(1, SHARD_BYTES // (2 * deltas[0].numel()))
+
+
+def read(folder: str | Path) -> Run:
+    """What a run has stored so far.
+
+    Errors      FileNotFoundError for a folder without a run; ValueError for a file that is damaged, or of another schema
+    """
+    folder = Path(folder)
+    missing = [
+        name
+        for name in (files.SETTINGS, ROWS, "deltas-0.safetensors")
+        if not (folder / name).exists()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"expected the results of an attack in {folder}, got no {missing[0]}; "
+            "`diffclass evaluate --attack honest --store FOLDER` writes them."
+        )
+    settings = checked_settings(files.settings_of(folder), folder)
+    rows = [
+        _row(line, number, folder)
+        for number, line in enumerate((folder / ROWS).read_text().splitlines())
+    ]
+    deltas = _deltas(folder)
+    if len(deltas) < len(rows):
+        raise ValueError(
+            f"expected a perturbation for each of {len(rows)} rows in {folder}, got {len(deltas)}; a file "
+            "deltas-*.safetensors is missing."
+        )
+    return checked_rows(Run(settings, rows, deltas[: len(rows)]), folder)
+
+
+def checked_rows(run: Run, folder: Path) -> Run:
+    """Return a run whose finished rows have an entry for the clean image and every attack, else raise a ValueError."""
+    wanted = 1 + len(run.protocol.runs())
+    for row in run.rows:
+        if row["hits"] is not None and len(row["attacks"]) != wanted:
+            raise ValueError(
+                f"expected {wanted} entries of attacks in the row of image {row['index']} of {folder / ROWS}, got "
+                f"{len(row['attacks'])}; the file was changed by something else."
+            )
+    return run
+
+
+def checked_settings(settings: dict, folder: Path) -> dict:
+    """Return settings that are those of an attack, else raise a ValueError."""
+    where = folder / files.SETTINGS
+    if settings.get("schema") != SCHEMA:
+        raise ValueError(
+            f"expected {where} of schema {SCHEMA}, got {settings.get('schema', 'one without a schema')!r}; it was written "
+            "by another version, or is not that of an attack."
+        )
+    lacking = sorted(NEEDED - set(settings))
+    if lacking:
+        raise ValueError(f"expected {where} to be that of an attack, got one without {lacking}.")
+    if settings["stream"] not in STREAMS:
+        raise ValueError(
+            f"expected a stream of noise of {STREAMS} in {where}, got {settings['stream']!r}."
+        )
+    return settings
+
+
+def _row(line: str, number: int, folder: Path) -> dict:
+    try:
+        row = json.loads(line)
+        known = ROW <= set(row) and row["index"] == number and isinstance(row["attacks"], list)
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"line {number + 1} of {folder / ROWS} is not the row of image {number}; the file was "
+            "changed by something else: restore it, or attack again in another folder."
+        )
+    return row
+
+
+def _deltas(folder: Path) -> Tensor:
+    shards = sorted(
+        folder.glob("deltas-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])
+    )
+    try:
+        return torch.cat([load_file(path)["deltas"] for path in shards]).float()
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"expected perturbations in {folder}/deltas-*.safetensors, got a file without ({error}); it "
+            "was probably cut short."
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walk over all images
+
+
+def fingerprint(images: Tensor, labels: Tensor) -> str:
+    """The SHA-256 of labelled images, in order."""
+    content = b"".join(part.cpu().contiguous().numpy().tobytes() for part in (images, labels))
+    return hashlib.sha256(content).hexdigest()
+
+
+def settings_of(
+    classifier: Classifier, images: Tensor, labels: Tensor, protocol: Protocol, own: dict, seed: int
+) -> dict:
+    """All that a run depends on, as JSON values: `own` is the caller's (world, classifier, checkpoints, version)."""
+    settings = {
+        **own,
+        "schema": SCHEMA,
+        "protocol": protocol.as_json(),
+        "stream": STREAMS[0],
+        "seed": seed,
+        "n": len(images),
+        "draws": draws_of(classifier, protocol),
+        "images": fingerprint(images, labels),
+    }
+    return json.loads(json.dumps(settings, allow_nan=False))
+
+
+def run(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    folder: str | Path,
+    own: dict,
+    *,
+    seed: int = 0,
+) -> Iterator[Progress]:
+    """Attack all images, block by block and attack by attack, keeping what is done after each.
+
+    Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
+    Randomness  all of it from `seed` by keys: an interrupted run ends as an unbroken one
+    Writes      folder/settings.json, rows.jsonl and deltas-0.safetensors, each in one piece
+    Errors      ValueError for images, labels or a budget that cannot be meant, or a folder of other settings;
+                RuntimeError if another run writes to it; those of `attacks.pgd`, after which what is done is kept
+    """
+    classifier.checked(images)
+    units.check_labels(labels, len(images), classifier.num_classes)
+    units.check_budget(protocol.epsilon, protocol.norm, images[0].numel())
+    folder = Path(folder)
+    with files.locked(folder):
+        settings = settings_of(classifier, images, labels, protocol, own, seed)
+        files.settle(folder, settings, "perturbations")
+        before = read(folder).rows if (folder / ROWS).exists() else []
+        deltas = torch.zeros(images.shape)
+        if before:
+            deltas[: len(before)] = read(folder).deltas
+        whole = Run(settings, before, deltas)
+        for block in range(-(-len(images) // BLOCK)):
+            yield from _Block(classifier, images, labels, whole, block).attacked(folder)
+
+
+class _Block:
+    """Up to 64 images of a run: their pixels, and views of their rows and perturbations."""
+
+    def __init__(
+        self, classifier: Classifier, images: Tensor, labels: Tensor, run: Run, number: int
+    ):
+        self.classifier = classifier
+        self.run = run
+        self.number = number
+        self.start = number * BLOCK
+        self.part = slice(self.start, min(self.start + BLOCK, len(images)))
+        where = next(chain(classifier.parameters(), classifier.buffers()), images).device
+        self.x = images[self.part].to(where)
+        self.y = labels[self.part].to(where)
+        self.rows = run.rows[self.part]
+        self.deltas = run.deltas[self.part]
+
+    def judged(self, purpose: str, deltas: Tensor, kept: Tensor | None = None) -> tuple[list, list]:
+        """Hits and margins of perturbed images, by noise of that purpose; `kept` are their places in the block."""
+        kept = torch.arange(len(self.x)) if kept is None else kept
+        drawn = judging_noises(
+            self.classifier, self.run.settings, self.number, len(self.x), purpose
+        )
+        x = perturbed(self.x[kept], deltas)
+        hits, margins = judge(
+            self.classifier, x, self.y[kept], (take(noise, kept) for noise in drawn)
+        )
+        return hits.tolist(), margins.tolist()
+
+    def begin(self) -> None:
+        """The rows of clean images: their hits to be shown, and hits with other noise, from which attacks start."""
+        nothing = torch.zeros_like(self.deltas)
+        clean, _ = self.judged("clean", nothing)
+        hits, margins = self.judged("selection 0", nothing)
+        draws = self.run.settings["draws"]
+        self.rows = [
+            dict(
+                index=self.start + i,
+                label=int(label),
+                clean=clean[i],
+                attacks=[[hits[i], margins[i]]],
+                strongest=0,
+                hits=None,
+                calls=2 * draws,
+            )
+            for i, label in enumerate(self.y)
+        ]
+        self.run.rows.extend(self.rows)
+
+    def keep(self, place: int, kept: Tensor, deltas: Tensor, calls: int) -> None:
+        """Judge what an attack returned, as it is stored; let it stand where it is stronger than what stood."""
+        hits, margins = self.judged(f"selection {place}", deltas, kept)
+        for i, hit, margin, delta in zip(kept.tolist(), hits, margins, deltas, strict=True):
+            row = self.rows[i]
+            row["attacks"][place] = [hit, margin]
+            row["calls"] += calls + self.run.settings["draws"]
+            stood = row["attacks"][row["strongest"]]
+            if (-hit, margin) > (-stood[0], stood[1]):
+                row["strongest"] = place
+                self.deltas[i] = delta
+
+    def attacked(self, folder: Path) -> Iterator[Progress]:
+        """Every attack that the block still lacks, on the images that are not yet fooled at every draw."""
+        settings = self.run.settings
+        protocol = self.run.protocol
+        if not self.rows:
+            self.begin()
+        for number, chosen in enumerate(protocol.runs()):
+            place = number + 1
+            if place < len(self.rows[0]["attacks"]):
+                continue
+            standing = [row["attacks"][row["strongest"]][0] > 0 for row in self.rows]
+            kept = torch.tensor(standing).nonzero().flatten()
+            for row in self.rows:
+                row["attacks"].append(None)
+            if len(kept):
+                deltas = attack(
+                    self.classifier,
+                    self.x[kept],
+                    self.y[kept],
+                    protocol,
+                    number,
+                    settings["seed"],
+                    self.number,
+                    kept,
+                )
+                self.keep(place, kept, deltas, chosen.calls)
+            store(folder, self.run, self.part.start, self.part.stop)
+            yield Progress(self.part.start, settings["n"], str(chosen))
+        if self.rows[0]["hits"] is None:
+            hits, _ = self.judged("evaluation", self.deltas)
+            for row, hit in zip(self.rows, hits, strict=True):
+                row["hits"] = hit
+                row["calls"] += settings["draws"]
+            store(folder, self.run, self.part.start, self.part.stop)
+        yield Progress(self.part.stop, settings["n"], "all attacks")
+
+
+def rejudged(
+    classifier: Classifier, images: Tensor, labels: Tensor, run: Run
+) -> Iterator[tuple[list, list]]:
+    """Ask again, block by block, with the noise of the claim: the hits on clean and on perturbed images.
+
+    Shapes      images [N,C,H,W], labels [N] -> yields (clean, perturbed), a list of hits each
+    """
+    for number in range(-(-len(run.rows) // BLOCK)):
+        block = _Block(classifier, images, labels, run, number)
+        clean, _ = block.judged("clean", torch.zeros_like(block.deltas))
+        hits, _ = block.judged("evaluation", block.deltas)
+        yield clean, hits

@@ -1,0 +1,123 @@
+"""Tables of what stands: a row for each classifier of the registry, from the records of the runs in `assets/`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffclass.data.worlds import world_of
+from diffclass.evaluation import claims
+from diffclass.evaluation.protocols import Protocol
+from diffclass.storage import assets
+from diffclass.storage.results import Record
+from diffclass.zoo.classifiers import ENTRIES, Entry
+
+DRAWS = Protocol.draws  # of a random classifier, in the columns of the worst
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of robust accuracies.
+
+    attack      "clean", "paper" (the protocol of the classifier's own paper) or "honest"
+    worst       whether it counts what stood at every draw, instead of the average draw
+    """
+
+    title: str
+    attack: str
+    worst: bool = False
+
+    def protocol(self, entry: Entry) -> str | None:
+        """The name of the protocol whose records belong here, None for clean images."""
+        names = {"clean": None, "paper": f"paper-{entry.paper}", "honest": "honest"}
+        return names[self.attack]
+
+    def shows(self, entry: Entry, record: Record) -> bool:
+        """Whether a record is the number that this column shows of a classifier."""
+        if record.classifier != entry.name or record.metric != "accuracy" or record.part:
+            return False
+        if self.worst != (record.statistic == "worst"):
+            return False
+        if self.worst and record.settings["draws"] != DRAWS:
+            return False
+        own = record.settings["protocol"]["name"] if record.attack else None
+        return own == self.protocol(entry)
+
+
+COLUMNS = (
+    Column("clean", "clean"),
+    Column(f"clean, worst of {DRAWS}", "clean", worst=True),
+    Column("paper's protocol", "paper"),
+    Column("honest", "honest"),
+    Column(f"honest, worst of {DRAWS}", "honest", worst=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A classifier and its records, one for each of `COLUMNS`, None where nothing was measured."""
+
+    entry: Entry
+    records: tuple[Record | None, ...]
+
+
+def folders(world: str) -> list[Path]:
+    """The folders of a world's committed runs. Errors: ValueError for a world that does not exist."""
+    runs = assets.folder() / "records" / f"{world_of(world).kind}-attacks"
+    return sorted(path.parent for path in runs.glob(f"*/{claims.FILE}"))
+
+
+def robust_rows(world: str, norm: str) -> list[Row]:
+    """What is known of a world's classifiers at its budget, in the order of the registry; without those of no record.
+
+    Of several records for a cell the newest version of the protocol is shown, and of that the one of the most images.
+
+    Errors      ValueError for a world or norm that does not exist; those of `claims.kept`
+    """
+    budget = world_of(world).budget(norm)
+    listed = [
+        record
+        for folder in folders(world)
+        for record in claims.kept(folder)
+        if _at(record, norm, budget)
+    ]
+    rows = []
+    for entry in ENTRIES.values():
+        cells = tuple(_shown(column, entry, listed) for column in COLUMNS)
+        if any(cells):
+            rows.append(Row(entry, cells))
+    return rows
+
+
+def _at(record: Record, norm: str, budget: float) -> bool:
+    """Whether a record's run had this budget; clean images are those of the same run."""
+    protocol = record.settings["protocol"]
+    return (protocol["norm"], protocol["epsilon"]) == (norm, budget)
+
+
+def _shown(column: Column, entry: Entry, listed: list[Record]) -> Record | None:
+    def rank(record: Record) -> tuple[int, int]:
+        version = record.settings["protocol"]["version"] if record.attack else 0
+        return version, record.n
+
+    fitting = [record for record in listed if column.shows(entry, record)]
+    return max(fitting, key=rank, default=None)
+
+
+def cell(record: Record | None) -> str:
+    """An accuracy in percent with its interval and, in brackets, the number of images; empty for None."""
+    if record is None:
+        return ""
+    value = f"{100 * record.value:.1f}"
+    return f"{value} [{100 * record.low:.0f}, {100 * record.high:.0f}] ({record.n})"
+
+
+def robust_table(world: str, norm: str) -> list[str]:
+    """The lines of a table in Markdown: titles, rule, and a line for each of `robust_rows`. Errors: those of it."""
+    titles = ["Classifier", *(column.title for column in COLUMNS)]
+    lines = [_line(titles), "|" + "---|" * len(titles)]
+    for row in robust_rows(world, norm):
+        lines.append(_line([row.entry.title, *map(cell, row.records)]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
