@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +19,7 @@ from diffclass.cli.base import (
     sentence_of,
     shown,
 )
-from diffclass.storage import assets
 
-METHODS = ("diffusion", "contrastive", "idc", "idc-small", "cnn", "adversarial", "adversarial-dc")
 Widths = Annotated[
     str | None, typer.Option(help="Channels of the network's levels, such as 16,32: for a dry run.")
 ]
@@ -32,16 +29,11 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
     """Train one network with a progress bar; whether it is complete."""
     from tqdm import tqdm
 
-    from diffclass.training import baselines, trainers, translators
+    from diffclass.training import train as training
+    from diffclass.training.speed import Speed
 
-    if name in translators.RECIPES:
-        run = translators.train_translation(name, folder, minutes=minutes, **options)
-    elif name in baselines.RECIPES:
-        run = baselines.train_baseline(name, folder, minutes=minutes, **options)
-    else:
-        run = trainers.train(name, folder, minutes=minutes, **options)
-    run = trainers.stoppable(run)
-    speed = None
+    run = training.stoppable(training.train(name, folder, minutes=minutes, **options))
+    costs = None
     first = None
     with (
         contextlib.closing(run),
@@ -58,23 +50,23 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
             done = progress.step - first.step
             if done > 3 and progress.step % 10 and not last:
                 continue  # reading the loss waits for the accelerator
-            if name in trainers.RECIPES and name.startswith("cifar10") and done >= 10:
+            parts = [f"loss {progress.loss:.3f}", f"{progress.seconds:.0f} s in all"]
+            if done >= 10:
+                costs = costs or _costs(name, options["widths"])
                 rate = (progress.images - first.images) / (progress.seconds - first.seconds)
-                speed = (
-                    replace(speed, images=rate)
-                    if speed
-                    else trainers.Speed(
-                        rate,
-                        trainers.step_flops(name, options["widths"]),
-                        trainers.matrix_peak(trainers.RECIPES[name].precision),
-                    )
-                )
-            bar.set_postfix_str(
-                f"loss {progress.loss:.3f}, {progress.seconds:.0f} s in all"
-                + (f", {speed}" if speed else "")
-                + ", measuring" * last
-            )
+                parts.append(str(Speed(rate, **costs)))
+            if last:
+                parts.append("measuring")
+            bar.set_postfix_str(", ".join(parts))
     return progress.step == progress.steps
+
+
+def _costs(name: str, widths: tuple[int, ...] | None) -> dict[str, float]:
+    """What a step of a network costs, and what the chip could do, as `Speed` takes them."""
+    from diffclass.training.recipes import RECIPES
+    from diffclass.training.speed import matrix_peak, step_flops
+
+    return dict(flops=step_flops(name, widths), peak=matrix_peak(RECIPES[name].precision))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -113,20 +105,16 @@ def train(
 ):
     """Train a world's teacher and the student that copies it, or one network of another --method. Ctrl-C keeps what is
     done, and the same command goes on. `accelerate launch -m diffclass train ...` does it on several devices."""
-    from diffclass.storage import weights
-    from diffclass.zoo import networks
+    from diffclass.storage import assets, weights
 
     folder = out or assets.folder()
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
-    world = networks.chosen(world, ("digits", "cifar10"), "the world to train on")
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # before the training, not after it, if it cannot be written
+    # Before the training, not after it, if it cannot be written.
+    folder.mkdir(parents=True, exist_ok=True)
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
-    method = networks.chosen(method, METHODS, "the method")
-    names = _names(
-        world, method, "teacher" if teacher_only else "student" if student_only else None, folder
-    )
+    only = "student" if student_only else None
+    only = "teacher" if teacher_only else only
+    names = _names(world, method, only, folder)
     try:
         for name in names:
             if not _train_one(name, folder, minutes, options):
@@ -150,40 +138,34 @@ def train(
 
 def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]:
     """The networks to train, in order."""
-    from diffclass.classifiers import cnn
-    from diffclass.training import trainers, translators
-    from diffclass.zoo import networks
+    from diffclass import units
+    from diffclass.training import recipes
+    from diffclass.training.train import remaining
 
-    if method == "diffusion":
-        return trainers.remaining(world, folder, only)
-    if only:
+    method = units.chosen(method, recipes.methods(), "the method")
+    worlds = recipes.worlds_of(method)
+    files = recipes.files_of(units.chosen(world, worlds, f"the world of --method {method}"), method)
+    if only is None:
+        return remaining(files, folder)
+    if len(files) == 1:
         raise ValueError(
             f"expected no --{only}-only with --method {method}, which trains one network alone."
         )
-    if method == "contrastive":
-        return [networks.CONTRASTIVE[world]]
-    if method == "adversarial-dc":
-        return [networks.HARDENED[world]]
-    if method == "idc":
-        return [translators.DIGITS if world == "digits" else translators.PHOTOS]
-    if method == "idc-small":
-        networks.chosen(world, ("cifar10",), "the world of a small translator")
-        return [translators.SMALL]
-    return [cnn.FILES[world][method]]
+    return files[:1] if only == "teacher" else files[-1:]
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        found = tuple(int(part) for part in text.split(","))
+        widths = tuple(int(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or min(found) < 4 or any(width % 4 for width in found):
+        widths = ()
+    if not widths or min(widths) < 4 or any(width % 4 for width in widths):
         raise ValueError(
             f"expected widths as multiples of 4 with commas between them, such as 16,32, got {text!r}."
         )
-    return found
+    return widths
 
 
 @app.command(epilog=EXIT_CODES)
@@ -199,13 +181,14 @@ def classify(
     json_wanted: Json = False,
 ):
     """Name what is in each picture, among ten digits or ten kinds of things; a broken file does not stop the others."""
+    from diffclass import units
     from diffclass.evaluation import judging
     from diffclass.zoo import networks
 
     answer = ctx.obj
     failed = 0
     answer.content |= dict(command="classify", pictures=[])
-    world = networks.chosen(world, list(networks.MODELS), "the world of the pictures")
+    world = units.chosen(world, list(networks.MODELS), "the world of the pictures")
     judge = judging.Judge(world, model)
     answer.content |= dict(world=world, model=judge.model)
     for path in pictures:
@@ -231,9 +214,10 @@ def _judged(judge, path: str) -> dict:
             desc=path, unit="level", delay=1, leave=False, file=sys.stderr, disable=not is_first()
         ) as bar,
     ):
-        for done, bar.total, found in run:
+        for done, total, latest in run:
+            bar.total = total
             bar.update(done - bar.n)
-            verdict = found
+            verdict = latest
     return verdict
 
 
@@ -248,12 +232,14 @@ def sample(
     json_wanted: Json = False,
 ):
     """Draw the gallery: generated pictures of every class, for readers who do not have CIFAR-10 at hand."""
+    from diffclass import units
     from diffclass.data import gallery
+    from diffclass.storage import assets
     from diffclass.training import drawing
     from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="sample")
-    denoiser, name = networks.load(networks.chosen(world, ("cifar10",), "the world to draw"), model)
+    denoiser, name = networks.load(units.chosen(world, ("cifar10",), "the world to draw"), model)
     list(shown(drawing.draw(denoiser, name, per_class, seed, out), "sampling", unit="step"))
     path = (out or assets.folder()) / gallery.FILE
     ctx.obj.content |= dict(file=str(path), model=name, pictures=per_class * denoiser.num_classes)

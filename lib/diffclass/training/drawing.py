@@ -12,9 +12,8 @@ from diffclass.denoisers import sampling
 from diffclass.denoisers.base import Denoiser
 from diffclass.storage import assets
 
-LEVELS = sampling.karras_levels(
-    18, 0.02, 20.0
-)  # from where pixels are noise alone to below what eight bits show
+# from where pixels are noise alone to below what eight bits show
+LEVELS = sampling.karras_levels(18, 0.02, 20.0)
 
 
 def draw(

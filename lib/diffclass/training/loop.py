@@ -65,9 +65,8 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
-    with contextlib.suppress(
-        OSError, subprocess.SubprocessError
-    ):  # a card without its commit is better than no card
+    # a card without its commit is better than no card
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = [
             "git",
             "--no-optional-locks",
@@ -161,9 +160,10 @@ class Training:
         self.accelerator = Accelerator()
         self.own = own_share(batch, self.accelerator.num_processes)
         device = self.accelerator.device
+        # as measured
         fastest = (
             torch.channels_last if torch.accelerator.is_available() else torch.contiguous_format
-        )  # as measured
+        )
         self.denoiser = denoiser.to(device, memory_format=fastest)
         self.images = images.to(device)
         self.labels = labels.to(device)
@@ -202,9 +202,8 @@ class Training:
                     or self.checkpoint
                     and (self.step + 1) % self.save_every == 0
                 )
-                if (due or self.step % 10 == 0) and not torch.isfinite(
-                    measured
-                ):  # asking waits for the accelerator
+                # asking waits for the accelerator
+                if (due or self.step % 10 == 0) and not torch.isfinite(measured):
                     raise FloatingPointError(
                         f"the loss became {float(measured)} at step {self.step}; lower the rate "
                         f"({self.settings['rate']:g}) and start again from the last checkpoint."

@@ -1,4 +1,4 @@
-"""What networks are trained by: denoising, copying, contrast, translation."""
+"""What networks are trained by: denoising, copying, contrast, translation, classification."""
 
 import math
 from collections.abc import Callable
@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffclass import units
+from diffclass import noise, units
+from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.idc import Translator
 from diffclass.denoisers.base import Denoiser
 
-# What a loss is given: the denoiser, a batch of model-space images, their labels, and the generator of this step
-Loss = Callable[[Denoiser, Tensor, Tensor, torch.Generator], Tensor]
+# What a loss is given: the network, a batch of images, their labels, and the generator of this step
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def draw_sigma(
@@ -31,10 +32,7 @@ def _noised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sigma = draw_sigma(len(images), generator, sigma_range=denoiser.sigma_range).to(images)
     eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-    weight = (sigma**2 + 0.25) / (
-        0.25 * sigma**2
-    )  # EDM's 1 / c_out^2: every level starts with a loss of about one
-    return images + sigma[:, None, None, None] * eps, sigma, weight
+    return images + sigma[:, None, None, None] * eps, sigma, noise.edm_lambda(sigma)
 
 
 def denoising_loss(
@@ -46,7 +44,7 @@ def denoising_loss(
 ) -> Tensor:
     """EDM's denoising loss under the true label; a share `null_rate` of the labels is withheld (the null class).
 
-    Formula     mean over images and pixels of lambda(sigma) (D_y(x + sigma eps, sigma) - x)^2
+    Formula     mean over images and pixels of lambda(sigma) (D_y(x + sigma eps, sigma) - x)^2, lambda of `edm_lambda`
     Source      Karras et al. 2022, equation 8; label dropout: Ho & Salimans 2022
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
@@ -143,5 +141,45 @@ def translation_loss(inter: float = 0.2) -> Loss:
         intra = d[right]
         nearest = d.masked_fill(right, torch.inf).amin(1)
         return (intra - inter * (intra > nearest) * nearest).mean()
+
+    return loss
+
+
+def moved(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to `most` pixels in both directions, black where it left: a crop of the padded image.
+
+    Shapes      images [B,C,H,W] -> the same
+    Randomness  one move for each image, from `generator`; none is drawn for most = 0
+    """
+    if not most:
+        return images
+    count, channels, height, width = images.shape
+    first = torch.randint(
+        2 * most + 1, (2, count, 1), generator=generator, device=generator.device
+    ).to(images.device)
+    rows = first[0] + torch.arange(height, device=images.device)
+    columns = first[1] + torch.arange(width, device=images.device)
+    image = torch.arange(count, device=images.device)
+    channel = torch.arange(channels, device=images.device)
+    padded = nn.functional.pad(images, [most] * 4)
+    return padded[
+        image[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None],
+    ]
+
+
+def classification_loss(crop: int = 0) -> Loss:
+    """Cross-entropy of a deterministic classifier on moved images.
+
+    Formula     mean over images of -log softmax(f(x'))_y, x' = x moved by up to `crop` pixels
+    Shapes      images [B,C,H,W] in [0,1], labels [B] -> scalar
+    """
+
+    def loss(
+        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        return nn.functional.cross_entropy(classifier(moved(images, crop, generator)), labels)
 
     return loss

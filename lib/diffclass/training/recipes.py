@@ -1,0 +1,500 @@
+"""How every network of `assets/` is made: one table, a recipe for each weights file.
+
+A recipe is data and small functions: how the network is built, what it is trained by, how it is measured and saved.
+A new kind of network is a function that makes recipes of it; a new network is an entry.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffclass import units
+from diffclass.classifiers import bridges, cnn, idc
+from diffclass.classifiers.bridges import Bridge
+from diffclass.data.worlds import BUDGETS
+from diffclass.denoisers import network
+from diffclass.denoisers.base import Denoiser
+from diffclass.training import losses, measures
+from diffclass.training.hardening import Hardening, Inner, adversarial_loss, hardening_loss
+from diffclass.training.losses import Loss
+from diffclass.training.measures import Measure
+from diffclass.zoo import networks
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a network is built from.
+
+    shape    (C, H, W) of its pictures, of `classes` classes
+    widths   channels in place of the recipe's, for a dry run; None for the recipe's
+    given    the network in the same folder that it needs, None for most
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    seed: int = 0
+    widths: tuple[int, ...] | None = None
+    given: nn.Module | None = None
+
+
+def as_they_are(images: Tensor) -> Tensor:
+    """The same images."""
+    return images
+
+
+def nothing(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict:
+    """The measure of a run that is not watched."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is made.
+
+    world, method  by which `diffclass train WORLD --method METHOD` knows it
+    build          Beginning -> the network before its first step; all randomness is from the seed
+    loss           Beginning -> what it is trained by
+    pictures       images in [0,1] -> what the loss is given
+    needs          the file beside it that it begins with: a teacher to copy, or weights to go on from; None for most
+    measure        of the test images (the first `measured`, None for all) -> what its card states
+    watch          of the first `watched` test images, twenty times along the run -> a point of its card's curve
+    save           (network, path, card): writes its file
+    config         network -> its architecture, for the card
+    says           what else the card says of it, JSON values
+    compiled       where there is an accelerator
+    """
+
+    world: str
+    method: str
+    steps: int
+    batch: int
+    rate: float
+    build: Callable[[Beginning], nn.Module]
+    loss: Callable[[Beginning], Loss]
+    measure: Measure
+    save: Callable[[nn.Module, Path, dict], None]
+    config: Callable[[nn.Module], dict]
+    says: dict
+    pictures: Callable[[Tensor], Tensor] = units.to_model
+    needs: str | None = None
+    measured: int | None = None
+    watch: Measure = nothing
+    watched: int = 0
+    ema: float = 0.995
+    mirror: bool = False
+    precision: str = "fp32"
+    compiled: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command that trains the network."""
+        if self.method == "diffusion":
+            return f"diffclass train {self.world}"
+        return f"diffclass train {self.world} --method {self.method}"
+
+
+def from_data(loss: Loss) -> Callable[[Beginning], Loss]:
+    """A loss that needs no other network."""
+    return lambda beginning: loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Denoisers
+
+
+def denoiser(
+    world: str,
+    method: str,
+    build: Callable[[Beginning], Denoiser],
+    loss: Callable[[Beginning], Loss],
+    *,
+    levels: int,
+    measure: Measure | None = None,
+    stored: torch.dtype = torch.float32,
+    precision: str = "fp32",
+    measured: int = 400,
+    **settings,
+) -> Recipe:
+    """The recipe of a denoiser, measured as the diffusion classifier of its world at so many levels.
+
+    Shapes      stored: the precision of its weights file; settings: other fields of `Recipe`
+    """
+    return Recipe(
+        world,
+        method,
+        build=build,
+        loss=loss,
+        measure=measure or measures.bayes_accuracy(world, levels, precision),
+        watch=measures.bayes_curve(world, precision),
+        save=partial(network.save_denoiser, dtype=stored),
+        config=network.describe,
+        precision=precision,
+        measured=measured,
+        **settings,
+    )
+
+
+def several_widths(widths: tuple[int, ...]) -> dict:
+    """The configuration of a U-Net, which has a width at each resolution."""
+    return dict(widths=widths)
+
+
+def one_width(widths: tuple[int, ...]) -> dict:
+    """The configuration of a network of one width: the first."""
+    return dict(width=widths[0])
+
+
+def fresh(
+    kind: str, name: str, resized: Callable[[tuple[int, ...]], dict] = one_width, **config
+) -> Callable[[Beginning], Denoiser]:
+    """A denoiser with first weights; it has a null class, unless it copies a teacher that has none.
+
+    Shapes      resized: widths of a dry run -> configuration
+    """
+
+    def build(beginning: Beginning) -> Denoiser:
+        teacher = beginning.given
+        own = resized(beginning.widths) if beginning.widths else {}
+        return network.build(
+            kind,
+            name,
+            beginning.classes,
+            beginning.shape,
+            has_null=teacher is None or teacher.has_null,
+            seed=beginning.seed,
+            **{**config, **own},
+        )
+
+    return build
+
+
+def going_on(file: str) -> Callable[[Beginning], Denoiser]:
+    """The network of a file, to be trained on. Errors: ValueError for widths, which are those of the file."""
+
+    def build(beginning: Beginning) -> Denoiser:
+        if beginning.widths:
+            raise ValueError(
+                f"expected no widths for a network that goes on from {file}, got {beginning.widths}."
+            )
+        return beginning.given.requires_grad_(True)
+
+    return build
+
+
+def copying(beginning: Beginning) -> Loss:
+    """The loss of a student: to answer as its teacher does."""
+    return losses.distillation_loss(beginning.given)
+
+
+def origin(teacher: str | None = None, start: str | None = None, contrastive: bool = False) -> dict:
+    """What the card of a denoiser says of what it learned from: a teacher, weights to start from, or data alone."""
+    return dict(teacher=teacher, contrastive=contrastive, start=start)
+
+
+def hardened(
+    world: str, start: str, inner: Inner, *, levels: int, precision: str = "fp32", **settings
+) -> Recipe:
+    """The recipe of a denoiser that goes on from the weights `start`, on the images that fool it."""
+    hardening = Hardening(inner, *networks.RANGES[world])
+    return denoiser(
+        world,
+        "adversarial-dc",
+        going_on(start),
+        from_data(hardening_loss(hardening)),
+        needs=start,
+        levels=levels,
+        precision=precision,
+        measure=measures.bayes_under_attack(world, levels, precision, inner.epsilon),
+        says=origin(start=start) | dict(hardening=asdict(hardening)),
+        **settings,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain classifiers and translators
+
+
+def classifier(
+    world: str,
+    method: str,
+    widths: tuple[int, ...],
+    loss: Loss,
+    *,
+    attacked: int,
+    says: dict,
+    **settings,
+) -> Recipe:
+    """The recipe of a convolutional network, measured on clean images and, of the first `attacked`, under attack."""
+    epsilon = BUDGETS[world]["linf"]
+
+    def build(beginning: Beginning) -> cnn.ConvClassifier:
+        return cnn.ConvClassifier(
+            beginning.shape, beginning.classes, beginning.widths or widths, beginning.seed
+        )
+
+    def config(network: cnn.ConvClassifier) -> dict:
+        return dict(network="ConvClassifier", widths=list(network.widths))
+
+    return Recipe(
+        world,
+        method,
+        build=build,
+        loss=from_data(loss),
+        measure=measures.attacked_accuracy(epsilon, attacked),
+        watch=measures.attacked_curve(epsilon),
+        watched=200,
+        save=cnn.save,
+        config=config,
+        says=dict(recipe=says),
+        pictures=as_they_are,
+        **settings,
+    )
+
+
+def plain(world: str, *, crop: int = 0, **settings) -> Recipe:
+    """The recipe of a convolutional network that learns from clean images, moved by up to `crop` pixels."""
+    loss = losses.classification_loss(crop)
+    return classifier(world, "cnn", loss=loss, says=dict(crop=crop, inner=None), **settings)
+
+
+def adversarial(world: str, inner: Inner, *, crop: int = 0, **settings) -> Recipe:
+    """The recipe of a convolutional network that learns from each batch's worst case."""
+    loss = adversarial_loss(inner, crop)
+    return classifier(
+        world, "adversarial", loss=loss, says=dict(crop=crop, inner=asdict(inner)), **settings
+    )
+
+
+def translator(
+    world: str,
+    method: str,
+    name: str,
+    *,
+    labels: str = "Hadamard",
+    positions: int = 4,
+    inter: float = 0.2,
+    scrambled: bool = False,
+    stored: torch.dtype = torch.float32,
+    **settings,
+) -> Recipe:
+    """The recipe of an IDC network.
+
+    labels     a family of `bridges.LABELS`; positions: of the bridge; inter: weight of the inter-class loss
+    scrambled  pixels of all labels permuted alike: every distance and cosine stays, all structure of the pictures goes
+    """
+
+    def build(beginning: Beginning) -> idc.Translator:
+        if beginning.widths and name != "PrunedUNet":
+            raise ValueError(
+                f"expected no widths for {name}, got {beginning.widths}; they are those of a U-Net."
+            )
+        own = several_widths(beginning.widths) if beginning.widths else {}
+        pictures = bridges.LABELS[labels](beginning.classes, beginning.shape, beginning.seed)
+        if scrambled:
+            pictures = permuted(pictures, beginning.seed)
+        return idc.build(name, pictures, Bridge(positions), beginning.seed, **own)
+
+    def config(model: idc.Translator) -> dict:
+        return dict(network=name, bridge=asdict(model.bridge), **model.network.config)
+
+    return Recipe(
+        world,
+        method,
+        build=build,
+        loss=from_data(losses.translation_loss(inter)),
+        measure=measures.translation_accuracy,
+        save=partial(idc.save_translator, dtype=stored),
+        config=config,
+        says=dict(
+            recipe=dict(
+                network=name, labels=labels, positions=positions, inter=inter, scrambled=scrambled
+            )
+        ),
+        **settings,
+    )
+
+
+def permuted(labels: Tensor, seed: int) -> Tensor:
+    """Images whose pixels are permuted, all alike. Shapes: [K,C,H,W] -> the same. Randomness: from `seed`."""
+    order = torch.randperm(labels[0].numel(), generator=torch.Generator().manual_seed(seed))
+    return labels.flatten(1)[:, order].reshape(labels.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+# the ablations' too
+DIGITS_IDC = partial(translator, "digits", "idc", "DigitNet", steps=1200, batch=128, rate=2e-3)
+_DIGITS_STUDENT = fresh("MultiHeadDenoiser", "DigitNet")
+_DIGITS_CNN = dict(widths=(32, 64), steps=400, batch=128, rate=2e-3, attacked=400)
+_CIFAR_CNN = dict(
+    widths=(32, 64, 128),
+    batch=128,
+    rate=3e-3,
+    crop=4,
+    mirror=True,
+    ema=0.998,
+    precision="bf16",
+    attacked=1000,
+)
+_CIFAR = dict(mirror=True, precision="bf16", stored=torch.float16)
+_CIFAR_DENOISER = dict(**_CIFAR, compiled=True, measured=1000, watched=256)
+_CIFAR_TEACHER = networks.MODELS["cifar10"]["teacher"]
+
+RECIPES: dict[str, Recipe] = {
+    networks.TEACHER: denoiser(
+        "digits",
+        "diffusion",
+        fresh("ConditionalDenoiser", "DigitNet"),
+        from_data(losses.denoising_loss),
+        says=origin(),
+        steps=500,
+        batch=256,
+        rate=2e-3,
+        levels=16,
+    ),
+    networks.STUDENT: denoiser(
+        "digits",
+        "diffusion",
+        _DIGITS_STUDENT,
+        copying,
+        needs=networks.TEACHER,
+        says=origin(teacher=networks.TEACHER),
+        steps=3000,
+        batch=128,
+        rate=3e-3,
+        levels=16,
+    ),
+    _CIFAR_TEACHER: denoiser(
+        "cifar10",
+        "diffusion",
+        fresh(
+            "ConditionalDenoiser",
+            "UNet",
+            several_widths,
+            widths=(96, 192, 192),
+            layers=2,
+            dropout=0.1,
+        ),
+        from_data(losses.denoising_loss),
+        says=origin(),
+        steps=15_000,
+        batch=1024,
+        rate=8e-4,
+        ema=0.999,
+        levels=36,
+        **_CIFAR_DENOISER,
+    ),
+    networks.MODELS["cifar10"]["student"]: denoiser(
+        "cifar10",
+        "diffusion",
+        fresh(
+            "MultiHeadDenoiser",
+            "UNet",
+            several_widths,
+            widths=(32, 64, 96),
+            layers=2,
+            attention=False,
+        ),
+        copying,
+        needs=_CIFAR_TEACHER,
+        says=origin(teacher=_CIFAR_TEACHER),
+        steps=12_000,
+        batch=512,
+        rate=1e-3,
+        ema=0.999,
+        levels=36,
+        **_CIFAR_DENOISER,
+    ),
+    networks.CONTRASTIVE["digits"]: denoiser(
+        "digits",
+        "contrastive",
+        _DIGITS_STUDENT,
+        from_data(losses.contrastive_loss(*networks.RANGES["digits"])),
+        says=origin(contrastive=True),
+        steps=1000,
+        batch=128,
+        rate=3e-3,
+        levels=16,
+    ),
+    networks.CONTRASTIVE["cifar10"]: denoiser(
+        "cifar10",
+        "contrastive",
+        fresh("MultiHeadDenoiser", "PatchNet"),
+        from_data(losses.contrastive_loss(*networks.RANGES["cifar10"])),
+        says=origin(contrastive=True),
+        steps=4000,
+        batch=128,
+        rate=2e-3,
+        ema=0.998,
+        levels=12,
+        **_CIFAR_DENOISER,
+    ),
+    networks.HARDENED["digits"]: hardened(
+        "digits",
+        networks.STUDENT,
+        Inner(0.1, 2, 0.8),
+        steps=400,
+        batch=64,
+        rate=1e-3,
+        ema=0.98,
+        levels=16,
+    ),
+    networks.HARDENED["cifar10"]: hardened(
+        "cifar10",
+        networks.CONTRASTIVE["cifar10"],
+        Inner(8 / 255, 2, 0.8),
+        steps=6000,
+        batch=256,
+        rate=5e-4,
+        ema=0.998,
+        levels=36,
+        **_CIFAR_DENOISER,
+    ),
+    networks.BASELINES["digits"]["cnn"]: plain("digits", **_DIGITS_CNN),
+    networks.BASELINES["digits"]["adversarial"]: adversarial(
+        "digits", Inner(0.1, 7, 0.25), **_DIGITS_CNN
+    ),
+    networks.BASELINES["cifar10"]["cnn"]: plain("cifar10", steps=4000, **_CIFAR_CNN),
+    networks.BASELINES["cifar10"]["adversarial"]: adversarial(
+        "cifar10", Inner(8 / 255, 1, 1.25), steps=6000, **_CIFAR_CNN
+    ),
+    networks.TRANSLATORS["digits"][0]: DIGITS_IDC(),
+    networks.TRANSLATORS["cifar10"][0]: translator(
+        "cifar10",
+        "idc",
+        "PrunedUNet",
+        steps=20_000,
+        batch=256,
+        rate=5e-4,
+        ema=0.999,
+        compiled=True,
+        **_CIFAR,
+    ),
+    networks.TRANSLATORS["cifar10"][1]: translator(
+        "cifar10", "idc-small", "PatchNet", steps=3600, batch=128, rate=2e-3, ema=0.998, **_CIFAR
+    ),
+}
+
+
+def methods() -> tuple[str, ...]:
+    """The ways to train a network, by name."""
+    return tuple(dict.fromkeys(recipe.method for recipe in RECIPES.values()))
+
+
+def worlds_of(method: str) -> tuple[str, ...]:
+    """The worlds that have a network of this method."""
+    return tuple(
+        dict.fromkeys(recipe.world for recipe in RECIPES.values() if recipe.method == method)
+    )
+
+
+def files_of(world: str, method: str) -> list[str]:
+    """The networks that a method makes of a world, in the order in which they are trained."""
+    return [
+        name for name, recipe in RECIPES.items() if (recipe.world, recipe.method) == (world, method)
+    ]
