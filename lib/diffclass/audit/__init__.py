@@ -4,10 +4,9 @@ A red light is a fault that was measured. A green one says that this check found
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from inspect import isfunction
 
 from diffclass.audit import attack, certificates, components, object, randomness, reporting
-from diffclass.audit.base import AMBER, GREEN, LIGHTS, RED, Case, Check, Picture
+from diffclass.audit.base import AMBER, GREEN, LIGHTS, RED, REGISTERED, Case, Check, Picture
 from diffclass.audit.cases import case_of
 
 __all__ = [
@@ -20,32 +19,38 @@ __all__ = [
     "Case",
     "Check",
     "Picture",
+    "calls",
     "case_of",
+    "chosen",
     "run",
 ]
 
-_MODULES = (object, attack, randomness, components, certificates, reporting)
-CHECKS: tuple[Callable[[Case], Check], ...] = tuple(
-    sorted(
-        (
-            value
-            for module in _MODULES
-            for value in vars(module).values()
-            if isfunction(value) and hasattr(value, "number")
-        ),
-        key=lambda made: made.number,
-    )
+CHECKS: tuple[Callable[[Case], Check], ...] = tuple(sorted(REGISTERED, key=lambda one: one.number))
+GROUPS = tuple(
+    module.GROUP for module in (object, attack, randomness, components, certificates, reporting)
 )
-GROUPS = tuple(module.GROUP for module in _MODULES)
 
 
-def run(case: Case, only: Iterable[int] | None = None) -> Iterator[Check]:
-    """Make the checks one after another, each told as soon as it is made; `only` some of them, by number.
-
-    Randomness  all of the audit's own from `case.seed`; a random classifier goes on drawing its own noise
-    Errors      ValueError for a number that no check has; what goes wrong inside a check is a red light
-    """
+def chosen(only: Iterable[int] | None = None) -> list[Callable[[Case], Check]]:
+    """The checks, all or some of them by number, in order. Errors: ValueError for a number that no check has."""
     wanted = set(range(1, len(CHECKS) + 1)) if only is None else set(only)
     if not wanted <= {one.number for one in CHECKS}:
         raise ValueError(f"expected checks from 1 to {len(CHECKS)}, got {sorted(wanted)}.")
-    return (one(case) for one in CHECKS if one.number in wanted)
+    return [one for one in CHECKS if one.number in wanted]
+
+
+def run(case: Case, only: Iterable[int] | None = None) -> Iterator[Check]:
+    """The checks one after another, each as soon as it is there; `only` some of them, by number.
+
+    Randomness  all of it from `case.seed`; new noise is drawn one draw after the other, by whichever check is next
+    Errors      ValueError for a number that no check has; what goes wrong inside a check is a red light
+    """
+    return (one(case) for one in chosen(only))
+
+
+def calls(case: Case, only: Iterable[int] | None = None) -> int:
+    """At most how often these checks ask a classifier about an image, roughly: what they share is counted in full."""
+    asking = [one for one in chosen(only) if one.cost is not None]
+    if not asking:
+        return 0
+    return case.shared_cost + sum(one.cost(case) for one in asking)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from diffclass import attacks, units
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.classifiers.base import Classifier, Fresh, Held, NoiseSource
 from diffclass.intervals import lower_bound
+from diffclass.noise import generator_of
+from diffclass.storage.results import Record
 
 GREEN, RED, AMBER = LIGHTS = ("green", "red", "amber")
 REPEATS = 11  # answers of a random classifier behind one judgement; odd, so that a majority exists
@@ -63,42 +66,44 @@ class CannotJudge(Exception):
     """The reason why a check has nothing to judge here: its light is amber."""
 
 
-Found = tuple[str, str] | tuple[str, str, Picture]  # light, evidence, and what there is to draw
+Verdict = tuple[str, str] | tuple[str, str, Picture]  # light, evidence, and what there is to draw
+Look = Callable[["Case"], Verdict]
+
+
+REGISTERED: list[Callable[["Case"], Check]] = []  # every check, as its module is imported
 
 
 def check(
-    number: int, group: str, advice: str
-) -> Callable[[Callable[["Case"], Found]], Callable[["Case"], Check]]:
-    """Make a check of a function from a case to a light and its evidence; what it raises becomes a light as well."""
+    number: int, group: str, advice: str, cost: Callable[["Case"], int] | None = None
+) -> Callable[[Look], Callable[["Case"], Check]]:
+    """Make a check of a function from a case to a light and its evidence; what it raises becomes a light as well.
 
-    def decorate(look: Callable[["Case"], Found]) -> Callable[["Case"], Check]:
+    cost        at most how often it asks the classifier about an image, what `Case` keeps for all checks aside; None for
+                a check that does not ask
+    """
+
+    def decorate(look: Look) -> Callable[["Case"], Check]:
         @functools.wraps(look)
         def judged(case: "Case") -> Check:
             start = time.perf_counter()
+            picture = []
             try:
                 light, evidence, *picture = look(case)
             except CannotJudge as reason:
                 light = AMBER
                 evidence = str(reason)
-                picture = []
             except Exception as error:  # an audit goes on: the next checks say what else is wrong
                 light = RED
-                picture = []
-                evidence = f"the check could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
+                sentence = " ".join(str(error).split())
+                evidence = f"the check could not be made: {type(error).__name__}: {sentence}"
             drawn = next((one for one in picture if one.finite), None)
-            return Check(
-                number,
-                look.__name__,
-                group,
-                light,
-                evidence,
-                advice,
-                drawn,
-                time.perf_counter() - start,
-            )
+            seconds = time.perf_counter() - start
+            return Check(number, look.__name__, group, light, evidence, advice, drawn, seconds)
 
         judged.number = number
         judged.group = group
+        judged.cost = cost
+        REGISTERED.append(judged)
         return judged
 
     return decorate
@@ -138,19 +143,6 @@ def worst(lights: Sequence[str]) -> str:
 # The case
 
 
-def is_deterministic(module: nn.Module) -> bool:
-    """What a classifier, or the one inside a view of it, declares; one that says nothing is taken at that."""
-    inner = getattr(module, "classifier", None)
-    own = getattr(module, "deterministic", None)
-    return (
-        own
-        if own is not None
-        else is_deterministic(inner)
-        if isinstance(inner, nn.Module)
-        else True
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What an attack left: the images, whether it called them fooled, and that at each of its steps.
@@ -167,8 +159,10 @@ class Outcome:
 class Case:
     """A claim of robustness and everything it rests on.
 
-    classifier  what decides;  view: what attacks differentiate in its place, such as an `AttackView` of it or the voter
-                behind a majority vote (None: the classifier itself)
+    classifier  what decides;  held: whether the claim is about one noise, drawn from `seed` and the same for every image
+                and call, or about new noise at every call
+    view        what attacks differentiate, such as an `AttackView`; it takes the classifier's own noise (None: the
+                classifier itself, or the surrogate of its votes)
     x, y        images [n,C,H,W] in [0,1] and labels [n];  epsilon: budget in pixels, in `norm` "linf" or "l2"
     attack      `attacks.pgd`, `attacks.apgd` or what is called alike; with `steps`, `loss`, `draws` averaged (EOT), and
                 `starts`: once from the image, then from random points for what survives
@@ -179,26 +173,28 @@ class Case:
     records     reported numbers; rows, deltas: of each image the stored hits of every attack, and its perturbation,
                 which then is the attack that is audited
     statement   what would break this, and what was tried (check 25)
-    batch       images at once;  closer: how many images the expensive checks look at;  seed: all of the audit's noise
+    batch       images at once;  closer: how many images the expensive checks look at
+    seed        of the held noise, and of all of the audit's own
     """
 
-    classifier: nn.Module
+    classifier: Classifier
     x: Tensor
     y: Tensor
     epsilon: float
     norm: str = "linf"
-    view: nn.Module | None = None
+    held: bool = True
+    view: Classifier | None = None
     attack: Callable[..., Iterator[attacks.AttackStep]] = attacks.apgd
     steps: int = 20
     loss: attacks.AttackLoss = attacks.margin_loss
     draws: int = 1
     starts: int = 1
-    routes: Mapping[str, nn.Module] = field(default_factory=dict)
-    levels: Mapping[int, nn.Module] = field(default_factory=dict)
-    sources: Mapping[str, nn.Module] = field(default_factory=dict)
+    routes: Mapping[str, Classifier] = field(default_factory=dict)
+    levels: Mapping[int, Classifier] = field(default_factory=dict)
+    sources: Mapping[str, Classifier] = field(default_factory=dict)
     votes: Sequence[Votes] = ()
     certify: Callable[[Votes], Certificate] = smoothing_radius
-    records: Sequence = ()
+    records: Sequence[Record] = ()
     rows: Sequence[Mapping] = ()
     deltas: Tensor | None = None
     statement: str = ""
@@ -216,6 +212,11 @@ class Case:
                 f"{self.steps}, draws={self.draws}, starts={self.starts}, batch={self.batch}, closer="
                 f"{self.closer}."
             )
+        if self.held and self.draws > 1:
+            raise ValueError(
+                f"expected one draw of noise that is held, got draws={self.draws}, which would all be the same; say "
+                "held=False (--fresh) for a claim about new noise at every call."
+            )
         if self.deltas is not None and (
             len(self.rows) < len(self.x) or len(self.deltas) < len(self.x)
         ):
@@ -225,9 +226,9 @@ class Case:
             )
 
     @property
-    def target(self) -> nn.Module:
+    def target(self) -> Classifier:
         """What attacks differentiate."""
-        return self.view or self.classifier
+        return self.classifier.surrogate() if self.view is None else self.view
 
     @property
     def labels(self) -> Tensor:
@@ -236,8 +237,13 @@ class Case:
 
     @property
     def deterministic(self) -> bool:
-        """What the classifier declares."""
-        return is_deterministic(self.classifier)
+        """Whether the claim is about a function of the pixels alone."""
+        return self.held or self.classifier.deterministic
+
+    @property
+    def repeats(self) -> int:
+        """How many answers are behind one judgement."""
+        return 1 if self.deterministic else REPEATS
 
     @property
     def everyone(self) -> Tensor:
@@ -253,11 +259,36 @@ class Case:
         """A generator of the audit's own for one purpose."""
         return torch.Generator().manual_seed(1000 * self.seed + salt)
 
+    @functools.cached_property
+    def stream(self) -> torch.Generator:
+        """What new noise is drawn from, one draw after the other."""
+        return generator_of(self.seed, "new noise")
+
+    @property
+    def claimed(self) -> Classifier:
+        """The classifier that the claim is about: with its noise held, or as it is."""
+        return Held.seeded(self.classifier, self.seed) if self.held else self.classifier
+
+    def asked(self, classifier: Classifier) -> nn.Module:
+        """A classifier as this claim asks it, a function of the pixels alone: held noise, or new noise at every call.
+
+        Shapes      x [B,C,H,W] -> [B,K]
+        """
+        if self.held:
+            return Held.seeded(classifier, self.seed)
+        return Fresh(classifier, self.stream)
+
+    def noise_for(self, classifier: Classifier, images: int) -> NoiseSource:
+        """What attacks on a classifier are given: the noise that is held, or a function of step and draw."""
+        if self.held:
+            return classifier.sample_noise(1, torch.Generator().manual_seed(self.seed))
+        return lambda step, draw: classifier.sample_noise(images, self.stream)
+
     def attacked(
         self,
         places: Tensor,
         *,
-        target: nn.Module | None = None,
+        target: Classifier | None = None,
         attack=None,
         epsilon: float | None = None,
         start: torch.Generator | None = None,
@@ -268,50 +299,68 @@ class Case:
 
         Shapes      places [m]; towards [m]: the class that each image is to be taken for, or None for any other
         """
-        options = {
-            **dict(norm=self.norm, steps=self.steps, loss=self.loss, draws=self.draws),
-            **options,
-        }
-        run = attack or self.attack
-        target = target or self.target
-        found = []
-        epsilon = self.epsilon if epsilon is None else epsilon
         if not len(places):
             nobody = torch.zeros(0, dtype=torch.bool)
             return Outcome(self.x[:0], nobody, nobody[None])
+        own = dict(norm=self.norm, steps=self.steps, loss=self.loss, draws=self.draws)
+        options = {**own, **options}
+        run = attack or self.attack
+        target = self.target if target is None else target
+        epsilon = self.epsilon if epsilon is None else epsilon
+        x = []
+        flagged = []
+        film = []
         for some in torch.arange(len(places)).split(self.batch):
             if towards is not None:
                 options["loss"] = attacks.targeted_loss(towards[some].to(self.y))
             part = places[some]
+            noise = self.noise_for(target, len(part))
             frames = list(
-                run(target, self.x[part], self.y[part], epsilon, generator=start, **options)
-            )
-            found.append(
-                (
-                    frames[-1].x,
-                    frames[-1].fooled.cpu(),
-                    torch.stack([one.fooled.cpu() for one in frames]),
+                run(
+                    target,
+                    self.x[part],
+                    self.y[part],
+                    epsilon,
+                    noise=noise,
+                    generator=start,
+                    **options,
                 )
             )
-        x, flagged, film = zip(*found, strict=True)
+            x.append(frames[-1].x)
+            flagged.append(frames[-1].fooled.cpu())
+            film.append(torch.stack([frame.fooled.cpu() for frame in frames]))
         return Outcome(torch.cat(x), torch.cat(flagged), torch.cat(film, 1))
 
-    def answers(self, x: Tensor, repeats: int = 1, classifier: nn.Module | None = None) -> Tensor:
+    def cost(self, images: int, *, steps: int | None = None, draws: int | None = None) -> int:
+        """How often one attack on some images, and the judgement of what it left, ask a classifier about an image."""
+        steps = self.steps if steps is None else steps
+        draws = self.draws if draws is None else draws
+        return images * ((steps + 1) * draws + self.repeats)
+
+    @property
+    def shared_cost(self) -> int:
+        """At most how often what is kept for all checks asks: clean images, the main attack, and luck."""
+        everyone = len(self.x)
+        judgements = 2 * everyone * self.repeats  # the clean images, and what the attack left
+        luck = 0 if self.deterministic else self.cost(len(self.few))
+        main = 0 if self.deltas is not None else self.starts * self.cost(everyone)
+        return judgements + main + luck
+
+    def answers(self, x: Tensor, repeats: int = 1, asked: nn.Module | None = None) -> Tensor:
         """What the classifier says, `repeats` times. Shapes: x [m,C,H,W] -> [repeats,m]."""
-        judge = classifier or self.classifier
+        asked = self.asked(self.classifier) if asked is None else asked
         if not len(x):
             return torch.zeros(repeats, 0, dtype=torch.long)
+        answers = []
         with torch.no_grad():
-            said = [
-                torch.cat([judge(part).argmax(1).cpu() for part in x.split(self.batch)])
-                for _ in range(repeats)
-            ]
-        return torch.stack(said)
+            for _ in range(repeats):
+                parts = [asked(part).argmax(1).cpu() for part in x.split(self.batch)]
+                answers.append(torch.cat(parts))
+        return torch.stack(answers)
 
     def wrong(self, x: Tensor, places: Tensor) -> Tensor:
         """How often images are answered wrongly, in [0,1]; a random classifier is asked REPEATS times. Shapes: [m]."""
-        said = self.answers(x, 1 if self.deterministic else REPEATS)
-        return (said != self.labels[places]).double().mean(0)
+        return (self.answers(x, self.repeats) != self.labels[places]).double().mean(0)
 
     def falls(self, x: Tensor, places: Tensor) -> Tensor:
         """Which images are answered wrongly, anew and with fresh noise, by the majority of answers. Shapes: -> [m]."""
@@ -333,28 +382,31 @@ class Case:
 
     @functools.cached_property
     def main(self) -> Outcome:
-        """The attack that is audited, on all images: the stored perturbations, else what the case's attack finds."""
+        """The attack that is audited, on all images: the stored perturbations, else what the case's attack does."""
         if self.deltas is not None:
-            draws = self.records[0].settings.get("draws", 1) if self.records else 1
-            flagged = torch.tensor([2 * row["hits"] < draws for row in self.rows[: len(self.x)]])
-            return Outcome(
-                (self.x + self.deltas[: len(self.x)].to(self.x)).clamp(0, 1), flagged, flagged[None]
-            )
-        found = self.attacked(self.everyone)
-        draw = self.generator(0)
-        x = found.x
-        flagged = found.flagged
-        wrong = self.wrong(found.x, self.everyone)
+            return self._stored(self.deltas)
+        first = self.attacked(self.everyone)
+        start = self.generator(0)
+        x = first.x
+        flagged = first.flagged
+        wrong = self.wrong(x, self.everyone)
         for _ in range(self.starts - 1):
             places = self.everyone[wrong <= 0.5]
-            again = self.attacked(places, start=draw)
+            again = self.attacked(places, start=start)
             share = self.wrong(again.x, places)
             better = share > wrong[places]
-            x, flagged, wrong = (
-                whole.index_put((places[better],), part[better])
-                for whole, part in ((x, again.x), (flagged, again.flagged), (wrong, share))
-            )
-        return Outcome(x, flagged, found.film)
+            where = (places[better],)
+            x = x.index_put(where, again.x[better])
+            flagged = flagged.index_put(where, again.flagged[better])
+            wrong = wrong.index_put(where, share[better])
+        return Outcome(x, flagged, first.film)
+
+    def _stored(self, deltas: Tensor) -> Outcome:
+        count = len(self.x)
+        draws = self.records[0].settings.get("draws", 1) if self.records else 1
+        flagged = torch.tensor([2 * row["hits"] < draws for row in self.rows[:count]])
+        x = (self.x + deltas[:count].to(self.x)).clamp(0, 1)
+        return Outcome(x, flagged, flagged[None])
 
     @functools.cached_property
     def fallen(self) -> Tensor:
@@ -386,7 +438,9 @@ class Case:
         light = proven(more, len(fell), allowed, survivors / len(self.x)) if len(fell) else GREEN
         if light == RED and not self.deterministic and not outweighs(more, lucky):
             light = AMBER
-        told = f"{more} of {len(fell)} survivors" + (
-            f" (of {survivors})" if survivors > len(fell) else ""
-        )
-        return light, more, told + (f", {lucky} by luck alone" if lucky else "")
+        words = f"{more} of {len(fell)} survivors"
+        if survivors > len(fell):
+            words = f"{words} (of {survivors})"
+        if lucky:
+            words = f"{words}, {lucky} by luck alone"
+        return light, more, words

@@ -1,19 +1,23 @@
 """Does the certificate hold what it says? Checks 26 to 31: attacks inside it, its votes, its ceiling, its coverage."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from scipy import stats
 
-from diffclass.audit.base import GREEN, RED, CannotJudge, Case, Found, Picture, check, proven
+from diffclass import units
+from diffclass.audit.base import GREEN, RED, CannotJudge, Case, Picture, Verdict, check, proven
 from diffclass.certify.certificates import Certificate, Votes, largest_radius, prediction_changed
-from diffclass.certify.counting import count_votes, draw_votes
-from diffclass.classifiers.smoothed import NoiseAveraged
+from diffclass.certify.counting import draw_votes
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.intervals import lower_bound
+from diffclass.noise import seed_of
 
 GROUP = "certificates"
 RECOUNT = 1000  # votes that a check counts itself at most, for each image
+ATTACKED = 8  # certified images that are attacked
+COPIES = 16  # noised copies that this attack averages at a step
+STEPS = 10  # of this attack, at most
+RECOUNTED = 3  # images whose stored votes are counted again
 
 
 def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
@@ -26,40 +30,57 @@ def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
     return [(i, votes, case.certify(votes)) for i, votes in enumerate(case.votes)]
 
 
-@check(26, GROUP, "do not publish the radius: an image inside it changes the smoothed prediction")
-def certificate_vs_attack(case: Case, images: int = 8, draws: int = 16) -> Found:
+def _attack_cost(case: Case) -> int:
+    images = min(ATTACKED, len(case.votes))
+    return images * ((min(STEPS, case.steps) + 1) * COPIES + RECOUNT)
+
+
+@check(
+    26,
+    GROUP,
+    "do not publish the radius: an image inside it changes the smoothed prediction",
+    _attack_cost,
+)
+def certificate_vs_attack(case: Case) -> Verdict:
     """Whether an attack on the smoothed vote, inside the certified radius, provably changes the prediction.
 
     Judged by fresh votes at the attacked image (`certificates.prediction_changed`); passes while the changed ones do
     not prove a share above the certificates' alpha.
     """
     within = [
-        (i, one) for i, _, one in _certified(case) if one.prediction is not None and one.radius > 0
-    ][:images]
+        (i, certificate)
+        for i, _, certificate in _certified(case)
+        if certificate.prediction is not None and certificate.radius > 0
+    ][:ATTACKED]
     if not within:
         raise CannotJudge("every image abstains, so there is no radius to attack inside of.")
-    broken = []
-    draw = case.generator(26)
-    for i, one in within:
-        smoothed = NoiseAveraged(case.classifier, one.sigma_pixel, draws, draw)
-        alone = replace(
-            case,
-            x=case.x[i : i + 1],
-            y=torch.tensor([one.prediction]).to(case.y),
-            norm="l2",
-            votes=(),
-        )
-        reach = min(0.999 * one.radius, case.x[0].numel() ** 0.5)
-        x = alone.attacked(
-            alone.everyone, target=smoothed, epsilon=reach, draws=1, steps=min(10, case.steps)
-        ).x
-        *_, counts = count_votes(case.classifier, x, one.sigma_pixel, min(RECOUNT, one.n), draw)
-        broken.append(prediction_changed(counts.tolist(), one.prediction))
+    changed = [_changes(case, i, certificate) for i, certificate in within]
     alpha = within[0][1].alpha
-    return proven(sum(broken), len(broken), alpha), (
-        f"{sum(broken)} of {len(broken)} certified images change their smoothed prediction inside the radius (alpha = "
+    return proven(sum(changed), len(changed), alpha), (
+        f"{sum(changed)} of {len(changed)} certified images change their smoothed prediction inside the radius (alpha = "
         f"{alpha:g})"
     )
+
+
+def _changes(case: Case, i: int, certificate: Certificate) -> bool:
+    """Whether an attack on image i, inside its radius, provably changes the vote, by votes of its own."""
+    smoothed = Smoothed(case.claimed, certificate.sigma_pixel, draws=COPIES)
+    alone = Case(
+        smoothed,
+        case.x[i : i + 1],
+        torch.tensor([certificate.prediction]).to(case.y),
+        epsilon=min(0.999 * certificate.radius, case.x[0].numel() ** 0.5),
+        norm="l2",
+        held=False,
+        attack=case.attack,
+        steps=min(STEPS, case.steps),
+        loss=case.loss,
+        seed=seed_of(case.seed, "inside the radius", i) % 2**32,
+    )
+    x = alone.attacked(alone.everyone).x
+    votes = min(RECOUNT, certificate.n)
+    *_, counts = smoothed.count(x, seed_of(case.seed, "votes inside the radius", i), votes)
+    return prediction_changed(counts.tolist(), certificate.prediction)
 
 
 @check(
@@ -67,26 +88,27 @@ def certificate_vs_attack(case: Case, images: int = 8, draws: int = 16) -> Found
     GROUP,
     "choose the class by some votes, bound it by others, store the seed, and never change a count",
 )
-def votes_are_fresh(case: Case) -> Found:
+def votes_are_fresh(case: Case) -> Verdict:
     """Whether each certificate is about the estimation votes that were cast, which are not those that chose the class.
 
     Passes when counts, n and seed of every certificate are those of its votes, and selection was counted apart.
     """
-    made = _certified(case)
-    changed = [i for i, votes, one in made if (one.counts, one.n) != (votes.estimation, votes.n)]
-    seedless = [i for i, votes, one in made if votes.seed is None or one.seed != votes.seed]
-    split = [
-        votes for _, votes, _ in made if max(votes.estimation) < votes.n
-    ]  # unanimous counts are alike by right
+    certified = _certified(case)
+    changed = [
+        i for i, votes, one in certified if (one.counts, one.n) != (votes.estimation, votes.n)
+    ]
+    seedless = [i for i, votes, one in certified if votes.seed is None or one.seed != votes.seed]
+    # unanimous counts are alike by right
+    split = [votes for _, votes, _ in certified if max(votes.estimation) < votes.n]
     reused = sum(votes.selection == votes.estimation for votes in split)
-    told = (
-        f"of {len(made)} certificates {len(changed)} are about other counts than those cast, {len(seedless)} lack "
+    evidence = (
+        f"of {len(certified)} certificates {len(changed)} are about other counts than those cast, {len(seedless)} lack "
         f"the seed, {reused} were judged by the votes that chose their class"
     )
     if changed:
-        votes, one = made[changed[0]][1:]
-        told += f"; image {changed[0]} claims n = {one.n} of {votes.n} votes cast"
-    return (RED if changed or seedless or (split and reused == len(split)) else GREEN), told
+        _, votes, one = certified[changed[0]]
+        evidence = f"{evidence}; image {changed[0]} claims n = {one.n} of {votes.n} votes cast"
+    return (RED if changed or seedless or (split and reused == len(split)) else GREEN), evidence
 
 
 @check(
@@ -94,89 +116,87 @@ def votes_are_fresh(case: Case) -> Found:
     GROUP,
     "look for counts that were scaled: no number of votes certifies more than when all agree",
 )
-def radius_ceiling(case: Case) -> Found:
+def radius_ceiling(case: Case) -> Verdict:
     """Whether every radius is one that the votes cast can certify. Formula: r <= sigma Phi^-1(alpha^(1/n))."""
-    made = _certified(case)
-    most = [largest_radius(votes.n, votes.sigma_pixel, one.alpha) for _, votes, one in made]
+    certified = _certified(case)
+    ceilings = [
+        largest_radius(votes.n, votes.sigma_pixel, one.alpha) for _, votes, one in certified
+    ]
     above = sum(
-        one.radius > limit * (1 + 1e-9) for (_, _, one), limit in zip(made, most, strict=True)
+        one.radius > ceiling * (1 + 1e-9)
+        for (_, _, one), ceiling in zip(certified, ceilings, strict=True)
     )
-    radii = sorted((one.radius for _, _, one in made), reverse=True)
-    told = (
-        f"{above} of {len(made)} radii are above what their votes can certify; the largest is {radii[0]:.3f}, the "
-        f"ceiling {max(most):.3f}"
+    radii = sorted((one.radius for _, _, one in certified), reverse=True)
+    evidence = (
+        f"{above} of {len(certified)} radii are above what their votes can certify; the largest is {radii[0]:.3f}, the "
+        f"ceiling {max(ceilings):.3f}"
     )
-    return (
-        (RED if above else GREEN),
-        told,
-        Picture(
-            tuple(range(1, len(radii) + 1)),
-            {"radius": tuple(radii), "ceiling": (max(most),) * len(radii)},
-            "images",
-            "certified radius (L2, pixels)",
-        ),
+    picture = Picture(
+        tuple(range(1, len(radii) + 1)),
+        {"radius": tuple(radii), "ceiling": (max(ceilings),) * len(radii)},
+        "images",
+        "certified radius (L2, pixels)",
     )
+    return (RED if above else GREEN), evidence, picture
 
 
 @check(
     29, GROUP, "let votes that prove no majority abstain, and count every abstention as an error"
 )
-def abstain_reported(case: Case) -> Found:
-    """Whether votes whose lower bound is below 1/2 abstain, with radius 0; the rate is told."""
-    made = _certified(case)
-    must = [
+def abstain_reported(case: Case) -> Verdict:
+    """Whether votes whose lower bound is below 1/2 abstain, with radius 0; their number is given."""
+    certified = _certified(case)
+    abstain = [
         lower_bound(votes.estimation[votes.guess], votes.n, one.alpha) < 0.5
-        for _, votes, one in made
+        for _, votes, one in certified
     ]
     hidden = sum(
-        due and one.prediction is not None for due, (_, _, one) in zip(must, made, strict=True)
+        due and one.prediction is not None
+        for due, (_, _, one) in zip(abstain, certified, strict=True)
     )
-    right = sum(one.prediction == int(case.labels[i]) for i, _, one in made)
+    right = sum(one.prediction == int(case.labels[i]) for i, _, one in certified)
     return (RED if hidden else GREEN), (
-        f"{sum(must)} of {len(made)} images have to abstain, {hidden} of them answer all the same; {right} are "
+        f"{sum(abstain)} of {len(certified)} images have to abstain, {hidden} of them answer all the same; {right} are "
         "certified for the right class, abstentions counted as errors"
     )
+
+
+def _recount_cost(case: Case) -> int:
+    return sum(sum(votes.selection) + votes.n for votes in case.votes[:RECOUNTED])
 
 
 @check(
     30,
     GROUP,
     "certify again with the classifier that is evaluated, and store its checkpoint beside the votes",
+    _recount_cost,
 )
-def same_function_certified(case: Case, images: int = 3) -> Found:
-    """Whether this classifier casts the stored votes when it is asked again with the stored seed.
+def same_function_certified(case: Case) -> Verdict:
+    """Whether the claimed classifier casts the stored votes when it is asked again with the stored seed.
 
-    Passes for a deterministic classifier when all counts recur; for a random one when the share of the guessed class is
-    within four standard errors. Votes are recounted for the first images.
+    Passes when all counts recur for the first images: of a claim about held noise, of that noise in every vote.
     """
-    gaps = []
-    told = []
-    for i, votes, _ in _certified(case)[:images]:
+    differ = []
+    pairs = []
+    for i, votes, _ in _certified(case)[:RECOUNTED]:
         if votes.seed is None:
             raise CannotJudge("the votes came without their seed, so they cannot be counted again.")
         *_, (_, again) = draw_votes(
-            case.classifier,
+            Smoothed(case.claimed, votes.sigma_pixel),
             case.x[i : i + 1],
-            votes.sigma_pixel,
             seed=votes.seed,
             selection=sum(votes.selection),
             estimation=votes.n,
+            picture=i,
         )
-        gaps.append(_differs(votes, again, case.deterministic))
-        told.append(f"{votes.estimation[votes.guess]} and {again.estimation[votes.guess]}")
+        stored = (votes.selection, votes.estimation)
+        differ.append((again.selection, again.estimation) != stored)
+        pairs.append(f"{votes.estimation[votes.guess]} and {again.estimation[votes.guess]}")
         sigma = votes.sigma_pixel
-    return (RED if any(gaps) else GREEN), (
-        f"votes for the guessed class, stored and counted again: {'; '.join(told)} (sigma {sigma:g} in pixels, "
-        f"{2 * sigma:g} in model units)"
+    return (RED if any(differ) else GREEN), (
+        f"votes for the guessed class, stored and counted again: {'; '.join(pairs)} (sigma {sigma:g} in pixels, "
+        f"{units.sigma_to_model(sigma):g} in model units)"
     )
-
-
-def _differs(stored: Votes, again: Votes, exactly: bool) -> bool:
-    if exactly:
-        return (stored.selection, stored.estimation) != (again.selection, again.estimation)
-    share = [one.estimation[stored.guess] / one.n for one in (stored, again)]
-    pooled = sum(share) / 2
-    return abs(share[0] - share[1]) > 4 * (2 * pooled * (1 - pooled) / stored.n) ** 0.5
 
 
 @check(
@@ -184,7 +204,7 @@ def _differs(stored: Votes, again: Votes, exactly: bool) -> bool:
     GROUP,
     "bound the probability by an exact interval of the votes that were cast, at the alpha named",
 )
-def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25) -> Found:
+def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25) -> Verdict:
     """Whether certificates of a linear classifier, whose radius is known, claim too much in at most alpha of the cases.
 
     Formula     votes ~ Binomial(n, p) for p = 0.6, 0.9 and 0.99, whose true radius is r = sigma Phi^-1(p); red if
@@ -195,17 +215,18 @@ def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25
     alphas = set()
     for p in (0.6, 0.9, 0.99):
         counts, times = np.unique(rng.binomial(n, p, repeats), return_counts=True)
-        made = [
+        certificates = [
             case.certify(Votes((100, 0), (int(count), n - int(count)), sigma, case.seed))
             for count in counts
         ]
-        alphas |= {one.alpha for one in made}
+        alphas |= {one.alpha for one in certificates}
         truth = sigma * stats.norm.ppf(p)
-        failed[p] = int(sum(t for one, t in zip(made, times, strict=True) if one.radius > truth))
+        too_large = [one.radius > truth for one in certificates]
+        failed[p] = int(times[too_large].sum())
     alpha = max(alphas)
-    worst_of = max(failed.values())
-    told = (
+    evidence = (
         f"of {repeats} simulated certificates at alpha = {alpha:g}, those with too large a radius: "
         + ", ".join(f"{count} at p = {p:g}" for p, count in failed.items())
     )
-    return (RED if lower_bound(worst_of, repeats, 0.001) > alpha else GREEN), told
+    bound = lower_bound(max(failed.values()), repeats, 0.001)
+    return (RED if bound > alpha else GREEN), evidence

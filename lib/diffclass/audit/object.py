@@ -12,83 +12,103 @@ from diffclass.audit.base import (
     RED,
     CannotJudge,
     Case,
-    Found,
     Picture,
+    Verdict,
     check,
-    is_deterministic,
 )
-from diffclass.audit.holding import Frozen
+from diffclass.classifiers.base import Classifier, Held, parts
+from diffclass.classifiers.foreign import are_probabilities
 
 GROUP = "object"
 SAME = 1e-3  # of the spread of the logits: float32 stays far below it, another function does not
+ROUNDING = 1e-6  # of the spread of the logits: less is no other answer
+DIRECTIONS = 20
+SLOPES = 4  # images whose gradient is compared with finite differences
+CALLS = 3  # further answers with the same noise, and with other noise
 
 
 def _spread(logits: Tensor) -> float:
-    return float(
-        (logits.amax(1) - logits.amin(1)).median().clamp_min(torch.finfo(torch.float32).tiny)
-    )
+    tiny = torch.finfo(torch.float32).tiny
+    return float((logits.amax(1) - logits.amin(1)).median().clamp_min(tiny))
 
 
-def _quiet(model: nn.Module, x: Tensor) -> Tensor:
+def _gap(logits: Tensor, plain: Tensor) -> float:
+    """The largest difference, in spreads of the plain logits."""
+    return float((logits - plain).abs().max()) / _spread(plain)
+
+
+def _quiet(model: nn.Module, *arguments) -> Tensor:
     with torch.no_grad():
-        return model(x)
+        return model(*arguments)
 
 
-def _in_double(model: nn.Module) -> nn.Module | None:
-    """A copy in double precision; None for a module that cannot be copied or keeps single-precision parts."""
+def _held(case: Case, classifier: Classifier) -> Held:
+    """A classifier with one noise of the audit's seed, whatever the claim is about."""
+    return Held.seeded(classifier, case.seed)
+
+
+def _in_double(classifier: Classifier) -> Classifier | None:
+    """A copy in double precision; None for one that cannot be copied."""
     try:
-        return copy.deepcopy(model).double()
+        return copy.deepcopy(classifier).double()
     except (RuntimeError, TypeError):
         return None
 
 
-def _faces(case: Case, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _faces(case: Case, model: Held, x: Tensor) -> dict[str, Tensor]:
     """The same images answered in other circumstances."""
     faces = {
         "with gradients": model(x.clone().requires_grad_()).detach(),
         "in grad mode": model(x).detach(),
     }
-    if is_deterministic(case.target):
+    if case.deterministic:
         faces["one by one"] = torch.cat([_quiet(model, one) for one in x.split(1)])
-        double = _in_double(model)
+        # seeds may stand for other noise in another precision
+        same_noise = all(part.is_floating_point() for part in parts(model.noise))
+        double = _in_double(case.target) if same_noise else None
         if double is not None:
-            faces["in double precision"] = _quiet(double, x.double()).to(x.dtype)
+            faces["in double precision"] = _quiet(_held(case, double), x.double()).to(x.dtype)
     return faces
 
 
-@check(1, GROUP, "give the classifier one forward: no branch on gradients, precision or batch size")
-def one_function(case: Case) -> Found:
-    """Whether logits agree with and without gradients, in float64, one by one or in a batch; of held noise if random.
+@check(
+    1,
+    GROUP,
+    "give the classifier one forward: no branch on gradients, precision or batch size",
+    lambda case: 6 * len(case.few),
+)
+def one_function(case: Case) -> Verdict:
+    """Whether logits agree with and without gradients, in float64, one by one or in a batch, under one noise.
 
-    Passes when every difference is below 1e-3 of the logits' spread, and the view decides as the classifier does.
+    Passes when every difference is below 1e-3 of the logits' spread, and what attacks climb decides as the classifier
+    does, unless that counts votes and attacks climb its surrogate.
     """
     x = case.x[case.few]
-    model = Frozen(case.target)
+    model = _held(case, case.target)
     plain = _quiet(model, x)
-    gaps = {
-        name: float((face - plain).abs().max()) / _spread(plain)
-        for name, face in _faces(case, model, x).items()
-    }
-    name = max(gaps, key=gaps.get)
-    told = (
-        f"logits of {len(x)} images differ by up to {gaps[name]:.1e} of their spread ({name}; compared: "
+    gaps = {name: _gap(face, plain) for name, face in _faces(case, model, x).items()}
+    largest = max(gaps, key=gaps.get)
+    evidence = (
+        f"logits of {len(x)} images differ by up to {gaps[largest]:.1e} of their spread ({largest}; compared: "
         f"{', '.join(gaps)})"
     )
     picture = Picture(tuple(gaps), {"difference": tuple(gaps.values())}, "", "difference / spread")
-    if case.view is not None and is_deterministic(case.classifier) and is_deterministic(case.view):
-        other = int((plain.argmax(1) != _quiet(case.classifier, x).argmax(1)).sum())
-        told += f"; the view decides otherwise on {other}"
+    if case.target is not case.classifier and case.classifier.surrogate() is case.classifier:
+        decided = _quiet(_held(case, case.classifier), x).argmax(1)
+        other = int((plain.argmax(1) != decided).sum())
+        evidence = f"{evidence}; the view decides otherwise on {other}"
         if other:
-            return RED, told, picture
-    return (RED if not gaps[name] <= SAME else GREEN), told, picture
+            return RED, evidence, picture
+    return (GREEN if gaps[largest] <= SAME else RED), evidence, picture
 
 
 @check(
     2,
     GROUP,
     "differentiate the function that predicts; a stand-in gradient belongs in an attack, under its name",
+    lambda case: SLOPES * (1 + 2 * DIRECTIONS),
 )
-def gradient_is_correct(case: Case, directions: int = 20, images: int = 4) -> Found:
+def gradient_is_correct(case: Case) -> Verdict:
     """Whether autograd agrees with central differences along random directions, in float64 where that is possible.
 
     Formula     <grad (v . f), d> = v . (f(x + h d) - f(x - h d)) / 2h for random d and centred v, so that any logit's
@@ -96,21 +116,31 @@ def gradient_is_correct(case: Case, directions: int = 20, images: int = 4) -> Fo
                 float32, whose rounding allows no more)
     """
     draw = case.generator(2)
-    x = case.x[:images]
-    model = _in_double(case.target)
-    tolerance, step = (1e-3, 1e-5) if model is not None else (2e-2, 3e-3)
-    model = Frozen(case.target if model is None else model)
-    x = (x if tolerance > 1e-3 else x.double()) * 0.98 + 0.01  # room for the step inside [0,1]
+    x = case.x[:SLOPES]
+    double = _in_double(case.target)
+    if double is None:
+        tolerance = 2e-2
+        step = 3e-3
+        model = _held(case, case.target)
+    else:
+        tolerance = 1e-3
+        step = 1e-5
+        model = _held(case, double)
+        x = x.double()
+    x = x * 0.98 + 0.01  # room for the step inside [0,1]
     v = torch.randn(len(x), model.num_classes, generator=draw, dtype=torch.float64).to(x)
     v = v - v.mean(1, keepdim=True)
     leaf = x.clone().requires_grad_()
-    found = []
     slope = torch.autograd.grad((model(leaf) * v).sum(), leaf)[0]
-    for _ in range(directions):
+    along = []
+    rises = []
+    for _ in range(DIRECTIONS):
         d = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
-        rise = ((_quiet(model, x + step * d) - _quiet(model, x - step * d)) * v).sum(1) / (2 * step)
-        found.append(torch.stack([(slope * d).flatten(1).sum(1), rise], 1))
-    ours, theirs = torch.stack(found).unbind(2)  # [directions, images]
+        change = _quiet(model, x + step * d) - _quiet(model, x - step * d)
+        rises.append((change * v).sum(1) / (2 * step))
+        along.append((slope * d).flatten(1).sum(1))
+    ours = torch.stack(along)  # [directions, images]
+    theirs = torch.stack(rises)
     size = torch.maximum(ours.norm(dim=0), theirs.norm(dim=0))
     if not bool((size > 0).any()):
         raise CannotJudge(
@@ -119,87 +149,89 @@ def gradient_is_correct(case: Case, directions: int = 20, images: int = 4) -> Fo
         )
     error = (ours - theirs).norm(dim=0) / size.clamp_min(torch.finfo(torch.float64).tiny)
     middle = float(error.median())
-    told = (
-        f"along {directions} directions at {len(x)} images the gradient differs from finite differences by "
+    evidence = (
+        f"along {DIRECTIONS} directions at {len(x)} images the gradient differs from finite differences by "
         f"{middle:.1e} (median; at most {float(error.max()):.1e}, allowed {tolerance:g})"
     )
-    return (
-        (GREEN if middle < tolerance else RED),
-        told,
-        Picture(
-            tuple(range(len(error))),
-            {"relative error": tuple(error.tolist())},
-            "image",
-            "relative error",
-        ),
+    picture = Picture(
+        tuple(range(len(error))),
+        {"relative error": tuple(error.tolist())},
+        "image",
+        "relative error",
     )
+    return (GREEN if middle < tolerance else RED), evidence, picture
 
 
 @check(
     3,
     GROUP,
     "attack margins instead of a saturated cross-entropy, and remove what rounds, detaches or overflows",
+    lambda case: len(case.x),
 )
-def gradient_is_alive(case: Case) -> Found:
+def gradient_is_alive(case: Case) -> Verdict:
     """Whether the gradient of the attack's loss is finite and not zero on every image."""
     norms = []
     for part in case.everyone.split(case.batch):
+        noise = case.noise_for(case.target, len(part))
         slope, _, _ = attacks.expected_gradient(
-            case.target, case.x[part], case.y[part], loss=case.loss
+            case.target, case.x[part], case.y[part], noise=noise, loss=case.loss
         )
         norms.append(slope.flatten(1).double().norm(dim=1))
     norms = torch.cat(norms)
     finite = torch.isfinite(norms)
     dead = int((~finite | (norms == 0)).sum())
     living = norms[finite & (norms > 0)].log10()
-    told = (
+    evidence = (
         f"{dead} of {len(norms)} images have a zero or non-finite gradient of {case.loss.__name__}"
     )
     if not len(living):
-        return RED, told
-    edges = torch.linspace(
-        float(living.min()) - 0.05, float(living.max()) + 0.05, 11, dtype=torch.float64
-    )
+        return RED, evidence
+    low = float(living.min())
+    high = float(living.max())
+    edges = torch.linspace(low - 0.05, high + 0.05, 11, dtype=torch.float64)
     counts = torch.histogram(living.cpu(), edges).hist
-    told += f"; the others' norms reach from 10^{float(living.min()):.1f} to 10^{float(living.max()):.1f}"
-    return (
-        (RED if dead else GREEN),
-        told,
-        Picture(
-            tuple(((edges[1:] + edges[:-1]) / 2).tolist()),
-            {"images": tuple(counts.tolist())},
-            "log10 of the norm",
-            "images",
-        ),
+    picture = Picture(
+        tuple(((edges[1:] + edges[:-1]) / 2).tolist()),
+        {"images": tuple(counts.tolist())},
+        "log10 of the norm",
+        "images",
     )
+    evidence = f"{evidence}; the others' norms reach from 10^{low:.1f} to 10^{high:.1f}"
+    return (RED if dead else GREEN), evidence, picture
 
 
 @check(
     4,
     GROUP,
     "hand attack libraries an AttackView of the classifier: logits >= 0 with a median margin of one",
+    lambda case: 3 * min(case.batch, len(case.x)),
 )
-def logits_are_logits(case: Case) -> Found:
+def logits_are_logits(case: Case) -> Verdict:
     """Whether common losses work on what attacks receive: no probabilities, not all negative, a margin near one.
 
-    Passes when no row is a distribution, every image has a logit >= 0 (else a loss that masks by multiplication with
-    zero is constant), and the median margin is in [0.1, 10] (else cross-entropy is flat). Amber for K < 4, which the
-    targeted DLR loss needs.
+    Passes when the classifier has nothing to complain of, such as training mode or logits in a tuple; no row is a
+    distribution, of the view or before it; every image has a logit >= 0 (else a loss that masks by multiplication with zero is constant); and the
+    median margin is in [0.1, 10] (else cross-entropy is flat). Amber for K < 4, which the targeted DLR loss needs.
     """
-    logits = _quiet(Frozen(case.target), case.x[: case.batch])
+    x = case.x[: case.batch]
+    complaints = case.classifier.complaints(x[: case.closer])
+    if complaints:
+        return RED, " ".join(complaints)
+    logits = _quiet(_held(case, case.target), x)
     top = logits.topk(2, dim=1).values
     classes = logits.shape[1]
     margin = float((top[:, 0] - top[:, 1]).median())
     negative = int((top[:, 0] < 0).sum())
-    told = (
+    evidence = (
         f"{negative} of {len(logits)} images have only negative logits, the median margin is {margin:.3g}, "
         f"K = {classes}"
     )
-    if float(logits.min()) >= 0 and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
-        return RED, f"rows are probabilities, not logits; {told}"
+    before = _quiet(_held(case, case.classifier.surrogate()), x)
+    if are_probabilities(logits) or are_probabilities(before):
+        return RED, f"rows are probabilities, not logits; {evidence}"
     if negative or not 0.1 <= margin <= 10:
-        return RED, told
-    return (GREEN if classes >= 4 else AMBER), told
+        return RED, evidence
+    return (GREEN if classes >= 4 else AMBER), evidence
 
 
 def _reseeds(model: nn.Module, x: Tensor) -> bool:
@@ -216,47 +248,58 @@ def _reseeds(model: nn.Module, x: Tensor) -> bool:
 @check(
     5,
     GROUP,
-    "declare `deterministic`, and draw noise from a generator that is passed in, never from a fixed seed",
+    "declare the noise in `sample_noise` and use what is passed in; never draw inside, nor from a fixed seed",
+    lambda case: 2 * (1 + 3 * CALLS) * 2 * len(case.few) + 2,
 )
-def randomness_declared(case: Case, calls: int = 3) -> Found:
-    """Whether repeated calls differ exactly when the classifier says it is random, with and without gradients.
+def randomness_declared(case: Case) -> Verdict:
+    """Whether the same noise gives the same answer, and other noise another one exactly where noise is declared.
 
     Asked on images and on blends of two, where a vote is not unanimous, of the classifier and of what attacks get: a
     vote over draws may hide noise that its voter shows.
     """
     x = case.x[case.few]
     x = torch.cat([x, (x + x.flip(0)) / 2])
-    gaps = {"without gradients": 0.0, "with gradients": 0.0}
+    draw = case.generator(5)
+    same = {"without gradients": [], "with gradients": []}
+    other = []
     for model in {id(one): one for one in (case.classifier, case.target)}.values():
-        first = _quiet(model, x)
-        for _ in range(calls):
-            again = {
-                "without gradients": _quiet(model, x),
-                "with gradients": model(x.clone().requires_grad_()).detach(),
-            }
-            for name, logits in again.items():
-                gaps[name] = max(gaps[name], float((logits - first).abs().max()) / _spread(first))
-    declared = not case.deterministic
-    told = (
-        f"it says it is {'random' if declared else 'deterministic'}, and {calls} further answers differ by "
-        + " and ".join(f"{gap:.1e} {name}" for name, gap in gaps.items())
-        + " (of the logits' spread)"
+        noise = model.sample_noise(len(x), draw)
+        first = _quiet(model, x, noise)
+        for _ in range(CALLS):
+            again = _quiet(model, x, noise)
+            same["without gradients"].append(_gap(again, first))
+            again = model(x.clone().requires_grad_(), noise).detach()
+            same["with gradients"].append(_gap(again, first))
+            new = _quiet(model, x, model.sample_noise(len(x), draw))
+            other.append(_gap(new, first))
+    declared = not case.classifier.deterministic
+    evidence = (
+        f"it declares {'noise' if declared else 'no noise'}; with the same noise {CALLS} further answers differ by "
+        + " and ".join(f"{max(gaps):.1e} {name}" for name, gaps in same.items())
+        + f", with other noise by {max(other):.1e} (of the logits' spread)"
     )
-    if _reseeds(case.classifier, x[:1]):
-        return RED, told + "; each call reseeds torch's global generator"
-    return (GREEN if all((gap > 1e-6) == declared for gap in gaps.values()) else RED), told
+    if _reseeds(_held(case, case.classifier), x[:1]):
+        return RED, f"{evidence}; each call reseeds torch's global generator"
+    repeats = all(gap <= ROUNDING for gaps in same.values() for gap in gaps)
+    uses = any(gap > ROUNDING for gap in other)
+    return (GREEN if repeats and uses == declared else RED), evidence
 
 
-@check(6, GROUP, "project onto the budget and clamp to [0,1] after every step, and name the norm")
-def budget_and_range(case: Case) -> Found:
+@check(
+    6,
+    GROUP,
+    "project onto the budget and clamp to [0,1] after every step, and name the norm",
+    lambda case: 0,
+)
+def budget_and_range(case: Case) -> Verdict:
     """Whether attacked images lie in [0,1] and within epsilon of the clean ones, to 1e-6."""
     x = case.main.x
     size = float(attacks.size_of(x - case.x, case.norm).max())
     low = float(x.min())
     high = float(x.max())
-    told = (
+    evidence = (
         f"{case.norm} perturbations reach {size:.6g} of the budget {case.epsilon:.6g}, pixels from {low:.3g} to "
         f"{high:.3g}"
     )
     inside = size <= case.epsilon + 1e-6 and low >= -1e-6 and high <= 1 + 1e-6
-    return (GREEN if inside else RED), told
+    return (GREEN if inside else RED), evidence

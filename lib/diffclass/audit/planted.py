@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffclass.audit.base import Case
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
 from diffclass.certify.counting import draw_votes
+from diffclass.classifiers.base import Classifier, Noise
+from diffclass.classifiers.smoothed import Smoothed
 
 SHAPE = (1, 8, 8)
 CLASSES = 4
@@ -45,38 +47,51 @@ def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return (0.5 + means()[y] + SPREAD * eps).clamp(0, 1), y
 
 
-class Honest(nn.Module):
+class Honest(Classifier):
     """The linear classifier that adversarial training of infinitely many images leads to, in closed form.
 
     Formula     f = scale (W x + b),  w_k = sign(mean_k) max(|mean_k| - epsilon, 0);  b makes every f >= 0 on [0,1]
     Source      Javanmard & Soltanolkotabi 2022: of Gaussian classes it keeps only pixels that the budget cannot turn
                 around, with the budget taken off
+    Shapes      x [B,1,8,8] in [0,1] -> [B,4]
+    Randomness  none
     """
 
-    deterministic = True
+    scale = "scores"
+    calls = 1
+    num_classes = CLASSES
+    image_shape = SHAPE
 
-    def __init__(self, scale: float = 10.0):
+    def __init__(self):
         super().__init__()
         rows = means().flatten(1)
-        weight = scale * rows.sign() * (rows.abs() - EPSILON).clamp_min(0)
+        self._weigh(10 * rows.sign() * (rows.abs() - EPSILON).clamp_min(0))
+
+    def _weigh(self, weight: Tensor) -> None:
         self.register_buffer("weight", weight)
         self.register_buffer("bias", weight.clamp(max=0).abs().sum(1))
-        self.num_classes = CLASSES
-        self.image_shape = SHAPE
 
-    def forward(self, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor) -> Tensor:
+        """The linear function that every fault is planted on. Shapes: [B,1,8,8] -> [B,4]."""
         return x.flatten(1) @ self.weight.T + self.bias
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return self.linear(x)
 
     def survives(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
         """Which images no L-inf perturbation within epsilon and [0,1] can change: the exact robust accuracy.
 
         Formula     f_y - f_k > sum_i max over the pixel's reach of (w_k - w_y)_i delta_i, for every k != y
         Shapes      -> [n]
+        Meaning     of the linear function, which is the mean over all draws where a fault draws noise
         """
-        up, down = ((x + s * epsilon).clamp(0, 1).sub(x).flatten(1) for s in (1, -1))
+        up = ((x + epsilon).clamp(0, 1) - x).flatten(1)
+        down = ((x - epsilon).clamp(0, 1) - x).flatten(1)
         push = self.weight - self.weight[y][:, None]  # [n,K,D]
         gain = (push * torch.where(push > 0, up[:, None], down[:, None])).sum(2)
-        ahead = self(x).gather(1, y[:, None]) - self(x) - gain
+        linear = self.linear(x)
+        ahead = linear.gather(1, y[:, None]) - linear - gain
         return ahead.scatter(1, y[:, None], torch.inf).amin(1) > 0
 
 
@@ -87,10 +102,11 @@ class TwoFaced(Honest):
                 noise levels or its own autograd function: attacks climb what never predicts
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`; two functions."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return super().forward(x.flip(-1))
-        return super().forward(x)
+            return self.linear(x.flip(-1))
+        return self.linear(x)
 
 
 class Saturated(Honest):
@@ -100,8 +116,9 @@ class Saturated(Honest):
                 temperature and asked at 1; sums of losses over thousands of pixels do the same
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return 1e4 * super().forward(x)
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return 1e4 * self.linear(x)
 
 
 class Negative(Honest):
@@ -110,21 +127,26 @@ class Negative(Honest):
     Imitates    log-posteriors handed to CW of torchattacks, whose objective is then constant (its issue 184)
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) - 1000
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return self.linear(x) - 1000
 
 
 class Reseeded(Honest):
-    """Says that it is random, and draws from one seed at every call: averaging over draws averages one draw.
+    """Declares noise, and draws from one seed at every call: averaging over draws averages one draw.
 
     Imitates    IDC's released `forward`, which begins with torch.manual_seed(0)
+    Randomness  `sample_noise`, which is not used
     """
 
-    deterministic = False
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """See `Classifier.sample_noise`. Shapes: -> [images,1,8,8]."""
+        return torch.randn((images, *SHAPE), generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`; by noise of its own."""
         eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        return super().forward(x + 0.05 * eps)
+        return self.linear(x + 0.05 * eps)
 
 
 class Quantised(Honest):
@@ -134,30 +156,32 @@ class Quantised(Honest):
                 with the gradient of the identity in place of the rounding
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward((31 * x).round() / 31)
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        return self.linear((31 * x).round() / 31)
 
 
 class Noisy(Honest):
     """The undefended classifier behind large random slopes: attacks that average no draws climb the noise.
 
+    Formula     f + strength <slope, x - 1/2>,  slope ~ N(0, 1) for every class and pixel
     Imitates    robustness by randomness alone, as of purifiers attacked with one draw (Lee & Kim 2023; Liu et al. 2025)
-    Randomness  its own generator, from a seed
+    Randomness  `sample_noise`: the slopes
     """
 
-    deterministic = False
-
-    def __init__(self, seed: int = 0, noise: float = 2.0):
+    def __init__(self, strength: float = 2.0):
         super().__init__()
-        rows = means().flatten(1)
-        self.weight = 12 * rows
-        self.noise = noise
-        self.bias = self.weight.clamp(max=0).abs().sum(1)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.strength = strength
+        self._weigh(12 * means().flatten(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        slope = torch.randn((len(x), CLASSES, x[0].numel()), generator=self.generator).to(x)
-        return super().forward(x) + self.noise * (slope * (x.flatten(1) - 0.5)[:, None]).sum(2)
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
+        """See `Classifier.sample_noise`. Shapes: -> [images,4,64]."""
+        return torch.randn((images, CLASSES, self.weight.shape[1]), generator=generator)
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        tilt = (noise * (x.flatten(1) - 0.5)[:, None]).sum(2)
+        return self.linear(x) + self.strength * tilt
 
 
 def inflated(votes: Votes, alpha: float = 0.001, factor: int = 10) -> Certificate:
@@ -170,7 +194,7 @@ def inflated(votes: Votes, alpha: float = 0.001, factor: int = 10) -> Certificat
     return smoothing_radius(more, alpha)
 
 
-FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+FAULTS: dict[str, tuple[Callable[[], Classifier], tuple[int, ...]]] = {
     "honest": (Honest, ()),
     "two-faced": (TwoFaced, (1, 2)),
     "saturated": (Saturated, (4, 15)),
@@ -188,13 +212,23 @@ def case(name: str, count: int = 64, seed: int = 0) -> Case:
     Shapes      `count` images; votes of a smoothed classifier come with the honest and the inflated one
     Errors      KeyError for a name that is not in FAULTS
     """
-    classifier = FAULTS[name][0]()
-    (x, y) = images(count, seed)
-    made = Case(classifier, x, y, EPSILON, statement=STATEMENT, closer=16, seed=seed)
+    classifier = FAULTS[name][0]().eval()
+    x, y = images(count, seed)
+    claim = Case(
+        classifier,
+        x,
+        y,
+        EPSILON,
+        held=classifier.deterministic,
+        statement=STATEMENT,
+        closer=16,
+        seed=seed,
+    )
     if name not in ("honest", "inflated"):
-        return made
+        return claim
+    smoothed = Smoothed(classifier, VOTE_NOISE)
     votes = []
-    for one in x[:8].split(1):
-        *_, (_, counted) = draw_votes(classifier, one, VOTE_NOISE, estimation=1000, seed=seed)
+    for picture, one in enumerate(x[:8].split(1)):
+        *_, (_, counted) = draw_votes(smoothed, one, seed=seed, picture=picture)
         votes.append(counted)
-    return replace(made, votes=votes, certify=inflated if name == "inflated" else smoothing_radius)
+    return replace(claim, votes=votes, certify=inflated if name == "inflated" else smoothing_radius)

@@ -1,4 +1,4 @@
-"""The command that judges a defence before it is believed: audit."""
+"""The command that judges a classifier before it is believed: audit."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,93 +11,132 @@ from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, Json, Seed, app
 WIDTH = 100  # of a line of evidence
 
 
-def _line(made) -> str:
+def _line(result) -> str:
     import textwrap
 
-    head = f"{made.light:6}{made.number:3} {made.name}  "
-    body = textwrap.fill(made.evidence, WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 10)
-    advice = textwrap.fill(
-        f"-> {made.advice}", WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 13
-    )
-    return "\n".join([f"{head}({made.seconds:.1f} s)", body] + [advice] * (made.light == "red"))
+    indent = " " * 10
+    lines = [
+        f"{result.light:6}{result.number:3} {result.name}  ({result.seconds:.1f} s)",
+        textwrap.fill(result.evidence, WIDTH, initial_indent=indent, subsequent_indent=indent),
+    ]
+    if result.light == "red":
+        advice = f"-> {result.advice}"
+        further = indent + " " * 3
+        lines.append(textwrap.fill(advice, WIDTH, initial_indent=indent, subsequent_indent=further))
+    return "\n".join(lines)
 
 
-def _stored(folder: Path | None) -> dict:
-    """What a folder of a run under attack adds to a case: the numbers that were reported, not those that would be."""
+def _stored(folder: Path | None, place, name: str):
+    """A finished run under attack of this classifier, or None: the numbers that were reported, not those that would be."""
     if folder is None:
-        return {}
-    from diffclass.evaluation import claims, robustness
+        return None
+    from diffclass.evaluation import runs
 
-    found = robustness.read(folder)
-    if found.finished < found.settings["n"]:
+    run = runs.read(folder)
+    settings = run.settings
+    if run.finished < settings["n"]:
         raise ValueError(
-            f"expected a finished run in {folder}, got {found.finished} of {found.settings['n']} images; "
+            f"expected a finished run in {folder}, got {run.finished} of {settings['n']} images; "
             "`diffclass evaluate` goes on with it."
         )
-    return dict(records=claims.kept(folder), rows=found.rows, deltas=found.deltas)
+    if settings["classifier"] != name.lower():
+        raise ValueError(
+            f"expected perturbations of {name}, got those of {settings['classifier']}."
+        )
+    if settings["world"] != place.name:
+        raise ValueError(
+            f"expected perturbations of images of {place.name}, got those of {settings['world']}; name it with --world."
+        )
+    return run
+
+
+def _attack(name: str, norm: str):
+    """The function of an attack by name."""
+    from diffclass import zoo
+
+    entry = zoo.attack(name)
+    if norm not in entry.norms:
+        raise ValueError(
+            f"expected a norm of {', '.join(entry.norms)} for {entry.name}, got {norm!r}."
+        )
+    return entry.run
 
 
 def _case(
     world: str,
     name: str,
-    stored: dict,
-    fresh: bool,
+    records: Path | None,
     images: int,
     norm: str,
     epsilon: float | None,
+    attack: str,
+    fresh: bool,
+    seed: int,
     **options,
 ):
-    """The defence with its images and its transfer source; stored perturbations bring their norm, budget and number."""
-    import torch
-
+    """The classifier with its images and its transfer source; stored perturbations bring their norm, budget and images."""
     from diffclass import audit, zoo
+    from diffclass.data import worlds
+    from diffclass.device import device
+    from diffclass.evaluation import claims
 
-    if stored:
-        protocol = stored["records"][0].settings["protocol"]
-        if protocol["defence"] != name.lower():
-            raise ValueError(
-                f"expected perturbations of {name}, got those of {protocol['defence']}."
-            )
-        norm = protocol["norm"]
-        epsilon = protocol["epsilon"]
-        images = min(images, len(stored["rows"]))
-        fresh = (
-            fresh or stored["records"][0].settings["draws"] > 1
-        )  # the claim is about the random defence
-    x, y = zoo.images(world, images, options["seed"])
-    classifier = zoo.defence(
-        world,
-        name,
-        seed=options["seed"],
-        fresh=torch.Generator().manual_seed(options["seed"]) if fresh else None,
+    place = worlds.world_of(world)
+    where = device()
+    run = _stored(records, place, name)
+    classifier = zoo.classifier(world, name).to(where)
+    if fresh and classifier.deterministic:
+        raise ValueError(f"expected no --fresh for {name}, which draws no noise.")
+    if run is None:
+        x, y = place.test(images, seed)
+        norm = norm.lower()
+        epsilon = place.budget(norm) if epsilon is None else epsilon
+    else:
+        whole = place.test(run.settings["n"], run.settings["seed"])
+        x, y = (part[:images] for part in whole)
+        norm = run.protocol.norm
+        epsilon = run.protocol.epsilon
+        options |= dict(records=claims.kept(records), rows=run.rows, deltas=run.deltas)
+    sources = {}
+    if "cnn" in zoo.names(world) and name.lower() != "cnn":
+        sources["the plain network"] = zoo.classifier(world, "cnn").to(where)
+    return audit.case_of(
+        classifier,
+        x.to(where),
+        y.to(where),
+        epsilon,
+        norm,
+        held=not fresh and run is None,  # stored runs are about new noise at every call
+        attack=_attack(attack, norm),
+        sources=sources,
+        seed=seed,
+        **options,
     )
-    plain = "cnn" in zoo.NAMES.get(world, ()) and name != "cnn"
-    sources = {"the plain network": zoo.defence(world, "cnn")} if plain else {}
-    epsilon = zoo.budget(world, norm) if epsilon is None else epsilon
-    return audit.case_of(classifier, x, y, epsilon, norm, sources=sources, **stored, **options)
 
 
 @app.command(epilog=EXIT_CODES)
 def audit(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="The defence, such as dc, idc or diffpure.")],
+    name: Annotated[str, typer.Argument(help="A classifier by name, such as dc, idc or diffpure.")],
     world: Annotated[str, typer.Option(help="digits, cifar10, or plane:moons.")] = "digits",
     images: Annotated[int, typer.Option(min=1, help="The first test images.")] = 64,
     norm: Annotated[str, typer.Option(help="linf or l2")] = "linf",
     epsilon: Annotated[
         float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")
     ] = None,
+    attack: Annotated[str, typer.Option(help="An attack by name, such as apgd or pgd.")] = "apgd",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 20,
     starts: Annotated[
         int, typer.Option(min=1, help="Starts of the attack: the image, then random.")
     ] = 2,
     draws: Annotated[int, typer.Option(min=1, help="Gradients averaged a step (EOT).")] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Fresh noise at every call.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="New noise at every call, not one that is held.")
+    ] = False,
     records: Annotated[
         Path | None, typer.Option(help="Folder of a run under attack to audit.")
     ] = None,
     statement: Annotated[
-        str, typer.Option(help="What would break this defence, and what was tried.")
+        str, typer.Option(help="What would break this classifier, and what was tried.")
     ] = "",
     only: Annotated[str | None, typer.Option(help="Numbers of checks, such as 1,2,13.")] = None,
     seed: Seed = 0,
@@ -107,27 +146,43 @@ def audit(
     from diffclass import audit as auditing
 
     answer = ctx.obj
-    answer.content |= dict(command="audit", defence=name, world=world, checks=[])
+    answer.content |= dict(command="audit", classifier=name, world=world, checks=[])
     case = _case(
         world,
         name,
-        _stored(records),
-        fresh,
+        records,
         images,
         norm,
         epsilon,
+        attack,
+        fresh,
+        seed,
         steps=steps,
         starts=starts,
         draws=draws,
         statement=statement,
-        seed=seed,
     )
-    answer.content |= dict(images=len(case.x), norm=case.norm, epsilon=case.epsilon, seed=seed)
+    numbers = _numbers(only)
+    count = len(auditing.chosen(numbers))
+    calls = auditing.calls(case, numbers)
+    answer.content |= dict(
+        images=len(case.x),
+        norm=case.norm,
+        epsilon=case.epsilon,
+        attack=attack,
+        held=case.held,
+        seed=seed,
+        calls=calls,
+    )
+    answer.say(
+        f"{count} checks of {name} on {len(case.x)} images of {world}: at most about {calls:,} classifier calls (network "
+        f"calls in each: up to {case.classifier.calls:,})."
+    )
     lights = []
-    for made in auditing.run(case, _numbers(only)):
-        lights.append(made.light)
-        answer.content["checks"].append(asdict(made))
-        answer.say(_line(made))
+    for result in auditing.run(case, numbers):
+        lights.append(result.light)
+        answer.content["checks"].append(asdict(result))
+        answer.say(_line(result))
     counts = {light: lights.count(light) for light in auditing.LIGHTS}
     answer.content |= dict(lights=counts, ok=not counts["red"])
     answer.say(", ".join(f"{count} {light}" for light, count in counts.items()))
@@ -135,8 +190,11 @@ def audit(
 
 
 def _numbers(text: str | None) -> list[int] | None:
-    if text is not None and not all(part.strip().isdigit() for part in text.split(",")):
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
         raise ValueError(
             f"expected numbers of checks with commas between them, such as 1,2,13, got {text!r}."
         )
-    return None if text is None else [int(part) for part in text.split(",")]
+    return [int(part) for part in parts]
