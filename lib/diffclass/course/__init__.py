@@ -18,7 +18,6 @@ from diffclass.course.checks import (
 )
 
 __all__ = [
-    "grade",
     "CheckFailed",
     "Entry",
     "LARGEST_SE",
@@ -29,6 +28,7 @@ __all__ = [
     "check_less",
     "check_true",
     "clear_ledger",
+    "grade",
     "ledger",
     "predict",
     "reveal",

@@ -32,10 +32,7 @@ __all__ = [
     "reveal",
 ]
 
-
 STANDARD_ERRORS = 4.0  # a true statement is rejected once in 16 000 numbers
-
-
 LARGEST_SE = 0.25  # with more noise than this share of the wanted value, zero would pass
 
 
@@ -170,16 +167,12 @@ def check_less(name: str, small, large, slack: float = 0.0) -> None:
 
     Shapes      equal, or one of the two is one number
     """
-    s = numbers(small, f"the smaller side of {name!r}")
-    l = numbers(large, f"the larger side of {name!r}")
-    if s.shape != l.shape and min(s.size, l.size) != 1:
-        _settle(
-            name,
-            False,
-            f"shapes {list(s.shape)} and {list(l.shape)} differ",
-            "shapes are never stretched",
-        )
-    margin = np.asarray(l - s)
+    smaller = numbers(small, f"the smaller side of {name!r}")
+    larger = numbers(large, f"the larger side of {name!r}")
+    if smaller.shape != larger.shape and min(smaller.size, larger.size) != 1:
+        shapes = f"shapes {list(smaller.shape)} and {list(larger.shape)} differ"
+        _settle(name, False, shapes, "shapes are never stretched")
+    margin = np.asarray(larger - smaller)
     if margin.size == 0 or not math.isfinite(slack) or slack < 0:
         raise ValueError(
             f"expected values and a slack >= 0 for the check {name!r}, got {margin.size} values and "
@@ -341,10 +334,16 @@ def predict(question: str, options: list | None = None, answer=None, unit: str =
     return prediction
 
 
-def reveal(prediction: Prediction | None, actual) -> None:
-    """Print the answer beside the prediction, and show it under the question. Never raises: a guess is not an exam."""
-    guess = getattr(prediction, "value", prediction)
-    unit = getattr(prediction, "unit", "")
+def reveal(prediction, actual) -> None:
+    """Print the answer beside the prediction, and show it under the question. Never raises: a guess is not an exam.
+
+    `prediction` is what `predict` gave, or a plain answer: a number, a string, or None.
+    """
+    guess = prediction
+    unit = ""
+    if isinstance(prediction, Prediction):
+        guess = prediction.value
+        unit = prediction.unit
     if isinstance(actual, torch.Tensor):
         actual = actual.detach().cpu().numpy()
     if isinstance(actual, (np.ndarray, np.generic)) and actual.size == 1:
@@ -380,8 +379,8 @@ def _distance_in_words(guess: float, actual: float) -> str:
     if math.isclose(guess, actual, rel_tol=0.02, abs_tol=1e-12):
         return "right on the spot"
     if guess * actual <= 0:
-        return f"off by {abs(guess - actual):.3g}" + (
-            "; the sign differs" if guess * actual < 0 else ""
-        )
+        sign = "; the sign differs" if guess * actual < 0 else ""
+        return f"off by {abs(guess - actual):.3g}{sign}"
     factor = guess / actual
-    return f"too {'high' if abs(factor) > 1 else 'low'} by a factor {max(factor, 1 / factor):.3g}"
+    direction = "high" if abs(factor) > 1 else "low"
+    return f"too {direction} by a factor {max(factor, 1 / factor):.3g}"

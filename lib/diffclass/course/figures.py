@@ -10,20 +10,10 @@ import numpy as np
 
 # Okabe & Ito's palette, told apart with every common colour vision; the plane's classes take the first ones.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
-
-
 BEST = "#0072B2"
-
-
 SECOND = "#E69F00"
-
-
 OTHER = "#B0B0B0"
-
-
 WRONG = "#D55E00"
-
-
 UNKNOWN = "#D9D9D9"
 
 
@@ -258,14 +248,12 @@ def radius_axis(
     for row in rows:
         certified = float(row["certified"])
         attacked = row.get("attacked")
-        end = float(attacked) if attacked is not None else float(range[1])
+        last = float(range[1])
+        end = last if attacked is None else float(attacked)
         segments = [
-            dict(zip(("from", "to", "color", "text", "ink"), span, strict=True))
-            for span in (
-                (0.0, certified, COLOURS[2], "certified", "white"),
-                (certified, end, UNKNOWN, "unknown", "#222"),
-                (end, float(range[1]), COLOURS[4], "an attack exists", "white"),
-            )
+            _segment(0.0, certified, COLOURS[2], "certified", "white"),
+            _segment(certified, end, UNKNOWN, "unknown", "#222"),
+            _segment(end, last, COLOURS[4], "an attack exists", "white"),
         ]
         marks = [dict(at=v, text=f"{v:.2f}") for v in (certified, attacked) if v]
         drawn.append(dict(label=row["label"], segments=segments, marks=marks))
@@ -281,6 +269,11 @@ def radius_axis(
     )
 
 
+def _segment(start: float, end: float, colour: str, text: str, ink: str) -> dict:
+    """A stretch of an axis; `ink` is the colour of its text."""
+    return {"from": start, "to": end, "color": colour, "text": text, "ink": ink}
+
+
 def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
     """A picture of who owns the plane: each pixel blends the class colours by their posterior shares.
 
@@ -293,5 +286,5 @@ def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
 
 
 def frame(panels: Sequence[dict], note: str = "") -> dict:
-    """What the stage shows: panels, and one line of HTML below them that a screen reader is told about."""
+    """What the stage shows: panels, and one line of HTML below them that a screen reader reads out."""
     return dict(panels=list(panels), note=note)

@@ -26,6 +26,7 @@ from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation.measuring import Losses
 
 VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
+WHOLE_LABEL = {"description_width": "initial"}  # labels are not cut off
 
 
 class Stage(anywidget.AnyWidget):
@@ -43,7 +44,8 @@ class Stage(anywidget.AnyWidget):
 class Hero(W.VBox):
     """Controls above a stage; every change calls `show`, which returns the next frame.
 
-    Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame
+    Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame; `cursor` names the
+                control that the line in the figure moves, in whole multiples of `cursor_step` if it is given
     Why         one place for wiring, so that each hero is its controls and one function, and a test can turn them
     """
 
@@ -53,6 +55,7 @@ class Hero(W.VBox):
         controls: dict[str, W.Widget],
         *,
         cursor: str | None = None,
+        cursor_step: int | None = None,
         point: tuple[float, float] | None = None,
         backdrops: dict | None = None,
     ):
@@ -64,13 +67,9 @@ class Hero(W.VBox):
         for control in controls.values():
             control.observe(self.refresh, "value")
         self.stage.observe(self.refresh, ["point", "picked"])
-        if cursor is not None:  # dragging the line in the figure is the same as moving the slider
-            self.stage.observe(
-                lambda change: setattr(controls[cursor], "value", change["new"]), "cursor"
-            )
-        super().__init__(
-            [W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), self.stage]
-        )
+        if cursor is not None:
+            drag_moves(self.stage, controls[cursor], cursor_step)
+        super().__init__([row(controls.values()), self.stage])
         self.refresh()
 
     def refresh(self, _=None) -> None:
@@ -81,36 +80,45 @@ class Hero(W.VBox):
         )
 
 
+def drag_moves(stage: Stage, control: W.Widget, step: int | None = None) -> None:
+    """Let the line that the reader drags in the figure move a slider, in whole multiples of `step` if it is given."""
+
+    def dragged(change) -> None:
+        value = change["new"]
+        control.value = value if step is None else step * round(value / step)
+
+    stage.observe(dragged, "cursor")
+
+
+def row(controls: Iterable[W.Widget]) -> W.HBox:
+    """Controls side by side, wrapped where the page is narrow."""
+    return W.HBox(list(controls), layout=W.Layout(flex_flow="row wrap"))
+
+
 def slider(
     label: str, value, low, high, step, *, log: bool = False, width: int = 340, **more
 ) -> W.Widget:
     """A slider with room for its label; `log` makes low and high powers of ten."""
-    style = {"description_width": "initial"}
-    layout = W.Layout(width=f"{width}px")
-    if log:
-        return W.FloatLogSlider(
-            value=value,
-            base=10,
-            min=low,
-            max=high,
-            step=step,
-            description=label,
-            style=style,
-            layout=layout,
-            readout_format=".3g",
-            **more,
-        )
-    kind = W.IntSlider if isinstance(value, int) and isinstance(step, int) else W.FloatSlider
-    return kind(
+    options = dict(
         value=value,
         min=low,
         max=high,
         step=step,
         description=label,
-        style=style,
-        layout=layout,
+        style=WHOLE_LABEL,
+        layout=W.Layout(width=f"{width}px"),
         **more,
     )
+    if log:
+        return W.FloatLogSlider(base=10, readout_format=".3g", **options)
+    if isinstance(value, int) and isinstance(step, int):
+        return W.IntSlider(**options)
+    return W.FloatSlider(**options)
+
+
+def digit_slider(scene, index: int, **more) -> W.Widget:
+    """Which of a scene's test digits."""
+    return slider("test digit", index, 0, len(scene.world.test_images) - 1, 1, **more)
 
 
 def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
@@ -120,8 +128,15 @@ def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
         options=options,
         value=value or options[0],
         description=label,
-        style={"description_width": "initial"},
+        style=WHOLE_LABEL,
         layout=W.Layout(width=f"{width}px"),
+    )
+
+
+def button(label: str, kind: str, tooltip: str) -> W.Button:
+    """A button; `kind` is its colour's name in ipywidgets."""
+    return W.Button(
+        description=label, button_style=kind, tooltip=tooltip, layout=W.Layout(width="130px")
     )
 
 
@@ -129,7 +144,7 @@ def digit_hero(denoiser: Denoiser, index: int = 1) -> Hero:
     """A real digit, its ten denoised versions, its ten losses over sigma and its posterior (notebook 00)."""
     scene = DigitScene(denoiser)
     controls = dict(
-        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        index=digit_slider(scene, index),
         sigma=slider("noise σ", 0.6, -1.3, 0.7, 0.02, log=True),
     )
     return Hero(
@@ -145,27 +160,26 @@ def forward_hero(law: MixtureLaw | None = None) -> Hero:
     controls = dict(
         t=slider("timestep t", 200, 1, 1000, 1), schedule=choice("schedule", scene.SCHEDULES)
     )
-    hero = Hero(lambda t, schedule, point, picked: scene.at(int(t), schedule), controls)
-    hero.stage.observe(
-        lambda change: setattr(controls["t"], "value", round(change["new"])), "cursor"
+    return Hero(
+        lambda t, schedule, point, picked: scene.at(int(t), schedule),
+        controls,
+        cursor="t",
+        cursor_step=1,
     )
-    return hero
 
 
 def elbo_hero(law: MixtureLaw | None = None) -> Hero:
     """The bound of a chain of T steps at a dragged point, against the exact log-likelihood (notebook 02)."""
     scene = PlaneScene(law or data.gaussians())
     controls = dict(steps=slider("steps T", 16, 4, 128, 4))
-    hero = Hero(
+    return Hero(
         lambda steps, point, picked: scene.elbo(point, steps),
         controls,
+        cursor="steps",
+        cursor_step=4,
         point=(0.1, 0.1),
         backdrops={"posterior": scene.backdrop()},
     )
-    hero.stage.observe(
-        lambda change: setattr(controls["steps"], "value", 4 * round(change["new"] / 4)), "cursor"
-    )
-    return hero
 
 
 def bayes_hero(law: MixtureLaw | None = None) -> Hero:
@@ -217,21 +231,19 @@ def racing_hero(denoiser: Denoiser, index: int = 4) -> Hero:
     """One digit whose classes are raced, eliminated or all measured, against the bill (notebook 06)."""
     scene = RaceScene(DigitScene(denoiser))
     controls = dict(
-        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        index=digit_slider(scene, index),
         spent=slider("evaluations spent", 60, 10, scene.whole, 2),
         scale=slider("assumed scale (nats)", 8.0, 2.0, 20.0, 0.5),
         strategy=choice("strategy", scene.STRATEGIES),
     )
-    hero = Hero(
+    return Hero(
         lambda index, spent, scale, strategy, point, picked: scene.at(
             index, strategy, scale, spent
         ),
         controls,
+        cursor="spent",
+        cursor_step=2,
     )
-    hero.stage.observe(
-        lambda change: setattr(controls["spent"], "value", 2 * round(change["new"] / 2)), "cursor"
-    )
-    return hero
 
 
 def photo_hero(images: Tensor, losses: Losses) -> Hero:
@@ -244,7 +256,7 @@ def photo_hero(images: Tensor, losses: Losses) -> Hero:
         max=last,
         description="levels used",
         layout=W.Layout(width="300px"),
-        style={"description_width": "initial"},
+        style=WHOLE_LABEL,
     )
     controls = dict(
         index=slider("picture", 0, 0, len(losses.index) - 1, 1),
@@ -263,7 +275,7 @@ def translation_hero(translator: Translator, index: int = 350) -> Hero:
     """A digit on the bridge to its label, four families of labels with their cosines, ten distances (notebook 10)."""
     scene = TranslationScene(translator)
     controls = dict(
-        index=slider("test digit", index, 0, len(scene.world.test_images) - 1, 1),
+        index=digit_slider(scene, index),
         m=slider("share m of the picture", 0.6, 0.0, 1.0, 0.01),
         low=slider("black is stored as", -1.0, -1.0, 0.0, 0.05),
         family=choice("labels", scene.FAMILIES, "Hadamard"),
@@ -284,11 +296,7 @@ class Worker(W.VBox):
         self.progress = W.FloatProgress(
             min=0, max=1, description="idle", layout=W.Layout(width="230px")
         )
-        self.stop = W.Button(
-            description="Stop",
-            tooltip="stop the running job; what it has found stays",
-            layout=W.Layout(width="130px"),
-        )
+        self.stop = button("Stop", "", "stop the running job; its results so far stay")
         self.stop.on_click(lambda _: self.halt())
         super().__init__()
 
@@ -325,7 +333,7 @@ class Worker(W.VBox):
         self.refresh()
 
     def halt(self) -> None:
-        """Stop the running job; what it has found stays."""
+        """Stop the running job; its results so far stay."""
         if self.job is not None:
             self.job.cancel()
             self.job = None
@@ -347,15 +355,14 @@ class Filmed(Worker):
         self.what = what
         self.controls = scrubbing
         self.shooting = shooting
-        first = next(iter(scrubbing.values()))
-        self.stage.observe(lambda change: setattr(first, "value", round(change["new"])), "cursor")
+        drag_moves(self.stage, next(iter(scrubbing.values())), step=1)
         for control in scrubbing.values():
             control.observe(self.refresh, "value")
         for control in shooting.values():
             control.observe(lambda _: self.shoot(), "value")
-        rows = [[*scrubbing.values(), self.progress, self.stop], shooting.values()]
         self.children = [
-            *(W.HBox(list(row), layout=W.Layout(flex_flow="row wrap")) for row in rows),
+            row([*scrubbing.values(), self.progress, self.stop]),
+            row(shooting.values()),
             self.stage,
         ]
         for _ in self.take():  # the first film at once: the figure is never empty
@@ -404,15 +411,7 @@ def attack_hero(denoiser: Denoiser, index: int = 12) -> Filmed:
         "attacking",
         dict(step=slider("film: PGD step", 20, 0, 20, 1, width=290)),
         dict(
-            index=slider(
-                "test digit",
-                index,
-                0,
-                len(scene.world.test_images) - 1,
-                1,
-                width=290,
-                continuous_update=False,
-            ),
+            index=digit_slider(scene, index, width=290, continuous_update=False),
             epsilon=slider(
                 "budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False
             ),
@@ -430,15 +429,7 @@ def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
         "attacking, then walking",
         dict(step=slider("film: step", 5, 0, 20, 1, width=290)),
         dict(
-            index=slider(
-                "test digit",
-                index,
-                0,
-                len(scene.world.test_images) - 1,
-                1,
-                width=290,
-                continuous_update=False,
-            ),
+            index=digit_slider(scene, index, width=290, continuous_update=False),
             budget=slider(
                 "its L∞ limit (pixels)", 0.1, 0.0, 0.3, 0.005, width=310, continuous_update=False
             ),
@@ -454,8 +445,7 @@ class Explorer(Worker):
     def __init__(self, denoiser: Denoiser):
         super().__init__()
         self.scene = ExplorerScene(DigitScene(denoiser, samples=2))
-        last = len(self.scene.world.test_images) - 1
-        self.index = slider("test digit", self.scene.index, 0, last, 1, width=290)
+        self.index = digit_slider(self.scene, self.scene.index, width=290)
         self.norm = choice("norm", NORMS, width=130)
         self.budget = slider(
             "budget (pixels)", 1.0, 0.0, 4.0, 0.05, width=290, continuous_update=False
@@ -467,47 +457,50 @@ class Explorer(Worker):
             value=1000,
             description="votes n",
             layout=W.Layout(width="240px"),
-            style={"description_width": "initial"},
+            style=WHOLE_LABEL,
         )
-        self.run_attack, self.run_certify = (
-            W.Button(description=d, button_style=s, tooltip=t, layout=W.Layout(width="130px"))
-            for d, s, t in (
-                ("Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"),
-                (
-                    "Certify",
-                    "success",
-                    "votes, Clopper-Pearson bound, radius; then an attack on the same vote",
-                ),
-            )
+        self.run_attack = button(
+            "Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"
+        )
+        self.run_certify = button(
+            "Certify",
+            "success",
+            "votes, Clopper-Pearson bound, radius; then an attack on the same vote",
         )
         self._wire()
-        wrap = W.Layout(flex_flow="row wrap")
         self.children = [
-            W.HBox([self.index, self.norm, self.budget, self.run_attack], layout=wrap),
-            W.HBox([self.sigma, self.votes, self.run_certify, self.stop], layout=wrap),
-            W.HBox([self.step, self.progress], layout=wrap),
+            row([self.index, self.norm, self.budget, self.run_attack]),
+            row([self.sigma, self.votes, self.run_certify, self.stop]),
+            row([self.step, self.progress]),
             self.stage,
         ]
         self.refresh()
 
     def _wire(self) -> None:
-        self.index.observe(
-            lambda _: (self.halt(), self.scene.choose(self.index.value), self.refresh()), "value"
-        )
+        self.index.observe(lambda _: self.choose(), "value")
         self.step.observe(self.refresh, "value")
         for control in (self.sigma, self.votes):
-            control.observe(lambda _: (self.scene.forget_votes(), self.refresh()), "value")
+            control.observe(lambda _: self.forget_votes(), "value")
         for control in (self.budget, self.norm):
             control.observe(lambda _: self.attack(), "value")
-        self.stage.observe(
-            lambda change: setattr(self.step, "value", round(change["new"])), "cursor"
-        )
+        drag_moves(self.stage, self.step, step=1)
         self.run_attack.on_click(lambda _: self.attack())
         self.run_certify.on_click(lambda _: self.certify())
 
     def refresh(self, _=None) -> None:
         """Draw the present state."""
         self.stage.frame = self.scene.at(self.step.value, self.sigma.value, self.votes.value)
+
+    def choose(self) -> None:
+        """Take the chosen digit."""
+        self.halt()
+        self.scene.choose(self.index.value)
+        self.refresh()
+
+    def forget_votes(self) -> None:
+        """Drop the votes, which were counted at another sigma or are another number of votes."""
+        self.scene.forget_votes()
+        self.refresh()
 
     def attack(self) -> None:
         """Start the attack on the plain classifier."""

@@ -4,21 +4,14 @@ import math
 
 import torch
 
-from diffclass.course.exercises.base import Exercise, Mistake
-
-
-def _gradients(seed: int, rows: int, size: int) -> torch.Tensor:
-    return torch.randn(
-        rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-
+from diffclass.course.exercises.base import Exercise, Mistake, normal
 
 STEEPEST_STEP = Exercise(
     key="08-steepest-step",
     prompt="Return, for every row of the gradients g [B,D], the perturbation of L2 length epsilon with the largest "
     "first-order gain.",
     reference=lambda g, epsilon: epsilon * g / g.norm(dim=1, keepdim=True),
-    cases=lambda: [(_gradients(0, 3, 5), 0.5), (_gradients(1, 4, 64), 1.0)],
+    cases=lambda: [(normal(0, 3, 5), 0.5), (normal(1, 4, 64), 1.0)],
     mistakes=(
         Mistake(
             lambda g, epsilon: epsilon * g.sign(),
@@ -161,9 +154,9 @@ EOT_DRAWS = Exercise(
     "number of draws whose average has noise of root mean squared length at most `share` of the length of g.",
     reference=_draws,
     cases=lambda: [
-        (_gradients(3, 1, 64)[0], 9.0, 0.3),
-        (_gradients(4, 1, 20)[0], 4.0, 0.5),
-        (0.1 * _gradients(5, 1, 8)[0], 0.7, 0.2),
+        (normal(3, 1, 64)[0], 9.0, 0.3),
+        (normal(4, 1, 20)[0], 4.0, 0.5),
+        (0.1 * normal(5, 1, 8)[0], 0.7, 0.2),
     ],
     mistakes=(
         Mistake(

@@ -142,7 +142,6 @@ HONEST_INTERVAL = Exercise(
     meaning="500 images leave about four points on either side at 70 %: differences of two points are not findings.",
 )
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Which fault does a mystery have?
 
@@ -156,11 +155,7 @@ FAULTS = (
     "noisy",
     "inflated",
 )
-
-
 MYSTERIES = {1: "quantised", 2: "noisy", 3: "two-faced", 4: "reseeded"}
-
-
 _UNLIKE = {  # what the diagnosis would have lit, where the lamps say otherwise
     "honest": "an honest classifier has no red lamp; look again at the rows of this one",
     "saturated": "large logits stop one loss (lamps 4 and 15) and no other, which is not what burns here",
@@ -177,20 +172,20 @@ _UNLIKE = {  # what the diagnosis would have lit, where the lamps say otherwise
 
 def _verify_diagnoses(diagnosis: Callable) -> None:
     for number, right in MYSTERIES.items():
-        said = diagnosis(number)
-        if said not in FAULTS:
+        answer = diagnosis(number)
+        if answer not in FAULTS:
             raise NotYet(
-                f"09-diagnosis: expected one of {', '.join(FAULTS)} for mystery {number}, got {said!r}."
+                f"09-diagnosis: expected one of {', '.join(FAULTS)} for mystery {number}, got {answer!r}."
             )
-        if said != right:
+        if answer != right:
             raise NotYet(
-                f"09-diagnosis: not yet: mystery {number} is not {said!r}: {_UNLIKE[said]}."
+                f"09-diagnosis: not yet: mystery {number} is not {answer!r}: {_UNLIKE[answer]}."
             )
 
 
-def _confused(**told: str) -> Callable:
-    """A diagnosis that is right except for some mysteries, such as m2="reseeded"."""
-    return lambda mystery: told.get(f"m{mystery}", MYSTERIES[mystery])
+def _confused(wrong: dict[int, str]) -> Callable:
+    """A diagnosis that is right except for some mysteries, such as {2: "reseeded"}."""
+    return lambda mystery: wrong.get(mystery, MYSTERIES[mystery])
 
 
 DIAGNOSIS = Exercise(
@@ -200,16 +195,16 @@ DIAGNOSIS = Exercise(
     reference=lambda mystery: MYSTERIES[mystery],
     cases=lambda: [],
     mistakes=tuple(
-        Mistake(_confused(**told), _UNLIKE[name])
-        for name, told in (
-            ("saturated", dict(m1="saturated")),
-            ("honest", dict(m4="honest")),
-            ("two-faced", dict(m1="two-faced")),
-            ("reseeded", dict(m2="reseeded", m4="noisy")),
-            ("noisy", dict(m4="noisy")),
-            ("quantised", dict(m3="quantised")),
-            ("negative", dict(m3="negative")),
-            ("inflated", dict(m2="inflated")),
+        Mistake(_confused(wrong), _UNLIKE[name])
+        for name, wrong in (
+            ("saturated", {1: "saturated"}),
+            ("honest", {4: "honest"}),
+            ("two-faced", {1: "two-faced"}),
+            ("reseeded", {2: "reseeded", 4: "noisy"}),
+            ("noisy", {4: "noisy"}),
+            ("quantised", {3: "quantised"}),
+            ("negative", {3: "negative"}),
+            ("inflated", {2: "inflated"}),
         )
     ),
     meaning="Every fault has its own pattern of lamps: a red lamp is a place to look, not a verdict on the idea.",

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 class NotYet(AssertionError):
     """The answer to an exercise is not right yet; the message is the hint."""
@@ -47,3 +50,8 @@ class Exercise:
             )
         if len({m.hint for m in self.mistakes}) < len(self.mistakes):
             raise ValueError(f"expected a different hint for every mistake of {self.key}.")
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers for a case, the same at every call. Shapes: -> `shape`, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -4,15 +4,11 @@ import math
 
 import torch
 
-from diffclass.course.exercises.base import Exercise, Mistake
+from diffclass.course.exercises.base import Exercise, Mistake, normal
 
 
 def _tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _normal(seed: int, *shape: int):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -22,7 +18,7 @@ def _normal(seed: int, *shape: int):
 def _likelihood_cases() -> list[tuple]:
     prior = _tensor(0.2, 0.5, 0.3).log()
     huge = _tensor([1e4, 1e4 - 1, 0.0], [-1e4, -1e4 - 2, -1e4 + 1])
-    return [(_normal(0, 2, 3), prior), (huge, prior)]
+    return [(normal(0, 2, 3), prior), (huge, prior)]
 
 
 BAYES_POSTERIOR = Exercise(
@@ -61,7 +57,7 @@ BAYES_POSTERIOR = Exercise(
 
 
 def _loss_cases() -> list[tuple]:
-    losses = 0.12 + 5e-4 * _normal(0, 3, 4)  # losses of real networks differ in the fourth digit
+    losses = 0.12 + 5e-4 * normal(0, 3, 4)  # losses of real networks differ in the fourth digit
     return [(losses, 3072), (losses, 48)]
 
 
@@ -215,13 +211,12 @@ MIXTURE_DENOISER = Exercise(
     meaning="The best denoiser classifies softly, then shrinks: the classifier was inside the denoiser all along.",
 )
 
-
 TWEEDIE = Exercise(
     key="04-tweedie",
     prompt="Return the denoiser's answer E[x0 given x_sigma] from x_sigma, sigma and the score, the gradient of "
     "log p_sigma at x_sigma.",
     reference=lambda x_sigma, sigma, score: x_sigma + sigma**2 * score,
-    cases=lambda: [(_normal(0, 2, 3), 0.5, _normal(1, 2, 3)), (_normal(2, 4), 3.0, _normal(3, 4))],
+    cases=lambda: [(normal(0, 2, 3), 0.5, normal(1, 2, 3)), (normal(2, 4), 3.0, normal(3, 4))],
     mistakes=(
         Mistake(
             lambda x_sigma, sigma, score: x_sigma + sigma * score,
@@ -256,8 +251,8 @@ EMPIRICAL_DENOISER = Exercise(
         (-_distance(x_sigma, data) / (2 * sigma**2)).softmax(-1) @ data
     ),
     cases=lambda: [
-        (_normal(0, 4, 3), 0.7, _normal(1, 6, 3)),
-        (_normal(2, 2, 5), 1.6, _normal(3, 4, 5)),
+        (normal(0, 4, 3), 0.7, normal(1, 6, 3)),
+        (normal(2, 2, 5), 1.6, normal(3, 4, 5)),
     ],
     mistakes=(
         Mistake(

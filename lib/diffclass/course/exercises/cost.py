@@ -56,7 +56,6 @@ PAIRED_VARIANCE = Exercise(
     meaning="With a correlation of 0.9 a shared noise sample is worth ten of the other kind, at no cost.",
 )
 
-
 LEVEL_WEIGHTS = Exercise(
     key="06-level-weights",
     prompt="Estimate the sum of losses [G] without bias from the drawn levels index [n], where level g was drawn with "
@@ -94,7 +93,6 @@ LEVEL_WEIGHTS = Exercise(
     ),
     meaning="Every share without zeros is right on average; the choice of the share only changes the scatter.",
 )
-
 
 NEYMAN = Exercise(
     key="06-neyman",

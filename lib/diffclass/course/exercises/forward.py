@@ -4,11 +4,7 @@ import math
 
 import torch
 
-from diffclass.course.exercises.base import Exercise, Mistake, NotYet
-
-
-def _normal(seed: int, *shape: int):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from diffclass.course.exercises.base import Exercise, Mistake, NotYet, normal
 
 
 def _column(v):
@@ -24,8 +20,8 @@ FORWARD_NOISE = Exercise(
     prompt="Return x_sigma: the image x with the noise eps added at level sigma.",
     reference=lambda x, sigma, eps: x + sigma * eps,
     cases=lambda: [
-        (_normal(0, 2, 1, 4, 4), 0.3, _normal(1, 2, 1, 4, 4)),
-        (_normal(2, 5), 2.5, _normal(3, 5)),
+        (normal(0, 2, 1, 4, 4), 0.3, normal(1, 2, 1, 4, 4)),
+        (normal(2, 5), 2.5, normal(3, 5)),
     ],
     mistakes=(
         Mistake(
@@ -50,7 +46,6 @@ FORWARD_NOISE = Exercise(
     ),
     meaning="x_sigma = x + sigma eps is the only way noise enters this course; DDPM's timesteps are names for sigma.",
 )
-
 
 UNITS = Exercise(
     key="00-units",
@@ -107,14 +102,14 @@ UNITS = Exercise(
 def _q_sample_cases() -> list[tuple]:
     # The first case has as many images as columns, so that a forgotten reshape runs and is wrong; the second does not.
     first = (
-        _normal(0, 3, 1, 3, 3),
+        normal(0, 3, 1, 3, 3),
         torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64),
-        _normal(1, 3, 1, 3, 3),
+        normal(1, 3, 1, 3, 3),
     )
     second = (
-        _normal(2, 2, 3, 4, 5),
+        normal(2, 2, 3, 4, 5),
         torch.tensor([0.99, 0.2], dtype=torch.float64),
-        _normal(3, 2, 3, 4, 5),
+        normal(3, 2, 3, 4, 5),
     )
     return [first, second]
 
@@ -148,7 +143,6 @@ Q_SAMPLE = Exercise(
     ),
     meaning="One line jumps to any step of the chain; its variance stays 1 when the data have variance 1.",
 )
-
 
 SIGMA_OF_ABAR = Exercise(
     key="01-sigma-of-abar",
@@ -286,14 +280,13 @@ VE_WEIGHT = Exercise(
     meaning="The weight of a step is half the drop of the signal-to-noise ratio; short steps make it sigma^-3 d sigma.",
 )
 
-
 KL_GAUSSIANS = Exercise(
     key="02-kl-gaussians",
     prompt="Return KL(N(mean_p, variance I) || N(mean_q, variance I)) for means [B,D]: one number for each row.",
     reference=lambda mean_p, mean_q, variance: ((mean_p - mean_q) ** 2).sum(-1) / (2 * variance),
     cases=lambda: [
-        (_normal(0, 4, 3), _normal(1, 4, 3), 0.25),
-        (_normal(2, 2, 7), _normal(3, 2, 7), 3.0),
+        (normal(0, 4, 3), normal(1, 4, 3), 0.25),
+        (normal(2, 2, 7), normal(3, 2, 7), 3.0),
     ],
     mistakes=(
         Mistake(
@@ -325,8 +318,8 @@ KL_GAUSSIANS = Exercise(
 
 def _posterior_cases() -> list[tuple]:
     return [
-        (_normal(0, 2, 3), _normal(1, 2, 3), 0.5, 0.8),
-        (_normal(2, 4), _normal(3, 4), 1.0, 3.0),
+        (normal(0, 2, 3), normal(1, 2, 3), 0.5, 0.8),
+        (normal(2, 4), normal(3, 4), 1.0, 3.0),
     ]
 
 

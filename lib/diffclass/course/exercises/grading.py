@@ -96,9 +96,8 @@ def _explain(exercise: Exercise, number: int, case: tuple, mine, right: np.ndarr
 def _called(function: Callable, args: tuple):
     """The answer to one case. Errors: _Unfilled where there is none yet."""
     try:
-        result = function(
-            *copy.deepcopy(args)
-        )  # a function that changes its arguments must not change the next case
+        # a function that changes its arguments must not change the next case
+        result = function(*copy.deepcopy(args))
     except NotImplementedError:
         raise _Unfilled from None
     if result is None or result is ...:

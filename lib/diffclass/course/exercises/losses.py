@@ -10,9 +10,8 @@ def _table(
     seed: int, images: int = 6, classes: int = 4, levels: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.logspace(
-        2, -2, levels, dtype=torch.float64
-    )  # small noise: small losses and large weights
+    # small noise: small losses and large weights
+    weights = torch.logspace(2, -2, levels, dtype=torch.float64)
     losses = torch.rand(images, classes, levels, generator=generator, dtype=torch.float64)
     return losses / weights.sqrt(), weights
 

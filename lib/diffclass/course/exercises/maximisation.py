@@ -2,11 +2,7 @@
 
 import torch
 
-from diffclass.course.exercises.base import Exercise, Mistake
-
-
-def _numbers(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from diffclass.course.exercises.base import Exercise, Mistake, normal
 
 
 def _factor(v, sigma, rate, n, D):
@@ -18,7 +14,7 @@ CONTRACTION = Exercise(
     prompt="Along an axis of variance v [A], n plain steps down ||D(u) - u||^2 / D at level sigma multiply the "
     "distance to the mean by what? Return the factors [A]; the rate multiplies the gradient, D counts pixels.",
     reference=_factor,
-    cases=lambda: [(_numbers(0, 4) ** 2, 0.5, 0.4, 5, 2), (_numbers(1, 6) ** 2, 0.3, 20.0, 3, 64)],
+    cases=lambda: [(normal(0, 4) ** 2, 0.5, 0.4, 5, 2), (normal(1, 6) ** 2, 0.3, 20.0, 3, 64)],
     mistakes=(
         Mistake(
             lambda v, sigma, rate, n, D: (1 - 2 * rate / D * sigma**2 / (v + sigma**2)) ** n,
@@ -51,9 +47,9 @@ CONTRACTION = Exercise(
 def _system(seed: int, rows: int, size: int) -> tuple:
     """Denoised images d and images u [B,D], and the denoiser's Jacobian J [D,D], the same for all rows."""
     return (
-        _numbers(seed, rows, size),
-        _numbers(seed + 1, rows, size),
-        0.3 * _numbers(seed + 2, size, size),
+        normal(seed, rows, size),
+        normal(seed + 1, rows, size),
+        0.3 * normal(seed + 2, size, size),
     )
 
 
@@ -103,8 +99,8 @@ def _in_reading_order(slopes, g, exact):
 
 
 def _hessians(seed: int, steps: int, size: int, exact: bool) -> tuple:
-    root = 0.4 * _numbers(seed, steps, size, size)
-    return root @ root.mT, _numbers(seed + 1, size), exact
+    root = 0.4 * normal(seed, steps, size, size)
+    return root @ root.mT, normal(seed + 1, size), exact
 
 
 STRAIGHT_THROUGH = Exercise(

@@ -2,12 +2,7 @@
 
 import torch
 
-from diffclass.course.exercises.base import Exercise, Mistake, NotYet
-
-
-def _normal(seed: int, *shape: int):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from diffclass.course.exercises.base import Exercise, Mistake, NotYet, normal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
@@ -27,7 +22,7 @@ def _stretched(rows):
 
 
 def _centred(count: int, dimensions: int):
-    rows = _normal(0, count, dimensions)
+    rows = normal(0, count, dimensions)
     q = torch.linalg.qr((rows - rows.mean(1, keepdim=True)).T).Q.T
     return (q / q.abs().max() + 1) / 2
 
@@ -79,7 +74,7 @@ ZERO_COSINE_LABELS = Exercise(
     mistakes=(
         Mistake(
             lambda count, dimensions: _stretched(
-                torch.linalg.qr(_normal(0, count, dimensions).T).Q.T
+                torch.linalg.qr(normal(0, count, dimensions).T).Q.T
             ),
             "must keep the angle",
         ),
@@ -117,8 +112,8 @@ def _moved(x0, p_k, share: float):
 
 def _posterior_cases() -> list[tuple]:
     return [
-        (_normal(0, 2, 5), _normal(1, 2, 5), _normal(2, 2, 5), 0.3337, 0.6663),
-        (_normal(4, 1, 3), _normal(5, 1, 3), _normal(6, 1, 3), 0.1, 0.9),
+        (normal(0, 2, 5), normal(1, 2, 5), normal(2, 2, 5), 0.3337, 0.6663),
+        (normal(4, 1, 3), normal(5, 1, 3), normal(6, 1, 3), 0.1, 0.9),
     ]
 
 
@@ -178,9 +173,9 @@ def _distance(z, labels):
 
 def _logit_cases() -> list[tuple]:
     return [
-        (_normal(0, 3, 8).clamp(-1, 1), (_normal(1, 4, 8) > 0).double(), 0.1),
+        (normal(0, 3, 8).clamp(-1, 1), (normal(1, 4, 8) > 0).double(), 0.1),
         (
-            _normal(2, 2, 4).clamp(-1, 1),
+            normal(2, 2, 4).clamp(-1, 1),
             torch.rand(3, 4, generator=torch.Generator().manual_seed(3)).double(),
             0.5,
         ),

@@ -12,8 +12,6 @@ from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
 
 STEPS = 20
-
-
 LOUDER = 10  # how much larger than it is the change is shown
 
 
@@ -25,13 +23,11 @@ def magnified(delta: Tensor) -> Tensor:
 class AttackScene:
     """PGD on one test digit, filmed: `shoot` attacks, `at` shows one step of what there is of the film.
 
-    Randomness  none: the classifier's noise is fixed, and PGD starts at the clean digit
+    Randomness  none: the classifier's noise is held, and PGD starts at the clean digit
     """
 
-    NORMS = {
-        "L∞": "linf",
-        "L2, radius 8ε": "l2",
-    }  # 8 = sqrt(64): the smallest L2 ball around the box
+    # 8 = sqrt(64): the smallest L2 ball around the box
+    NORMS = {"L∞": "linf", "L2, radius 8ε": "l2"}
     LOSSES = {
         "margin": attacks.margin_loss,
         "cross-entropy": attacks.cross_entropy_loss,
@@ -40,6 +36,7 @@ class AttackScene:
 
     def __init__(self, digits: DigitScene):
         self.world = digits.world
+        self.bayes_classifier = digits.bayes_classifier
         self.classifier = digits.classifier
         self.film: list[AttackStep] = []
         self._losses: dict[int, Tensor] = {}
@@ -69,12 +66,15 @@ class AttackScene:
         """The losses [K,T] behind the logits of a frame, measured once."""
         if step not in self._losses:
             with torch.no_grad():
-                self._losses[step] = self.classifier.losses(self.film[step].x)[0]
+                self._losses[step] = self.bayes_classifier.losses(
+                    self.film[step].x, self.classifier.noise
+                )[0]
         return self._losses[step]
 
     def at(self, step: int) -> dict:
         """The frame of a step; of the last one there is, while the film is being shot."""
         now = self.film[max(0, min(step, len(self.film) - 1))]
+        losses = self.losses(now.step)
         logits = now.logits[0]
         label = int(self.y)
         best = int(logits.argmax())
@@ -82,12 +82,11 @@ class AttackScene:
         share = torch.softmax(logits, 0)
         delta = now.x - self.x
         if best != label:  # then the label is what to look at, wherever it has fallen to
-            colours = [
-                {best: figures.WRONG, label: figures.SECOND}.get(k, figures.OTHER)
-                for k in range(len(colours))
-            ]
+            colours = [figures.OTHER] * len(colours)
+            colours[best] = figures.WRONG
+            colours[label] = figures.SECOND
         sizes = {norm: float(attacks.size_of(delta, norm)) for norm in ("linf", "l2")}
-        said = f"step {now.step}: {best}"
+        caption = f"step {now.step}: {best}"
         return figures.frame(
             [
                 figures.tiles(
@@ -95,16 +94,16 @@ class AttackScene:
                     columns=3,
                     size=96,
                     title=f"Test digit {self.index}, a {label}",
-                    captions=["clean", said, f"change × {LOUDER}"],
+                    captions=["clean", caption, f"change × {LOUDER}"],
                     borders=[None, figures.WRONG if best != label else None, None],
-                    alt=f"A handwritten {label}, its perturbed copy at {said}, and the change, ten times as "
+                    alt=f"A handwritten {label}, its perturbed copy at {caption}, and the change, ten times as "
                     "strong, on grey.",
                 ),
                 excess_curves(
-                    self.losses(now.step),
+                    losses,
                     best,
                     colours,
-                    self.classifier.bank.sigma,
+                    self.bayes_classifier.levels.to(losses).sigma,
                     None,
                     w=380,
                     h=230,
@@ -118,7 +117,7 @@ class AttackScene:
     def _film_panel(self, step: int) -> dict:
         shown = self.film if len(self.film) > 1 else self.film * 2  # a line needs two ends
         steps = [float(i) for i in range(len(shown))]
-        leads = [-float(attacks.margin_loss(f.logits, self.y)) for f in shown]
+        leads = [-float(attacks.margin_loss(frame.logits, self.y)) for frame in shown]
         zero = dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")
         return figures.curves(
             steps,

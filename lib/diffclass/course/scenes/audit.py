@@ -12,11 +12,7 @@ MYSTERIES = {
     f"mystery {number}": name
     for number, name in enumerate(("quantised", "noisy", "two-faced", "reseeded"), start=1)
 }
-
-
 PAINT = {GREEN: COLOURS[2], AMBER: COLOURS[1], RED: COLOURS[4]}
-
-
 SIGN = {GREEN: "+", AMBER: "?", RED: "\N{MINUS SIGN}"}
 
 
@@ -32,10 +28,8 @@ class AuditScene:
             name: list(audit.run(planted.case(fault, count))) for name, fault in faults.items()
         }
         for document in stored:
-            self.audits[f"{document['defence']} on {document['world']}"] = [
-                Check(**{**row, "picture": row["picture"] and audit.Picture(**row["picture"])})
-                for row in document["checks"]
-            ]
+            name = f"{document['classifier']} on {document['world']}"
+            self.audits[name] = [_check_of(row) for row in document["checks"]]
 
     def numbers(self) -> list[int]:
         """The checks' numbers as their lamps are shown, group by group."""
@@ -45,45 +39,49 @@ class AuditScene:
 
     def at(self, name: str, number: int) -> dict:
         """The frame of one classifier with the lamp of one check chosen."""
-        made = {one.number: one for one in self.audits[name]}
-        chosen = made[number]
-        counts = [sum(one.light == light for one in made.values()) for light in audit.LIGHTS]
-        told = ", ".join(map("{} {}".format, counts, audit.LIGHTS))
-        todo = f" <b>What to do:</b> {html.escape(chosen.advice)}." if chosen.light == RED else ""
-        note = (
-            f"<b>{number} {chosen.name}</b> is <b>{chosen.light}</b>: {html.escape(chosen.evidence)}.{todo} In "
-            f"all: {told}."
-        )
-        return figures.frame([self._lamps(name, made, number, told), _drawn(chosen)], note)
+        checks = {one.number: one for one in self.audits[name]}
+        chosen = checks[number]
+        counts = [sum(one.light == light for one in checks.values()) for light in audit.LIGHTS]
+        lights = ", ".join(map("{} {}".format, counts, audit.LIGHTS))
+        note = f"<b>{number} {chosen.name}</b> is <b>{chosen.light}</b>: {html.escape(chosen.evidence)}."
+        if chosen.light == RED:
+            note = f"{note} <b>What to do:</b> {html.escape(chosen.advice)}."
+        note = f"{note} In all: {lights}."
+        return figures.frame([self._lamps(name, checks, number, lights), _drawn(chosen)], note)
 
-    def _lamps(self, name: str, made: dict[int, Check], number: int, told: str) -> dict:
-        rows = [
-            dict(
-                label=group,
-                lamps=[
-                    (one.number, SIGN[one.light], PAINT[one.light])
-                    for one in map(made.get, self.numbers())
-                    if one.group == group
-                ],
-            )
-            for group in GROUPS
-        ]
+    def _lamps(self, name: str, checks: dict[int, Check], number: int, lights: str) -> dict:
+        rows = []
+        for group in GROUPS:
+            own = [checks[other] for other in self.numbers() if checks[other].group == group]
+            lamps = [(one.number, SIGN[one.light], PAINT[one.light]) for one in own]
+            rows.append(dict(label=group, lamps=lamps))
         return figures.lamps(
             rows,
             chosen=self.numbers().index(number),
             title=f"{name}: + passed, {SIGN[RED]} failed, ? not judged (click one)",
-            alt=f"Six rows of lamps for {name}: {told}; number {number} is chosen.",
+            alt=f"Six rows of lamps for {name}: {lights}; number {number} is chosen.",
         )
 
 
-def _drawn(made: Check) -> dict:
+def _check_of(row: dict) -> Check:
+    """A check from what `diffclass audit --json` printed of it."""
+    picture = audit.Picture(**row["picture"]) if row["picture"] else None
+    return Check(**{**row, "picture": picture})
+
+
+def _drawn(result: Check) -> dict:
     """The chosen check's numbers: a curve over numbers, bars over names, else how long it took."""
-    title = made.name.replace("_", " ")
-    alt = f"What {made.name.replace('_', ' ')} measured: {made.evidence}."
-    picture = made.picture
+    title = result.name.replace("_", " ")
+    alt = f"What {title} measured: {result.evidence}."
+    picture = result.picture
     if picture is None:
         return figures.bars(
-            [made.light], [1], title=title, alt=alt, colours=[PAINT[made.light]], texts=[made.light]
+            [result.light],
+            [1],
+            title=title,
+            alt=alt,
+            colours=[PAINT[result.light]],
+            texts=[result.light],
         )
     first, *others = picture.lines.items()
     if isinstance(picture.x[0], str) or len(picture.x) < 2:

@@ -1,9 +1,12 @@
 """Frames of real digits: the picture, its ten denoised versions, ten losses over sigma, the posterior."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from diffclass import data, likelihood, noise, units
+from diffclass.classifiers.base import Held
 from diffclass.course import figures
 from diffclass.course.figures import BEST, OTHER, SECOND
 from diffclass.denoisers.base import Denoiser
@@ -17,18 +20,21 @@ CURVE_LEVELS = noise.log_levels(0.05, 5.0, 20)
 class DigitScene:
     """One trained denoiser of digits and the test pictures; a frame is a digit at a noise level.
 
-    Randomness  one fixed bank for the losses, one fixed noise for the noised picture
+    What it shares with other scenes: `bayes_classifier`, which takes its noise as an argument, and `classifier`, the
+    same with one noise held.
+    Randomness  one held noise for the classifier, one fixed bank for the curves, one fixed noise for the picture
     """
 
     def __init__(self, denoiser: Denoiser, seed: int = 0, samples: int = 4):
         self.world = data.digits()
         self.denoiser = denoiser
-        self.classifier = networks.digit_classifier(denoiser, seed=seed)
+        self.bayes_classifier = networks.digit_classifier(denoiser)
+        self.classifier = Held.seeded(self.bayes_classifier, seed)
         self.curve_bank = NoiseBank.fixed(CURVE_LEVELS, denoiser.image_shape, samples, seed)
         self.eps = torch.randn(
             denoiser.image_shape, generator=torch.Generator().manual_seed(seed + 1)
         )
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._measured: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unconditional(self, z: Tensor) -> Tensor:
         """Losses [B,T] without a class of pictures [B,C,H,W] in model space, at the levels of the curves."""
@@ -39,9 +45,9 @@ class DigitScene:
 
     def losses(self, index: int) -> tuple[Tensor, Tensor]:
         """Loss curves [K,T] and logits [K] of a test digit, measured once."""
-        if index not in self._known:
-            self._known[index] = self.measured(self.world.test_images[index : index + 1])
-        return self._known[index]
+        if index not in self._measured:
+            self._measured[index] = self.measured(self.world.test_images[index : index + 1])
+        return self._measured[index]
 
     def measured(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Loss curves [K,T] and logits [K] of a picture [1,C,H,W]."""
@@ -101,51 +107,88 @@ class DigitScene:
         )
 
 
-def excess_curves(
-    losses: Tensor, best: int, colours: list[str], sigmas: Tensor, cursor: float | None, **more
-) -> dict:
-    """Excess loss over the best class, per unit of ln sigma: the area under a curve is nats against that class."""
-    excess = (losses - losses[best]) / sigmas**2
-    order = sorted(
-        range(len(colours)), key=lambda k: colours[k] != OTHER
-    )  # grey first, so that colours lie on top
-    series = [
-        dict(
-            y=excess[k],
-            colour=colours[k],
-            label=str(k) if colours[k] != OTHER else None,
-            width=1 if colours[k] == OTHER else 2.4,
-            fill=colours[k] == SECOND,
+def class_lines(
+    values: Tensor,
+    colours: list[str],
+    names: Sequence[str] | None = None,
+    filled: str | None = None,
+) -> list[dict]:
+    """One line for each class, the grey ones thin, without a label and first, so that colours lie on top.
+
+    Shapes      values [K,T], K colours -> K series for `figures.curves`; what has the colour `filled` is filled
+    """
+    names = digit_names(values) if names is None else names
+    grey_first = sorted(range(len(colours)), key=lambda k: colours[k] != OTHER)
+    series = []
+    for k in grey_first:
+        grey = colours[k] == OTHER
+        series.append(
+            dict(
+                y=values[k],
+                colour=colours[k],
+                label=None if grey else names[k],
+                width=1 if grey else 2.4,
+                fill=colours[k] == filled,
+            )
         )
-        for k in order
-    ]
+    return series
+
+
+def digit_names(values: Tensor) -> list[str]:
+    """The names 0, 1, 2, ... of the rows."""
+    return [str(k) for k in range(len(values))]
+
+
+def excess_curves(
+    losses: Tensor,
+    best: int,
+    colours: list[str],
+    sigmas: Tensor,
+    cursor: float | None,
+    names: Sequence[str] | None = None,
+    **more,
+) -> dict:
+    """Excess loss over the best class, per unit of ln sigma: the area under a curve is nats against that class.
+
+    Shapes      losses [K,T], sigmas [T] -> a panel, with a line to drag where there is a cursor
+    """
+    names = digit_names(losses) if names is None else names
+    excess = (losses - losses[best]) / sigmas**2
     top = float(excess.max())
     return figures.curves(
         sigmas,
-        series,
+        class_lines(excess, colours, names, filled=SECOND),
         title="Evidence against each class (area = nats)",
         cursor=cursor,
         xlog=True,
-        xlabel="noise level σ (model units" + ("; drag)" if cursor is not None else ")"),
+        xlabel="noise level σ (model units)"
+        if cursor is None
+        else "noise level σ (model units; drag)",
         ylabel="excess loss / σ²",
         yrange=(min(0.0, float(excess.min())), max(top * 1.05, 1e-3)),
-        alt=f"Excess loss over class {best} for every class against the noise level.",
+        alt=f"Excess loss over class {names[best]} for every class against the noise level.",
         **{"w": 440, "h": 240, **more},
     )
 
 
 def posterior_bars(
-    share: Tensor, colours: list[str], title: str = "Posterior p(class | picture)", **more
+    share: Tensor,
+    colours: list[str],
+    title: str = "Posterior p(class | picture)",
+    names: Sequence[str] | None = None,
+    **more,
 ) -> dict:
     """The posterior of ten classes. Shapes: share [K] -> a panel."""
+    names = digit_names(share) if names is None else names
+    best = int(share.argmax())
     return figures.bars(
-        [str(k) for k in range(len(share))],
+        names,
         share,
         colours=colours,
         title=title,
         xlabel="class",
         texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
-        alt=f"Posterior; the largest is class {int(share.argmax())} with {float(share.max()):.2f}.",
+        alt=f"Posterior; the largest is class {names[best]} with {float(share[best]):.2f}.",
         **{"w": 330, "h": 240, **more},
     )
 
@@ -164,12 +207,14 @@ class OptimalDigitsScene:
 
     def at(self, index: int, sigma: float, seen: bool) -> dict:
         """The frame of a training digit (`seen`) or a test digit at one noise level."""
-        world = self.world
-        images, labels = (
-            (world.train_images, world.train_labels)
-            if seen
-            else (world.test_images, world.test_labels)
-        )
+        if seen:
+            origin = "Training"
+            images = self.world.train_images
+            labels = self.world.train_labels
+        else:
+            origin = "Test"
+            images = self.world.test_images
+            labels = self.world.test_labels
         z = units.to_model(images[index])
         label = int(labels[index])
         z_sigma = (z + sigma * self.eps)[None]
@@ -185,7 +230,7 @@ class OptimalDigitsScene:
                 size=92,
                 low=-1,
                 high=1,
-                title=f"{'Training' if seen else 'Test'} digit {index}",
+                title=f"{origin} digit {index}",
                 captions=[f"label {label}", f"σ = {sigma:.2f}"],
                 alt=f"A handwritten {label} and its noised copy.",
             )
@@ -208,12 +253,11 @@ class OptimalDigitsScene:
                     alt=f"The digit denoised under ten classes by {name}, with squared errors.",
                 )
             )
-        note = (
-            f"Squared error under the true class: network {errors[0]:.2f}, optimal denoiser {errors[1]:.2f}. "
-            + (
-                "The optimal denoiser has this very picture in its memory."
-                if seen
-                else "The optimal denoiser has never seen this picture: it can only return mixtures of training digits."
-            )
+        errors_text = f"network {errors[0]:.2f}, optimal denoiser {errors[1]:.2f}"
+        memory = (
+            "has this very picture in its memory."
+            if seen
+            else "has never seen this picture: it can only return mixtures of training digits."
         )
+        note = f"Squared error under the true class: {errors_text}. The optimal denoiser {memory}"
         return figures.frame(panels, note)

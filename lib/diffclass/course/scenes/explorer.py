@@ -4,6 +4,7 @@ Two functions are shown and never confused: the plain classifier (attacked, neve
 majority vote of the noised classifier, which has a certificate and an attack of its own.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,35 +13,41 @@ from torch import Tensor
 from diffclass import attacks
 from diffclass.attacks.search import AttackStep
 from diffclass.certify import certificates, counting
-from diffclass.classifiers import smoothed
+from diffclass.classifiers.base import fresh_noise
 from diffclass.classifiers.noised import NoisedBayesClassifier
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
+from diffclass.noise import seed_of
 
 NORMS = {"L2": "l2", "L∞": "linf"}
-
-
 ALPHA = 0.001
-
-
 STEPS = 20
-
-
+SELECTION = 100  # votes that choose the class to certify
 CHECK_VOTES = 200  # votes that decide whether a perturbed point has changed the smoothed prediction
+# L2, pixels, tried one after the other on the smoothed vote
+SMOOTHED_BUDGETS = (
+    1.0,
+    2.0,
+    3.0,
+    4.5,
+)
 
 
 class ExplorerScene:
     """The state of the explorer: a digit, the film of its attack, its votes, and the smallest perturbations found.
 
     Jobs (`attack`, `certify`) are iterators: each item is the share of work done; a widget can show and stop them.
-    Randomness  every job starts from its own fixed seed: the same controls give the same numbers
+    Randomness  the plain classifier's noise is held; votes, the attack on them and its judge draw from `seed`, each for
+                its own purpose: the same controls give the same numbers
     """
 
-    def __init__(self, digits: DigitScene, index: int = 4):
+    def __init__(self, digits: DigitScene, index: int = 4, seed: int = 0):
         self.world = digits.world
         self.digits = digits
         self.classifier = digits.classifier
+        self.seed = seed
         self.choose(index)
 
     def choose(self, index: int) -> None:
@@ -49,8 +56,8 @@ class ExplorerScene:
         self.x = self.world.test_images[index : index + 1]
         self.label = int(self.world.test_labels[index])
         self.film: list[AttackStep] = []
-        self.known: dict[int, tuple[Tensor, Tensor]] = {}
-        self.predicted = int(self._measured(0, self.x)[1].argmax())
+        self._measured: dict[int, tuple[Tensor, Tensor]] = {}
+        self.predicted = int(self._curves_and_logits(0, self.x)[1].argmax())
         self.smallest: float | None = None
         self.forget_votes()
 
@@ -67,60 +74,63 @@ class ExplorerScene:
         """PGD on the plain classifier: fills the film, and keeps the smallest fooling perturbation seen so far."""
         y = torch.tensor([self.predicted])
         self.film = []
-        self.known = {}
+        self._measured = {}
         for frame in attacks.pgd(self.classifier, self.x, y, budget, norm=NORMS[norm], steps=steps):
             self.film.append(frame)
             yield (frame.step + 1) / (steps + 1)
-        found = attacks.shrink(
+        closest = attacks.shrink(
             lambda x: bool(self.classifier(x).argmax(1) != y), self.x, self.film[-1].x
         )
-        if found is not None:
-            size = float(attacks.size_of(found - self.x, "l2"))
+        if closest is not None:
+            size = float(attacks.size_of(closest - self.x, "l2"))
             self.smallest = size if self.smallest is None else min(size, self.smallest)
 
     def certify(self, sigma_pixel: float, n: int) -> Iterator[float]:
         """Votes and certificate of the smoothed classifier, then the search for an attack on the same function."""
         self.forget_votes()
-        noised = self._noised(sigma_pixel, seed=1)
-        for done, votes in counting.draw_votes(noised, self.x, sigma_pixel, estimation=n, seed=2):
+        smoothed = Smoothed(NoisedBayesClassifier(self.digits.denoiser, sigma_pixel))
+        counted = counting.draw_votes(
+            smoothed,
+            self.x,
+            selection=SELECTION,
+            estimation=n,
+            seed=self.seed,
+            picture=self.index,
+        )
+        for done, votes in counted:
             if votes is not None:
                 self.certificate = certificates.smoothing_radius(votes, ALPHA)
                 self.counts = torch.tensor(votes.estimation)
-            yield 0.5 * done / (n + 100)
+            yield 0.5 * done / (n + SELECTION)
         if self.certificate.prediction is not None:
-            yield from self._attack_smoothed(sigma_pixel)
+            yield from self._attack_smoothed(smoothed)
         self.searched = True
         yield 1.0
 
-    def _attack_smoothed(self, sigma_pixel: float) -> Iterator[float]:
+    def _attack_smoothed(self, smoothed: Smoothed) -> Iterator[float]:
+        """Climb the mean logits of noised copies; votes of their own decide about every picture on the way."""
         original = self.certificate.prediction
-        stand_in = smoothed.NoiseAveraged(
-            self._noised(sigma_pixel, seed=3), sigma_pixel, 16, torch.Generator().manual_seed(4)
-        )
-        judge = self._noised(sigma_pixel, seed=5)
+        climbed = smoothed.surrogate()
+        seeds = (seed_of(self.seed, "judge", self.index, picture) for picture in itertools.count())
 
         def changed(x: Tensor) -> bool:
-            *_, counts = counting.count_votes(judge, x, sigma_pixel, CHECK_VOTES, judge.generator)
+            *_, counts = smoothed.count(x, next(seeds), CHECK_VOTES)
             return certificates.prediction_changed(counts.tolist(), original, ALPHA)
 
-        budgets = (1.0, 2.0, 3.0, 4.5)
         search = attacks.smallest_l2(
-            stand_in,
+            climbed,
             self.x,
             torch.tensor([original]),
+            noise=fresh_noise(climbed, 1, self.seed, "attack", self.index),
             fooled=changed,
-            budgets=budgets,
+            budgets=SMOOTHED_BUDGETS,
             steps=8,
             rounds=5,
         )
         for trial, best in enumerate(search):
             if best is not None:
                 self.smallest_smoothed = float(attacks.size_of(best - self.x, "l2"))
-            yield 0.5 + 0.5 * (trial + 1) / (len(budgets) + 2)
-
-    def _noised(self, sigma_pixel: float, seed: int) -> NoisedBayesClassifier:
-        noised = NoisedBayesClassifier(self.digits.denoiser, sigma_pixel)
-        return noised.with_fresh_noise(torch.Generator().manual_seed(seed))
+            yield 0.5 + 0.5 * (trial + 1) / (len(SMOOTHED_BUDGETS) + 2)
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
@@ -128,7 +138,7 @@ class ExplorerScene:
         """What is shown: frame `step` of the film (the clean digit without one), votes, and the radius axis."""
         step = max(0, min(step, len(self.film) - 1))
         x = self.film[step].x if self.film else self.x
-        curve, logits = self._measured(step, x)
+        curve, logits = self._curves_and_logits(step, x)
         share = torch.softmax(logits, 0)
         best = int(logits.argmax())
         colours = figures.emphasis(logits)
@@ -148,26 +158,30 @@ class ExplorerScene:
             excess_curves(curve, best, colours, self.digits.curve_bank.sigma, None, w=380, h=210),
             posterior_bars(share, colours, "Posterior of the plain classifier", w=300, h=210),
             self._film_panel(step),
-            self._votes_panel(n),
+            self._votes_panel(),
             self._axis(sigma_pixel, n),
         ]
         return figures.frame(panels, self._note(best, float(share[best]), size))
 
-    def _measured(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        if step not in self.known:
-            self.known[step] = self.digits.measured(x)
-        return self.known[step]
+    def _curves_and_logits(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss curves [K,T] and logits [K] of a frame's picture, measured once."""
+        if step not in self._measured:
+            self._measured[step] = self.digits.measured(x)
+        return self._measured[step]
 
     def _film_panel(self, step: int) -> dict:
         y = torch.tensor([self.predicted])
         if self.film:
             title = "Film of the attack: margin at each step"
+            xlabel = "PGD step (drag)"
             steps = [float(f.step) for f in self.film]
             margins = [-float(attacks.margin_loss(f.logits, y)) for f in self.film]
         else:
             title = "Margin before any attack: press Attack"
+            xlabel = "PGD step"
+            logits = self._curves_and_logits(0, self.x)[1]
             steps = [0.0, float(STEPS)]
-            margins = 2 * [-float(attacks.margin_loss(self._measured(0, self.x)[1][None], y))]
+            margins = [-float(attacks.margin_loss(logits[None], y))] * 2
         zero = dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")
         return figures.curves(
             steps,
@@ -175,25 +189,26 @@ class ExplorerScene:
             title=title,
             w=540,
             h=210,
-            xlabel="PGD step" + " (drag)" * bool(self.film),
+            xlabel=xlabel,
             ylabel="lead / nats",
             cursor=step if self.film else None,
             alt="Lead of the predicted class over the runner-up, in nats, at each step of the "
             "attack; below zero the classifier is fooled.",
         )
 
-    def _votes_panel(self, n: int) -> dict:
-        counts = self.counts if self.counts is not None else torch.zeros(10)
-        total = max(1, int(counts.sum()))
-        text = (
-            f"Votes of the noised classifier (n = {total})"
-            if self.counts is not None
-            else "Votes: press Certify"
-        )
+    def _votes_panel(self) -> dict:
+        if self.counts is None:
+            title = "Votes: press Certify"
+            counts = torch.zeros(10)
+            total = 1
+        else:
+            counts = self.counts
+            total = int(counts.sum())
+            title = f"Votes of the noised classifier (n = {total})"
         return figures.bars(
             [str(k) for k in range(10)],
             counts / total,
-            title=text,
+            title=title,
             colours=figures.emphasis(counts, 1),
             texts=[str(int(c)) if c else "" for c in counts],
             xlabel="class",
@@ -217,12 +232,12 @@ class ExplorerScene:
             f"{row['label']}: certified up to {row['certified']:.2f}, smallest attack found: {row['attacked']}"
             for row in rows
         ]
-        found = [v for v in (self.smallest, self.smallest_smoothed, radius, ceiling) if v]
+        ends = [v for v in (self.smallest, self.smallest_smoothed, radius, ceiling) if v]
         return figures.radius_axis(
             rows,
             title="How far is the nearest picture that is classified differently?",
             xlabel=f"L2 radius in pixels (largest that {n} votes can certify: {ceiling:.2f})",
-            range=(0.0, max(1.0, 1.15 * max(found))),
+            range=(0.0, max(1.0, 1.15 * max(ends))),
             w=1004,
             alt="; ".join(spoken) + ".",
         )
@@ -233,10 +248,10 @@ class ExplorerScene:
         if self.certificate is not None:
             lines.append(f"Smoothed vote {self.certificate}.")
             if self.certificate.prediction is not None and self.searched:
-                found = (
+                outcome = (
                     f"one exists at {self.smallest_smoothed:.2f} (upper bound, {CHECK_VOTES} votes)."
                     if self.smallest_smoothed
                     else "none found; that is not a proof."
                 )
-                lines.append(f"Attack on the smoothed vote: {found}")
+                lines.append(f"Attack on the smoothed vote: {outcome}")
         return " ".join(lines)

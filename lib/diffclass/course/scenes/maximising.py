@@ -7,40 +7,17 @@ import torch
 from torch import Tensor
 
 from diffclass import attacks, units
-from diffclass.classifiers.purified import Defended, LikelihoodMaximisation
+from diffclass.classifiers.base import Classifier, Held
+from diffclass.classifiers.purified import LikelihoodMaximisation, PurifiedClassifier
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, posterior_bars
 
-STEPS = 20  # of the film, and of the defence: its first steps
-
-
-DEFENCE = 5
-
-
+STEPS = 20  # of the walk that is shown
+DEFENCE = 5  # of the defence, whose noise is that of the walk's first steps
 ATTACK_STEPS = 10
-
-
-class FirstSteps(LikelihoodMaximisation):
-    """A defence whose noise is the beginning of a longer walk's, so that its answer is a frame of that walk."""
-
-    def draw(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Levels [N,images] and noise [N,images,C,H,W], the first N of `STEPS`."""
-        sigma, eps = self.longer().draw(images, generator)
-        return sigma[: self.steps], eps[: self.steps]
-
-    def longer(self) -> LikelihoodMaximisation:
-        """The same walk, `STEPS` long."""
-        return LikelihoodMaximisation(
-            self.denoiser,
-            steps=STEPS,
-            rate=self.rate,
-            budget=self.budget,
-            rule=self.rule,
-            band=self.band,
-            exact=self.exact,
-            seed=self.seed,
-        )
+PAPER = "the paper's"
+RELEASED = "as released"
 
 
 @dataclass(frozen=True)
@@ -59,66 +36,86 @@ class Moment:
 class MaximisationScene:
     """Attack a test digit, then walk from it and from the clean digit: `shoot` does it, `at` shows a step.
 
-    Randomness  fixed: the walk's noise, the classifier's, and that of the loss on display
+    Randomness  held: the walk's noise, the classifier's, and that of the loss on display
     """
 
-    VARIANTS = ("the paper's", "as released")
-    TARGETS = ("the classifier alone", "the whole defence (BPDA)", "the whole defence (exact)")
+    VARIANTS = (PAPER, RELEASED)
+    # what is attacked -> the gradient of the whole defence, or none where the attack leaves the defence out
+    TARGETS = {
+        "the classifier alone": None,
+        "the whole defence (BPDA)": "bpda",
+        "the whole defence (exact)": "exact",
+    }
 
-    def __init__(self, digits: DigitScene, epsilon: float = 0.1):
+    def __init__(self, digits: DigitScene, epsilon: float = 0.1, seed: int = 0):
         self.digits = digits
         self.world = digits.world
         self.epsilon = epsilon
         self.denoiser = digits.denoiser
         self.classifier = digits.classifier
         levels = digits.curve_bank.sigma
-        low, high = LikelihoodMaximisation(self.denoiser).band
+        whole = LikelihoodMaximisation(self.denoiser, steps=STEPS)
+        low, high = whole.band
         self.band = (levels >= low) & (levels <= high)  # where the walk's loss is, and is shown
+        self.noise = whole.sample_noise(1, torch.Generator().manual_seed(seed))
         self.film: list[Moment] = []
         self._films: dict[tuple, list[Moment]] = {}
 
-    def defence(self, variant: str, budget: float) -> Defended:
-        """Five steps of a variant before the classifier; the budget (pixels, L-inf) is the paper's alone."""
-        walk = (
-            FirstSteps.paper(self.denoiser, budget, steps=DEFENCE)
-            if variant == self.VARIANTS[0]
-            else FirstSteps.released(self.denoiser, steps=DEFENCE)
+    def maximisation(self, variant: str, budget: float) -> LikelihoodMaximisation:
+        """The defence's steps in a variant; the budget (pixels, L-inf) is the paper's alone."""
+        if variant == PAPER:
+            return LikelihoodMaximisation.paper(self.denoiser, budget, steps=DEFENCE)
+        return LikelihoodMaximisation.released(self.denoiser, steps=DEFENCE)
+
+    def defence(self, variant: str, budget: float) -> Held:
+        """Five steps of a variant before the classifier, under the noise of the walk's first five steps.
+
+        Why         so the defence's answer is the classifier's at step 5 of the film
+        """
+        levels, eps = self.noise
+        first_steps = (levels[:, :DEFENCE], eps[:, :DEFENCE])
+        defence = PurifiedClassifier(
+            self.maximisation(variant, budget), self.digits.bayes_classifier
         )
-        return Defended(walk, self.classifier)
+        return Held(defence, (first_steps, self.classifier.noise))
 
     def shoot(self, index: int, budget: float, variant: str, target: str) -> Iterator[float]:
         """Attack, then walk; yields the share of the work done. A finished film is kept and not shot again.
 
         Units       budget in pixels, L-inf
         """
-        defence = self.defence(variant, budget)
         key = (index, budget, variant, target)
+        maximisation = self.maximisation(variant, budget)
         x = self.world.test_images[index : index + 1]
         y = self.world.test_labels[index : index + 1]
-        film = self._films.get(key, [])
-        if not film:
-            attacked = (
-                self.classifier
-                if target == self.TARGETS[0]
-                else defence.with_gradient(target == self.TARGETS[2])
-            )
-            for step in attacks.pgd(attacked, x, y, self.epsilon, steps=ATTACK_STEPS):
-                yield 0.5 * step.step / ATTACK_STEPS
-            x = torch.cat([x, step.x])
-            film.append(self._moment(units.to_model(x)))
+        finished = key in self._films
+        if finished:
+            film = self._films[key]
+        else:
+            for frame in attacks.pgd(
+                self._attacked(variant, budget, target), x, y, self.epsilon, steps=ATTACK_STEPS
+            ):
+                yield 0.5 * frame.step / ATTACK_STEPS
+            start = units.to_model(torch.cat([x, frame.x]))
+            film = [self._moment(start)]
         self.index = index
         self.label = int(y)
         self.variant = variant
         self.film = film
-        self.budget = defence.purifier.budget
-        if len(film) == 1:
-            walk = defence.purifier.longer()
-            z = units.to_model(x)
-            for u in walk.walk(z, *walk.noise(z)):
+        self.budget = maximisation.budget
+        if not finished:
+            for u in maximisation.changed(steps=STEPS).walk(start, self.noise):
                 film.append(self._moment(u))
                 yield 0.5 + 0.5 * (len(film) - 1) / STEPS
             self._films[key] = film
         yield 1.0
+
+    def _attacked(self, variant: str, budget: float, target: str) -> Classifier:
+        """What the attack climbs."""
+        gradient = self.TARGETS[target]
+        if gradient is None:
+            return self.classifier
+        return self.defence(variant, budget).gradients()[gradient]
 
     def _moment(self, z: Tensor) -> Moment:
         x = units.to_pixel(z).clamp(0, 1)
@@ -161,8 +158,7 @@ class MaximisationScene:
                     step,
                     "‖D − u‖²",
                     "Unconditional loss: what the steps lower",
-                    [m.loss for m in self.film],
-                    "",
+                    [moment.loss for moment in self.film],
                     w=420,
                 ),
                 self._curves(
@@ -170,11 +166,11 @@ class MaximisationScene:
                     "lead / nats",
                     "How far the label leads",
                     [
-                        -attacks.margin_loss(m.logits, torch.tensor([label, label]))
-                        for m in self.film
+                        -attacks.margin_loss(moment.logits, torch.tensor([label, label]))
+                        for moment in self.film
                     ],
-                    "; below zero the answer is wrong",
                     w=570,
+                    zero_is_the_limit=True,
                 ),
                 posterior_bars(share, colours, "Posterior of the attacked digit", w=410, h=220),
             ],
@@ -182,15 +178,25 @@ class MaximisationScene:
         )
 
     def _curves(
-        self, step: int, ylabel: str, title: str, pairs: list[Tensor], more: str, w: int
+        self,
+        step: int,
+        ylabel: str,
+        title: str,
+        pairs: list[Tensor],
+        *,
+        w: int,
+        zero_is_the_limit: bool = False,
     ) -> dict:
+        """One line for the clean and one for the attacked digit. Shapes: pairs [2] of every step -> a panel."""
         shown = torch.stack(pairs if len(pairs) > 1 else pairs * 2)  # a line needs two ends
         series = [
-            dict(y=shown[:, i], colour=c, label=name, width=2.2)
-            for i, (c, name) in enumerate(((COLOURS[0], "clean"), (COLOURS[4], "attacked")))
+            dict(y=shown[:, 0], colour=COLOURS[0], label="clean", width=2.2),
+            dict(y=shown[:, 1], colour=COLOURS[4], label="attacked", width=2.2),
         ]
-        if more:
+        alt = f"{title} of the clean and of the attacked digit, against the step"
+        if zero_is_the_limit:
             series.append(dict(y=[0.0] * len(shown), colour=COLOURS[7], dash="3 3"))
+            alt = f"{alt}; below zero the answer is wrong"
         return figures.curves(
             range(len(shown)),
             series,
@@ -201,7 +207,7 @@ class MaximisationScene:
             h=220,
             xrange=(0, STEPS),
             cursor=step,
-            alt=f"{title} of the clean and of the attacked digit, against the step{more}.",
+            alt=f"{alt}.",
         )
 
     def _note(self, step: int, best: list[int], share: Tensor, moved: list[float]) -> str:

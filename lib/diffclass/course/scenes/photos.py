@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from diffclass import likelihood
 from diffclass.course import figures
 from diffclass.course.scenes.digits import excess_curves, posterior_bars
 from diffclass.evaluation.measuring import Losses
-from diffclass.noise import WEIGHTINGS, Levels, Weighting
+from diffclass.noise import WEIGHTINGS, Weighting, discrete_elbo_weight, elbo_weight
 
 SHORT = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -32,30 +33,17 @@ class PhotoScene:
     def at(self, index: int, weighting: Weighting, band: tuple[int, int]) -> dict:
         """The frame of one picture under a weighting of the levels band[0] to band[1], both included."""
         label = int(self.losses.labels[index])
-        losses = self.losses.losses[index]
         kept = slice(band[0], band[1] + 1)
-        levels = Levels(
-            *(
-                part[kept]
-                for part in (
-                    self.losses.levels.sigma,
-                    self.losses.levels.lower,
-                    self.losses.levels.upper,
-                )
-            )
-        )
-        terms = losses[:, kept] * weighting(levels).to(losses)
-        logits = -terms.sum(1)
+        losses = self.losses.losses[index][:, kept]
+        levels = self.losses.levels[kept].to(losses)
+        logits = likelihood.evidence(losses, levels, weighting)
         share = torch.softmax(logits, 0)
         best, second = logits.topk(2).indices.tolist()
         colours = figures.emphasis(logits)
         rival = int(torch.where(torch.arange(len(logits)) == label, -torch.inf, logits).argmax())
+        terms = losses * weighting(levels)
         lead = terms[rival] - terms[label]  # nats for the true class, level by level
-        curves = excess_curves(losses[:, kept], best, colours, levels.sigma, None, w=430, h=250)
-        for line in curves["series"]:
-            line["label"] = line["label"] and self.names[int(line["label"])]
-        posterior = posterior_bars(share, colours, "Posterior under this weighting", w=430, h=250)
-        posterior["labels"] = list(self.names)
+        unit = "nats" if weighting in (elbo_weight, discrete_elbo_weight) else "units"
         return figures.frame(
             [
                 figures.tiles(
@@ -67,8 +55,17 @@ class PhotoScene:
                     borders=[None if best == label else figures.WRONG],
                     alt=f"A picture of class {self.names[label]}.",
                 ),
-                curves,
-                posterior,
+                excess_curves(
+                    losses, best, colours, levels.sigma, None, names=self.names, w=430, h=250
+                ),
+                posterior_bars(
+                    share,
+                    colours,
+                    "Posterior under this weighting",
+                    names=self.names,
+                    w=430,
+                    h=250,
+                ),
                 figures.bars(
                     [f"{float(s):.2g}" for s in levels.sigma],
                     lead,
@@ -83,5 +80,5 @@ class PhotoScene:
             ],
             f"True class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
             f"{float(share[best]):.3f}; {self.names[second]} is {float(logits[best] - logits[second]):.1f} "
-            f"{'nats' if weighting.__name__ in ('elbo_weight', 'discrete_elbo_weight') else 'units'} behind.",
+            f"{unit} behind.",
         )

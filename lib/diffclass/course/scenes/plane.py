@@ -12,11 +12,7 @@ from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank, Weighting
 
 FIRST = 0.02  # ends of notebook 02's chain, model units
-
-
 LAST = 50.0
-
-
 RESOLUTION = 96  # pixels along each side of a backdrop
 
 
@@ -59,7 +55,7 @@ class PlaneScene:
         self.dot_colours = [COLOURS[int(k)] for k in y]
         self.log_prior = law.priors.log()
         self.first_eps = torch.randn(256, 2, 1, 1, generator=generator, dtype=torch.float64)
-        self._chains = {}
+        self._chains: dict[int, NoiseBank] = {}
 
     def backdrop(self, sigma: float = 0.0, limit: float = 1.0) -> dict:
         """The exact posterior of every pixel at one noise level, as a picture for the plane panel."""
@@ -117,16 +113,14 @@ class PlaneScene:
         """Losses, evidence and posterior of one point under a prior, a temperature and a weighting."""
         z = point_of(xy)
         losses = likelihood.diffusion_loss(self.denoiser, z, self.bank)[0]  # [K,T]
-        rest = (1 - prior_of_a) / (len(self.names) - 1)
-        log_prior = torch.tensor(
-            [prior_of_a] + [rest] * (len(self.names) - 1), dtype=torch.float64
-        ).log()
-        evidence = -(losses * weighting(self.bank.levels)).sum(1)
+        others = len(self.names) - 1
+        prior = [prior_of_a] + [(1 - prior_of_a) / others] * others
+        log_prior = torch.tensor(prior, dtype=torch.float64).log()
+        levels = self.bank.levels
+        evidence = likelihood.evidence(losses, levels, weighting)
         share = torch.softmax(evidence / temperature + log_prior, 0)
         exact = torch.softmax(self.denoiser.log_density(z, 0.0)[0] + log_prior, 0)
-        density = (
-            losses * weighting(self.bank.levels) / self.bank.levels.step * self.bank.sigma
-        )  # per unit of ln sigma
+        density = losses * weighting(levels) / levels.step * levels.sigma  # per unit of ln sigma
         best = int(evidence.argmax())
         note = (
             f"Posterior {_spoken(self.names, share)}; exact {_spoken(self.names, exact)}. "
@@ -151,14 +145,13 @@ class PlaneScene:
     def elbo(self, xy, steps: int) -> dict:
         """KL terms of a chain of `steps` steps, the bound of each class, and the gap as the chain grows."""
         z = point_of(xy)
-        exact = self.denoiser.log_density(z + FIRST * self.first_eps, FIRST).mean(
-            0
-        )  # E log p at the chain's beginning
+        # E log p at the chain's beginning
+        exact = self.denoiser.log_density(z + FIRST * self.first_eps, FIRST).mean(0)
         counts = [4, 8, 16, 32, 64, 128]
-        bounds = {count: self._bound(z, count) for count in counts}
+        bounds = {count: self._bound(z, count)[1] for count in counts}
         kl, bound, sigma = self._bound(z, steps)
         best = int(exact.argmax())
-        gaps = [max(float(exact[best] - bounds[c][1][best]), 1e-3) for c in counts]
+        gaps = [max(float(exact[best] - bounds[count][best]), 1e-3) for count in counts]
         here = float(exact[best] - bound[best])
         low = min(float(bound.min()), float(exact.min())) - 1
         kl_panel = figures.curves(
@@ -222,23 +215,22 @@ class PlaneScene:
             samples = max(8, min(64, 1024 // steps))
             self._chains[steps] = NoiseBank.sobol(levels, (2, 1, 1), samples, 0, torch.float64)
         bank = self._chains[steps]
-        kl = likelihood.diffusion_loss(self.denoiser, z, bank)[0] * noise.discrete_elbo_weight(
-            bank.levels
-        )
-        return kl, likelihood.noise_constant(bank.levels, 2) - kl.sum(1), bank.sigma
+        losses = likelihood.diffusion_loss(self.denoiser, z, bank)[0]
+        kl = losses * noise.discrete_elbo_weight(bank.levels)
+        evidence = likelihood.evidence(losses, bank.levels, noise.discrete_elbo_weight)
+        return kl, likelihood.noise_constant(bank.levels, 2) + evidence, bank.sigma
 
     # -- notebook 04 --------------------------------------------------------------------------------------------------
 
     def denoised(self, xy, sigma: float) -> dict:
         """E[x0 | x_sigma, k] of a noisy point for every class, and what the point says about the class."""
         x_sigma = point_of(xy)
-        every = [*range(len(self.names)), len(self.names)]
-        means = self.denoiser(x_sigma, sigma, every)[0].flatten(1)  # [K+1,2]
+        no_class = len(self.names)
+        means = self.denoiser(x_sigma, sigma, [*range(no_class), no_class])[0].flatten(1)  # [K+1,2]
         share = torch.softmax(self.denoiser.log_density(x_sigma, sigma)[0] + self.log_prior, 0)
         mixed = (share[:, None] * means[:-1]).sum(0)
-        losses = (
-            likelihood.diffusion_loss(self.denoiser, x_sigma, self.bank)[0] / self.bank.sigma**2
-        )
+        losses = likelihood.diffusion_loss(self.denoiser, x_sigma, self.bank)[0]
+        noise_errors = losses / self.bank.sigma**2
         markers = [
             (*mean.tolist(), c, n)
             for mean, c, n in zip(means, self.colours, self.names, strict=False)
@@ -262,13 +254,13 @@ class PlaneScene:
                     ring=(*xy, sigma),
                 ),
                 self.curves(
-                    losses,
+                    noise_errors,
                     "Noise error of each class, were the point clean",
                     "loss / σ²",
                     cursor=sigma,
                     w=430,
                     alt="Loss of the point under each class against sigma.",
-                    yrange=(0, float(losses.max()) * 1.05),
+                    yrange=(0, float(noise_errors.max()) * 1.05),
                 ),
                 figures.bars(
                     self.names,

@@ -1,6 +1,7 @@
 """Frames of one digit whose classes are compared for fewer evaluations: who is left, on what evidence, at what bill."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,22 +12,25 @@ from diffclass.classifiers import racing
 from diffclass.classifiers.racing import Answer, Question
 from diffclass.course import figures
 from diffclass.course.figures import BEST, OTHER, SECOND, WRONG
-from diffclass.course.scenes.digits import DigitScene, posterior_bars
+from diffclass.course.scenes.digits import DigitScene, class_lines, posterior_bars
 from diffclass.zoo import networks
 
 LEVELS = len(networks.DIGIT_LEVELS)
+TOP = 60.0  # nats that the figure shows
 
+RACE = "race with a guarantee"
+ALPHA = 0.1  # its chance of losing the best class
 
-ALPHA, TOP = 0.1, 60.0  # chance of losing the best class; nats that the figure shows
+STAGED = "staged elimination"
+STAGES = (4, LEVELS)  # levels measured by the end of each stage
+SURVIVORS = (4, 1)  # classes left after each stage
 
+SIFT_AND_REFINE = "sift and refine"
+SIFT = 5  # sifted levels
+MOST = 3  # classes left to refine
+THRESHOLD = 15.0  # nats behind the leader
 
-SIFT = 5  # sifted levels, classes left to refine, nats behind the leader
-
-
-MOST = 3
-
-
-THRESHOLD = 15.0
+NO_ELIMINATION = "no elimination"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,56 +52,55 @@ class RaceScene:
     Randomness  every run starts from the same seed; the pilot is measured once, on training digits
     """
 
-    STRATEGIES = (
-        "race with a guarantee",
-        "staged elimination",
-        "sift and refine",
-        "no elimination",
-    )
+    STRATEGIES = (RACE, STAGED, SIFT_AND_REFINE, NO_ELIMINATION)
 
     def __init__(self, digits: DigitScene, seed: int = 0):
         self.world = digits.world
         self.seed = seed
         self.question = Question(digits.denoiser, networks.DIGIT_LEVELS)
         self.whole = LEVELS * digits.denoiser.num_classes
-        self.guess = racing.pilot(
+        self.pilot = racing.pilot(
             self.question, self.world.train_images[:20], torch.Generator().manual_seed(seed)
         )
-        self._known: dict[tuple, list[Moment]] = {}
+        self._films: dict[tuple, list[Moment]] = {}
 
     def run(self, index: int, strategy: str, scale: float) -> list[Moment]:
         """Every moment of a strategy on one test digit, measured once."""
-        key = (index, strategy, scale if strategy == self.STRATEGIES[0] else None)
-        if key not in self._known:
+        key = (index, strategy, scale if strategy == RACE else None)
+        if key not in self._films:
             x = self.world.test_images[index : index + 1]
-            start = (self.question, x, torch.Generator().manual_seed(self.seed + 1))
-            meter = racing.Meter(*start)
-            budget = LEVELS * int(meter.cost(meter.everyone))
-            rules = {
-                self.STRATEGIES[0]: partial(racing.normal_mixture, alpha=ALPHA, scale=scale),
-                self.STRATEGIES[3]: lambda pair, state: (~meter.everyone, state),
-            }
-            if strategy in rules:
-                found = racing.race(*start, self.guess.share, rules[strategy], budget)
-            elif strategy == self.STRATEGIES[1]:
-                found = racing.staged(*start, (4, LEVELS), (4, 1))
-            else:
-                found = racing.sift_and_refine(*start, THRESHOLD, SIFT, MOST)
-            self._known[key] = _moments(
-                racing.answer(found).history, meter.heads, strategy == self.STRATEGIES[2]
+            history = racing.answer(self._answers(x, strategy, scale)).history
+            self._films[key] = _moments(
+                history, self.question.denoiser.one_call, strategy == SIFT_AND_REFINE
             )
-        return self._known[key]
+        return self._films[key]
+
+    def _answers(self, x: Tensor, strategy: str, scale: float) -> Iterator[Answer]:
+        """What a strategy would say after every stretch of its work."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        if strategy == STAGED:
+            return racing.staged(self.question, x, generator, STAGES, SURVIVORS)
+        if strategy == SIFT_AND_REFINE:
+            return racing.sift_and_refine(self.question, x, generator, THRESHOLD, SIFT, MOST)
+        rule = nobody_is_out
+        if strategy == RACE:
+            rule = partial(racing.normal_mixture, alpha=ALPHA, scale=scale)
+        denoiser = self.question.denoiser
+        budget = LEVELS * denoiser.calls(denoiser.num_classes)
+        return racing.race(self.question, x, generator, self.pilot.share, rule, budget)
 
     def at(self, index: int, strategy: str, scale: float, spent: float) -> dict:
         """The frame of one test digit under a strategy once `spent` evaluations have been paid for, class by class."""
         film = self.run(index, strategy, scale)
-        now = [film[0], *(m for m in film if m.bill <= spent)][-1]
+        paid = [moment for moment in film if moment.bill <= spent]
+        now = paid[-1] if paid else film[0]
         label = int(self.world.test_labels[index])
         scores = now.answer.estimates[0]
         share = torch.softmax((-scores).masked_fill(~now.alive, -math.inf), 0)
         best = int(now.answer.prediction)
         colours = [
-            c if bool(a) else OTHER for c, a in zip(figures.emphasis(share), now.alive, strict=True)
+            colour if bool(alive) else OTHER
+            for colour, alive in zip(figures.emphasis(share), now.alive, strict=True)
         ]
         if best != label:
             colours[best] = WRONG
@@ -117,36 +120,19 @@ class RaceScene:
         ]
         return figures.frame(panels, self._note(film, now, strategy, share, label))
 
-    def _curves(self, film, now, strategy, scale, colours) -> dict:
+    def _curves(
+        self, film: list[Moment], now: Moment, strategy: str, scale: float, colours: list[str]
+    ) -> dict:
         shown = film if len(film) > 1 else film * 2  # a line needs two ends
-        leads = torch.stack([m.lead for m in shown])
-        bills = [m.bill for m in shown]
-        order = sorted(range(len(colours)), key=lambda k: colours[k] != OTHER)
-        series = [
-            dict(
-                y=leads[:, k],
-                colour=colours[k],
-                width=1 if colours[k] == OTHER else 2.4,
-                label=str(k) if colours[k] != OTHER else None,
-            )
-            for k in order
-        ]
-        if strategy == self.STRATEGIES[0]:
+        leads = torch.stack([moment.lead for moment in shown])
+        bills = [moment.bill for moment in shown]
+        series = class_lines(leads.T, colours)
+        out = dict(colour="black", dash="5 3", label="above this: out")
+        if strategy == RACE:
             draws = torch.arange(1, len(shown) + 1, dtype=torch.float64)
-            series.append(
-                dict(
-                    y=limit(draws, scale, leads.shape[1]),
-                    colour="black",
-                    dash="5 3",
-                    label="above this: out",
-                )
-            )
-        elif strategy == self.STRATEGIES[2]:
-            series.append(
-                dict(
-                    y=[THRESHOLD] * len(bills), colour="black", dash="5 3", label="above this: out"
-                )
-            )
+            series.append(dict(y=limit(draws, scale, leads.shape[1]), **out))
+        elif strategy == SIFT_AND_REFINE:
+            series.append(dict(y=[THRESHOLD] * len(bills), **out))
         return figures.curves(
             bills,
             series,
@@ -176,18 +162,25 @@ class RaceScene:
             "classes at all levels.",
         )
 
-    def _note(self, film, now: Moment, strategy: str, share: Tensor, label: int) -> str:
+    def _note(
+        self, film: list[Moment], now: Moment, strategy: str, share: Tensor, label: int
+    ) -> str:
         last = film[-1]
         best = int(now.answer.prediction)
         left = [str(k) for k in range(len(share)) if bool(now.alive[k])]
         ending = f"ends with {int(last.answer.prediction)} after {last.bill} of {self.whole}"
-        if strategy == self.STRATEGIES[0] and not bool(last.answer.decided):
+        if strategy == RACE and not bool(last.answer.decided):
             ending = f"remains undecided, its budget of {LEVELS} levels being spent"
         return (
             f"After {now.bill} evaluations: <b>{best}</b> (label {label}), living classes {', '.join(left)}; the "
             f"run ({strategy}) {ending}. A network with one head for each class would have paid "
-            f"{int(now.answer.evaluations)} so far. Largest scale seen in the pilot: {self.guess.scale:.1f} nats."
+            f"{int(now.answer.evaluations)} so far. Largest scale seen in the pilot: {self.pilot.scale:.1f} nats."
         )
+
+
+def nobody_is_out(differences: Tensor, state: None) -> tuple[Tensor, None]:
+    """The rule of a race in which no class is ever put out. Shapes: differences [B,K,K] -> out [B,K], state."""
+    return torch.zeros(differences.shape[:2], dtype=torch.bool), state
 
 
 def limit(draws: Tensor, scale: float, classes: int, alpha: float = ALPHA) -> Tensor:
@@ -209,16 +202,15 @@ def _moments(history: tuple[Answer, ...], heads: bool, refines: bool) -> list[Mo
     bill = 0
     paid = 0
     film = []
-    for found in history:
-        asked = (
-            found.alive[0] if refines and found is history[-1] else alive
-        )  # refinement asks who is left after it
-        new = int(found.evaluations) - paid
-        bill = bill + new * (int(asked.sum()) if heads else 1)
+    for answer in history:
+        refining = refines and answer is history[-1]
+        asked = answer.alive[0] if refining else alive  # refinement asks who is left after it
+        new = int(answer.evaluations) - paid
+        bill = bill + (new * int(asked.sum()) if heads else new)
         paid = paid + new
-        scores = found.estimates[0]
-        lag = scores - scores.masked_fill(~found.alive[0], math.inf).min()
+        scores = answer.estimates[0]
+        lag = scores - scores.masked_fill(~answer.alive[0], math.inf).min()
         lead = torch.where(alive, lag, lead)
-        alive = found.alive[0]
-        film.append(Moment(bill, lead, alive, found))
+        alive = answer.alive[0]
+        film.append(Moment(bill, lead, alive, answer))
     return film

@@ -8,7 +8,7 @@ from diffclass.classifiers import bridges
 from diffclass.classifiers.bridges import Bridge
 from diffclass.classifiers.idc import TranslationClassifier, TranslationStep, Translator
 from diffclass.course import figures
-from diffclass.course.figures import OTHER
+from diffclass.course.scenes.digits import class_lines
 
 SIZE = 54  # of a label on the screen, pixels
 
@@ -21,14 +21,15 @@ def stored(labels: Tensor, low: float) -> Tensor:
 class TranslationScene:
     """A trained translator, the test digits and every family of labels; a frame is a digit at a place of the bridge.
 
-    Randomness  one fixed noise for the bridge, the classifier's own for the walk
+    Randomness  one fixed noise for the bridge, one held noise for the walk
     """
 
     FAMILIES = tuple(bridges.LABELS)
 
     def __init__(self, translator: Translator, seed: int = 0):
         self.world = data.digits()
-        self.classifier = TranslationClassifier(translator, seed=seed)
+        self.classifier = TranslationClassifier(translator)
+        self.noise = self.classifier.sample_noise(1, torch.Generator().manual_seed(seed))
         self.bridge: Bridge = translator.bridge
         self.labels = {
             name: family(translator.num_classes, translator.image_shape)
@@ -37,16 +38,15 @@ class TranslationScene:
         self.eps = torch.randn(
             translator.image_shape, generator=torch.Generator().manual_seed(seed + 1)
         )
-        self._known: dict[int, list[TranslationStep]] = {}
+        self._walks: dict[int, list[TranslationStep]] = {}
 
     def walk(self, index: int) -> list[TranslationStep]:
         """The network's steps on a test digit, from the picture to the label, taken once."""
-        if index not in self._known:
+        if index not in self._walks:
+            x = self.world.test_images[index : index + 1]
             with torch.no_grad():
-                self._known[index] = list(
-                    self.classifier.walk(self.world.test_images[index : index + 1])
-                )
-        return self._known[index]
+                self._walks[index] = list(self.classifier.walk(x, self.noise))
+        return self._walks[index]
 
     def at(self, index: int, m: float, low: float, family: str) -> dict:
         """The frame of one test digit at share m of the bridge, with labels of one family stored in [low, 1]."""
@@ -62,8 +62,8 @@ class TranslationScene:
         apart = cosines[~torch.eye(len(labels), dtype=torch.bool)]
         spread = f"{float(apart.min()):+.2f} to {float(apart.max()):+.2f}"
         walk = self.walk(index)
-        best, second = walk[-1].distances[0].topk(2, largest=False).indices.tolist()
         ends = walk[-1].distances[0]
+        best, second = ends.topk(2, largest=False).indices.tolist()
         note = (
             f"{family} labels with black stored as {low:.2f}: cosines {spread}. The network, trained on its own "
             f"labels, translates this {c} and ends {float(ends[best]):.3f} from label {best} and "
@@ -118,20 +118,9 @@ class TranslationScene:
         """Distance of the estimates to the ten labels, against the share of the bridge where they were made."""
         back = walk[::-1]
         distances = torch.stack([step.distances[0] for step in back])
-        colours = figures.emphasis(-distances[0])
-        order = sorted(range(len(colours)), key=lambda k: colours[k] != OTHER)
-        series = [
-            dict(
-                y=distances[:, k],
-                colour=colours[k],
-                label=str(k) if colours[k] != OTHER else None,
-                width=1 if colours[k] == OTHER else 2.4,
-            )
-            for k in order
-        ]
         return figures.curves(
             self.bridge.shares[[step.t for step in back]],
-            series,
+            class_lines(distances.T, figures.emphasis(-distances[0])),
             cursor=m,
             xrange=(0, 1),
             yrange=(0, max(0.6, float(distances.max()) * 1.05)),
