@@ -1,9 +1,19 @@
-"""The command `diffclass`: open the course, look after its files, train, classify and evaluate."""
+"""The command `diffclass`: open the course, look after its files, train, classify, evaluate and list."""
 
-from diffclass.cli import auditing, evaluation, files, models
+from diffclass.cli import auditing, evaluation, files, models, readme
 from diffclass.cli.base import EXIT_CODES, ROOT, app
 
-__all__ = ["EXIT_CODES", "ROOT", "app", "auditing", "evaluation", "files", "main", "models"]
+__all__ = [
+    "EXIT_CODES",
+    "ROOT",
+    "app",
+    "auditing",
+    "evaluation",
+    "files",
+    "main",
+    "models",
+    "readme",
+]
 
 
 def main() -> None:

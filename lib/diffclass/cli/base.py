@@ -23,13 +23,14 @@ PROBLEM = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 UsageError = typer.BadParameter.__base__  # typer does not export it
+# what the library says in one sentence
 FAILURES = (
     ValueError,
     TypeError,
     ArithmeticError,
     OSError,
     ImportError,
-)  # what the library says in one sentence
+)
 EXIT_CODES = (
     "Exit codes: 0 all is well, 1 a problem was found, 2 the input was bad, 130 interrupted."
 )
@@ -49,16 +50,18 @@ def shown(run, what: str, total: int | None = None, unit: str = "picture"):
         tqdm(desc=what, unit=unit, total=total, file=sys.stderr, disable=not is_first()) as bar,
     ):
         for first, second in run:
-            done, bar.total = (second, total) if total else (first, second)
-            if total:
+            if total is None:
+                bar.total = second
+                bar.update(first - bar.n)
+            else:
                 bar.set_postfix_str(f"{first / second:.1%} correct")
-            bar.update(done - bar.n)
+                bar.update(second - bar.n)
             yield first, second
 
 
 @dataclass
 class Answer:
-    """What a command has found so far, and whether it is wanted as JSON."""
+    """The answer of a command so far, and whether it is wanted as JSON."""
 
     json: bool = False
     content: dict = field(default_factory=dict)

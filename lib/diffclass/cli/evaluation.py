@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, on clean images or under attack, and verify what an attack has left."""
+"""Commands that measure: evaluate, on clean images or under attack; verify what an attack has left; list what there is."""
 
 import contextlib
 import sys
@@ -8,36 +8,58 @@ from typing import Annotated
 
 import typer
 
-from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, VERSION, Json, Seed, app, is_first, shown
+from diffclass.cli.base import (
+    EXIT_CODES,
+    OK,
+    PROBLEM,
+    VERSION,
+    Json,
+    Seed,
+    app,
+    is_first,
+    shown,
+)
+
+NAME = 16  # columns of a name in a table
+STEPS = 100  # of a single attack
+# An attack that is told the length of its steps takes them of a tenth of the budget; few steps are longer, so that all of
+# them together can cross the budget from any start (Madry et al. 2018: 2.5 budgets in all).
+STEP_SIZE = 0.1
+REACH = 2.5
 
 
 @app.command(epilog=EXIT_CODES)
 def evaluate(
     ctx: typer.Context,
     world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
+    classifier: Annotated[
+        str, typer.Option(help="A classifier by name, such as dc, rdc1 or idc.")
+    ] = "dc",
     model: Annotated[
-        str | None, typer.Option(help="A network by name, such as contrastive.")
+        str | None, typer.Option(help="The denoiser of dc by name, such as contrastive.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")
     ] = None,
-    levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 16,
-    weighting: Annotated[str, typer.Option(help="A name of noise.WEIGHTINGS.")] = "ELBO",
+    levels: Annotated[int, typer.Option(min=1, help="Noise levels of dc.")] = 16,
+    weighting: Annotated[
+        str, typer.Option(help="Weighting of dc: a name of noise.WEIGHTINGS.")
+    ] = "ELBO",
     attack: Annotated[
-        str | None, typer.Option(help="Protocol of an attack: paper or honest.")
+        str | None, typer.Option(help="A protocol (paper or honest), or one attack by name.")
     ] = None,
-    defence: Annotated[str, typer.Option(help="What is attacked: a name of zoo.NAMES.")] = "dc",
     norm: Annotated[str, typer.Option(help="Norm of an attack's budget: linf or l2.")] = "linf",
     epsilon: Annotated[
         float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of one attack by name.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Keep losses or perturbations here; resumable.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures at once: 8, or 64 attacked.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network.")] = "fp32",
+        int, typer.Option(min=1, help="Pictures at once, on clean images: less needs less memory.")
+    ] = 8,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network of dc.")] = "fp32",
     record: Annotated[
         Path | None, typer.Option(help="Append the result to this .jsonl file.")
     ] = None,
@@ -46,81 +68,179 @@ def evaluate(
 ):
     """Measure an accuracy, with its 95 % interval; on the plane next to the best that any classifier can reach.
 
-    With --store the losses of every picture are kept, and every weighting is reported; it can be stopped, resumed, and
-    shared by processes with `accelerate launch -m diffclass evaluate ...`. With --attack a defence is attacked, and the
-    strongest perturbation of every picture is kept in --store, for `diffclass verify`.
+    With --store the losses of every picture by dc are kept, and every weighting is reported; it can be stopped, resumed,
+    and shared by processes with `accelerate launch -m diffclass evaluate ...`. With --attack the classifier is attacked,
+    and the strongest perturbation of every picture is kept in --store, for `diffclass verify`. The names of classifiers
+    and attacks are those of `diffclass list`.
     """
+    from diffclass import units
+
     answer = ctx.obj
     answer.content |= dict(command="evaluate", records=[])
-    if attack is None:
-        found = _clean(world, model, limit, levels, weighting, store, batch or 8, precision, seed)
-    elif model is not None or (levels, weighting, precision) != (16, "ELBO", "fp32"):
+    units.chosen(precision, ("fp32", "bf16"), "the precision")
+    changed = model is not None or (levels, weighting, precision) != (16, "ELBO", "fp32")
+    if changed and (attack is not None or classifier.lower() != "dc"):
         raise ValueError(
-            "expected no --model, --levels, --weighting or --precision with --attack: the defence's name "
-            "decides them."
+            "expected --model, --levels, --weighting and --precision only for the clean accuracy of dc: the name of "
+            "another classifier decides them, and an attack is about the classifier as it is named."
         )
+    if attack is None and steps is not None:
+        raise ValueError("expected --steps only with --attack and the name of one attack.")
+    if attack is not None:
+        listed = _attacked(world, attack, classifier, norm, epsilon, steps, limit, store, seed)
+    elif classifier.lower() != "dc":
+        listed = _named(world, classifier, limit, store, batch, seed)
     else:
-        found = _attacked(world, attack, defence, norm, epsilon, limit, store, batch or 64, seed)
-    for result in found:
-        answer.content["records"].append(asdict(result))
+        options = dict(world=world, model=model, limit=limit, levels=levels)
+        listed = _clean({**options, "weighting": weighting, "seed": seed}, store, batch, precision)
+    for result in listed:
+        answer.content["records"].append(_fields(result))
         answer.say(f"{result.what}: {result}")
         if record:
             result.append(record)
 
 
-def _clean(world, model, limit, levels, weighting, store, batch, precision, seed) -> list:
-    """The records of an accuracy on clean images."""
-    from diffclass.evaluation import accuracies, measuring
-    from diffclass.zoo import networks
+def _fields(record) -> dict:
+    """A record in the document: its fields, and what it says in words."""
+    return {**asdict(record), "what": record.what}
 
-    networks.chosen(precision, ("fp32", "bf16"), "the precision")
-    trial = accuracies.evaluation(world, model, limit, levels, weighting, seed)
+
+def _clean(options: dict, store: Path | None, batch: int, precision: str) -> list:
+    """The records of a diffusion classifier's accuracy on clean images."""
+    from diffclass.evaluation import accuracies, measuring
+
+    trial = accuracies.bayes_trial(**options)
     if store is None:
-        run = accuracies.hits(trial.classifier, trial.images, trial.labels, batch)
-        *_, (correct, _) = shown(run, world, len(trial.labels))
-        return accuracies.records(trial, correct, seed)
+        return accuracies.records_of(trial, _counted(trial, batch))
     run = measuring.measure(
         trial.classifier,
+        trial.held.noise,
         trial.images,
         trial.labels,
         store,
-        accuracies.store_settings(trial, seed, precision),
+        accuracies.store_settings(trial, precision),
         batch=batch,
         precision=precision,
     )
-    list(shown(run, world))
-    return accuracies.stored_records(trial, measuring.read(store), seed)
+    list(shown(run, trial.world.name))
+    return accuracies.stored_records(trial, measuring.read(store))
 
 
-def _attacked(world, attack, defence, norm, epsilon, limit, store, batch, seed) -> list:
+def _named(
+    world: str, name: str, limit: int | None, store: Path | None, batch: int, seed: int
+) -> list:
+    """The record of a named classifier's accuracy on clean images, with one held noise."""
+    from diffclass.evaluation import accuracies
+
+    if store is not None:
+        raise ValueError(
+            "expected no --store for the clean accuracy of a classifier other than dc, which has no losses to keep; use "
+            "--record FILE for the number."
+        )
+    trial = accuracies.named_trial(world, name, limit, seed)
+    _refuse(trial.classifier, trial.images[:4])
+    return accuracies.records_of(trial, _counted(trial, batch))
+
+
+def _counted(trial, batch: int) -> int:
+    """How many images are classified correctly, behind a progress bar."""
+    from diffclass.device import device
+    from diffclass.evaluation import accuracies
+
+    where = device()
+    held = trial.held.to(where)
+    run = accuracies.hits(held, trial.images.to(where), trial.labels.to(where), batch)
+    *_, (correct, _) = shown(run, trial.world.name, len(trial.labels))
+    return correct
+
+
+def _refuse(classifier, images) -> None:
+    """Stop before a classifier is measured that should not be."""
+    complaints = classifier.complaints(images)
+    if complaints:
+        raise ValueError(complaints[0])
+
+
+def _attacked(
+    world: str,
+    attack: str,
+    name: str,
+    norm: str,
+    epsilon: float | None,
+    steps: int | None,
+    limit: int | None,
+    store: Path | None,
+    seed: int,
+) -> list:
     """The records of an accuracy under attack, which are also left in the folder `store`."""
-    from accelerate import Accelerator
-
     from diffclass import zoo
-    from diffclass.evaluation import claims, protocols, robustness
-    from diffclass.zoo import networks
+    from diffclass.data.worlds import world_of
+    from diffclass.device import device
+    from diffclass.evaluation import claims, runs
 
     if store is None:
         raise ValueError(
             "expected --store FOLDER with --attack: the perturbations are kept there, to be verified."
         )
-    protocol = networks.chosen(
-        attack, {"paper": protocols.paper, "honest": protocols.honest}, "the attack"
+    place = world_of(world)
+    if place.corruption is not None or place.name == "gallery":
+        raise ValueError(
+            f"expected the world {place.kind!r} under attack, got {world!r}; clean test images are attacked."
+        )
+    budget = place.budget(norm) if epsilon is None else epsilon
+    entry = zoo.entry_of(world, name)
+    where = device()
+    classifier = zoo.classifier(world, name).to(where)
+    images, labels = place.test(limit, seed)
+    _refuse(classifier, images[:4].to(where))
+    protocol = _protocol(attack, classifier, entry.paper, norm.lower(), budget, steps)
+    own = dict(
+        world=place.name,
+        classifier=entry.name,
+        version=VERSION,
+        checkpoints=zoo.checkpoints(world, name),
     )
-    budget = zoo.budget(world, norm) if epsilon is None else epsilon
-    classifier = zoo.defence(world, defence, seed=seed).to(Accelerator().device)
-    images, labels = zoo.images(world, limit, seed)
-    chosen = protocol(defence.lower(), norm.lower(), budget, classes=classifier.num_classes)
-    own = dict(world=world, version=VERSION, checkpoints=zoo.checkpoints(world, chosen.defence))
-    run = robustness.run(classifier, images, labels, chosen, store, own, seed=seed, batch=batch)
-    list(_watched(run, f"{defence}, {chosen.name}", len(images)))
-    found = claims.records(robustness.read(store))
-    claims.keep(store, found)
-    return found
+    run = runs.run(classifier, images, labels, protocol, store, own, seed=seed)
+    what = f"{entry.name}, {protocol.key}"
+    list(_watched(run, what, len(images), lambda item: item.attack))
+    listed = claims.records_of(runs.read(store))
+    claims.keep(store, listed)
+    return listed
 
 
-def _watched(run, what: str, total: int):
-    """The same items behind a progress bar, which names the attack that was last finished."""
+def _protocol(attack: str, classifier, paper: str, norm: str, epsilon: float, steps: int | None):
+    """The protocol of an attack's name: that of the classifier's paper, the honest one, or one attack alone."""
+    from diffclass import units
+    from diffclass.evaluation import protocols
+    from diffclass.zoo import attacks
+
+    name = units.chosen(attack, ("paper", "honest", *attacks.ENTRIES), "the attack")
+    if name in ("paper", "honest"):
+        if steps is not None:
+            raise ValueError(f"expected no --steps with --attack {name}, which decides them.")
+        if name == "paper":
+            return protocols.paper(paper, norm, epsilon, classes=classifier.num_classes)
+        return protocols.honest(classifier, norm, epsilon)
+    entry = attacks.attack(name)
+    if norm not in entry.norms:
+        raise ValueError(
+            f"expected a norm of {', '.join(entry.norms)} for the attack {name}, got {norm!r}."
+        )
+    count = STEPS if steps is None else steps
+    random = not classifier.deterministic
+    chosen = protocols.Attack(
+        loss="margin",
+        steps=count,
+        method=name,
+        fresh=random,
+        draws=classifier.eot if random else 1,
+        step=max(STEP_SIZE, REACH / count) if entry.step_size else None,
+    )
+    return protocols.single(chosen, norm, epsilon)
+
+
+def _watched(run, what: str, total: int, note=lambda item: ""):
+    """The same items behind a progress bar, with a note on the last one."""
     from tqdm import tqdm
 
     with (
@@ -130,7 +250,7 @@ def _watched(run, what: str, total: int):
         ) as bar,
     ):
         for item in run:
-            bar.set_postfix_str(getattr(item, "attack", ""))
+            bar.set_postfix_str(note(item))
             bar.update(item.images - bar.n)
             yield item
 
@@ -142,24 +262,29 @@ def verify(
     json_wanted: Json = False,
 ):
     """Check a claim of robustness by its stored perturbations: one pass, no attack; exit code 1 if it does not hold."""
-    from accelerate import Accelerator
-
     from diffclass import zoo
-    from diffclass.evaluation import claims, robustness
+    from diffclass.data.worlds import world_of
+    from diffclass.device import device
+    from diffclass.evaluation import claims, runs
 
     answer = ctx.obj
     answer.content |= dict(command="verify", folder=str(folder))
-    found = robustness.read(folder)
+    run = runs.read(folder)
     claimed = claims.kept(folder)
-    world = found.settings["world"]
-    name = found.protocol.defence
-    seed = found.settings["seed"]
-    n = found.settings["n"]
-    images, labels = zoo.images(world, n, seed)
-    defence = zoo.defence(world, name, seed=seed).to(Accelerator().device)
-    weights = zoo.checkpoints(world, name)
-    run = claims.verify(defence, images, labels, found, weights, claimed)
-    *_, state = _watched(run, name, n)
+    settings = run.settings
+    world = settings["world"]
+    name = settings["classifier"]
+    images, labels = world_of(world).test(settings["n"], settings["seed"])
+    checked = claims.verify(
+        zoo.classifier(world, name).to(device()),
+        images,
+        labels,
+        run,
+        zoo.checkpoints(world, name),
+        claimed,
+        zoo.entry_of(world, name).paper,
+    )
+    *_, state = _watched(checked, name, settings["n"])
     for result in claimed:
         answer.say(f"{result.what}: {result}")
     for fault in state.faults:
@@ -169,10 +294,75 @@ def verify(
         stands=stands,
         images=state.images,
         faults=state.faults,
-        records=[asdict(result) for result in claimed],
+        records=[_fields(result) for result in claimed],
     )
+    verdict = "stands" if stands else "does not stand"
     answer.say(
-        f"{'stands' if stands else 'does not stand'}: {state.images} of {n} pictures were asked about again, "
-        f"{len(state.faults)} faults found."
+        f"{verdict}: {state.images} of {settings['n']} pictures were asked about again, "
+        f"{len(state.faults)} faults."
     )
     raise typer.Exit(OK if stands else PROBLEM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to measure
+
+
+@app.command("list", epilog=EXIT_CODES)
+def registries(ctx: typer.Context, json_wanted: Json = False):
+    """List the classifiers and the attacks that can be asked for by name, each with its source."""
+    answer = ctx.obj
+    answer.content |= dict(command="list")
+    classifiers = _classifiers()
+    attacks = _attacks()
+    answer.content |= dict(classifiers=classifiers, attacks=attacks)
+    answer.say("classifiers: evaluate --classifier NAME, audit NAME")
+    for entry in classifiers:
+        answer.say(_described(entry, f"{entry['title']} ({', '.join(entry['worlds'])})"))
+    answer.say("attacks: evaluate --attack NAME, audit --attack NAME")
+    for entry in attacks:
+        answer.say(_described(entry, f"needs the {entry['needs']} ({', '.join(entry['norms'])})"))
+
+
+def _classifiers() -> list[dict]:
+    """The entries of the table of classifiers, each with the worlds that have it."""
+    from diffclass.data.worlds import SHAPES
+    from diffclass.zoo.classifiers import ENTRIES
+
+    return [
+        dict(
+            name=entry.name,
+            title=entry.title,
+            sentence=entry.sentence,
+            worlds=[kind for kind in SHAPES if entry.weights(kind) is not None],
+            source=entry.source,
+        )
+        for entry in ENTRIES.values()
+    ]
+
+
+def _attacks() -> list[dict]:
+    """The entries of the table of attacks."""
+    from diffclass.zoo.attacks import ENTRIES
+
+    return [
+        dict(
+            name=entry.name,
+            sentence=entry.sentence,
+            needs=entry.needs,
+            norms=list(entry.norms),
+            source=entry.source,
+        )
+        for entry in ENTRIES.values()
+    ]
+
+
+def _described(entry: dict, first: str) -> str:
+    """An entry as a row of its table: its name, and beside it what it is and whose."""
+    indent = " " * (NAME + 3)
+    lines = [
+        f"  {entry['name']:{NAME}} {first}",
+        f"{indent}{entry['sentence']}",
+        f"{indent}source: {entry['source']}",
+    ]
+    return "\n".join(lines)

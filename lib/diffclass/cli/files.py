@@ -23,7 +23,6 @@ from diffclass.cli.base import (
     app,
     sentence_of,
 )
-from diffclass.storage import assets
 
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
 SET_UP = "Run `python3 -m lib lab` in the checkout: it installs what is missing."
@@ -36,7 +35,7 @@ def lab():
     for path in (ROOT / "notebooks" / "00_start_here.ipynb", starter):
         if not path.exists():
             raise FileNotFoundError(
-                f"expected the course in {ROOT}, found no {path.relative_to(ROOT)}; `diffclass "
+                f"expected the course in {ROOT}, got no {path.relative_to(ROOT)}; `diffclass "
                 "lab` opens the checkout it was installed from, with `pip install -e`."
             )
     metadata.version("jupyterlab")  # raises, in one sentence, if it is missing
@@ -49,27 +48,29 @@ def lab():
 def _check(
     name: str, look: Callable[[], dict | str], advice: str = "", needed: bool = True
 ) -> dict:
-    """One line of the doctor: ok, problem (with something needed) or note, what was found or how to get it."""
+    """One line of the doctor: ok, problem (with something needed) or note, what is there or how to get it."""
     try:
-        found = look()
-        return dict(
-            name=name, status="ok", **(found if isinstance(found, dict) else {"detail": found})
-        )
+        facts = look()
     except FAILURES as error:
         return dict(
             name=name,
             status="problem" if needed else "note",
             detail=f"{sentence_of(error)} {advice}".rstrip(),
         )
+    if isinstance(facts, str):
+        facts = dict(detail=facts)
+    return dict(name=name, status="ok", **facts)
 
 
 def _device() -> dict:
     import torch
 
-    kind = "cpu"
+    from diffclass.device import device
+
+    kind = device().type
     hardware = platform.processor() or platform.machine()
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    if kind != "cpu":
+        # Not every kind of accelerator has a name that can be asked for.
         hardware = getattr(torch.get_device_module(kind), "get_device_name", lambda: kind)()
     facts = dict(
         type=kind,
@@ -107,44 +108,48 @@ def _world_checks() -> list[dict]:
 
 def _asset_checks() -> list[dict]:
     """The weights of the course and every other file that SHA256SUMS lists: ok, changed, unlisted or missing."""
-    from diffclass.storage import weights
+    from diffclass.storage import assets, weights
     from diffclass.zoo import networks
 
-    def look(name: str, path: Path) -> str:
-        assets.verified(name)
-        size = sum(
-            (path.parent / file).stat().st_size for file in assets.parts(name, assets.checksums())
-        )
-        card = f", {weights.card_line(weights.card(path))}" if path.suffix == ".safetensors" else ""
-        return f"checksum ok, {size} bytes{card}"
-
+    folder = assets.folder()
     listed = []
-    found = [
-        _check(
-            assets.SUMS, lambda: listed.extend(assets.checksums()) or f"{len(listed)} files listed"
-        )
-    ]
-    there = [path.name for path in assets.folder().glob("*")]
+
+    def look_at_list() -> str:
+        listed.extend(assets.checksums())
+        return f"{len(listed)} files listed"
+
+    def look(name: str) -> str:
+        path = assets.verified(name)
+        words = f"checksum ok, {size_of(assets.parts(name, listed))} bytes"
+        if path.suffix != ".safetensors":
+            return words
+        return f"{words}, {weights.card_line(weights.card(path))}"
+
+    def size_of(files: list[str]) -> int:
+        return sum((folder / file).stat().st_size for file in files)
+
+    def state_of(name: str, status: str) -> str:
+        if status == "ok":
+            return "ok"
+        if not assets.parts(name, there):
+            return "missing"
+        return "changed" if assets.parts(name, listed) else "unlisted"
+
+    checks = [_check(assets.SUMS, look_at_list)]
+    there = [path.name for path in folder.glob("*")]
     for name in dict.fromkeys([*networks.MODELS["digits"].values(), *map(assets.whole, listed)]):
-        check = _check(name, functools.partial(look, name, assets.folder() / name))
-        wrong = (
-            "missing"
-            if not assets.parts(name, there)
-            else "changed"
-            if assets.parts(name, listed)
-            else "unlisted"
-        )
-        size = (
-            sum((assets.folder() / file).stat().st_size for file in assets.parts(name, there))
-            or None
-        )
-        found.append({**check, "state": "ok" if check["status"] == "ok" else wrong, "bytes": size})
-    return found
+        check = _check(name, functools.partial(look, name))
+        state = state_of(name, check["status"])
+        size = size_of(assets.parts(name, there)) or None
+        checks.append({**check, "state": state, "bytes": size})
+    return checks
 
 
 @app.command(epilog=EXIT_CODES)
 def doctor(ctx: typer.Context, json_wanted: Json = False):
     """Look at device, worlds, assets and packages; say what is missing and how to get it."""
+    from diffclass.storage import assets
+
     answer = ctx.obj
     problems = 0
     answer.content |= dict(command="doctor", version=VERSION, folder=str(assets.folder()))
@@ -166,8 +171,9 @@ def doctor(ctx: typer.Context, json_wanted: Json = False):
                 dict(name=group, status="problem", detail=f"{error}. {SET_UP}")
             ]
         for check in answer.content[group]:
-            problems += check["status"] == "problem"
-            answer.say(f"  {check['status']:8}{check['name']:31}{check['detail']}")
+            if check["status"] == "problem":
+                problems += 1
+            answer.say(f"  {check['status']:8}{check['name']:38}{check['detail']}")
     answer.content["ok"] = problems == 0
     answer.say(
         f"{problems} to mend: see the lines that say 'problem'."
@@ -184,11 +190,11 @@ def download(
     json_wanted: Json = False,
 ):
     """Fetch CIFAR-10 from its official source and verify it; an interrupted download goes on where it stopped."""
+    from diffclass import units
     from diffclass.data import cifar
-    from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="download")
-    networks.chosen(world, ("cifar10",), "the world to download")
+    units.chosen(world, ("cifar10",), "the world to download")
     path = cifar.download_cifar10()
     ctx.obj.content |= dict(file=str(path), bytes=path.stat().st_size)
     ctx.obj.say(f"{path}: {path.stat().st_size} bytes, checksum ok")
@@ -207,6 +213,7 @@ def convert(
 ):
     """Turn a network that others trained into weights of the course, without running the code inside its file."""
     from diffclass.denoisers import edm
+    from diffclass.storage import assets
     from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="convert")
