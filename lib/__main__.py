@@ -152,9 +152,8 @@ def ready():
             make_venv(state)
         stamp.write_text(BUSY)
         problem = install(python)
-        stamp.write_text(
-            "" if problem else fingerprint()
-        )  # pip ended in order: what it did install is whole
+        # pip ended in order: what it did install is whole
+        stamp.write_text("" if problem else fingerprint())
     return sys.exit(problem) if problem else python
 
 
@@ -163,9 +162,8 @@ def lab():
     home = ROOT / "build" / "lab"
     folder = home / "@jupyterlab/notebook-extension"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tracker.jupyterlab-settings").write_text(
-        '{"windowingMode": "none"}'
-    )  # cells out of sight stay alive
+    # cells out of sight stay alive
+    (folder / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     flags = [
         f"--LabApp.user_settings_dir={home}",
         f"--LabApp.workspaces_dir={home / 'workspaces'}",
@@ -205,9 +203,8 @@ def main(argv):
     if job not in jobs:
         return say(__doc__) or 2 * (job not in ("-h", "--help"))
     bench = "1" if job == "bench" else ""
-    threads = (
-        {"OMP_NUM_THREADS": "1"} if job == "test" else {}
-    )  # two processes of two threads fight over two cores
+    # two processes of two threads fight over two cores
+    threads = {"OMP_NUM_THREADS": "1"} if job == "test" else {}
     env = {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
@@ -216,9 +213,8 @@ def main(argv):
         "DIFFCLASS_BENCH": bench,
     }
     if env.get("DIFFCLASS_CIFAR10"):
-        env["DIFFCLASS_CIFAR10"] = os.path.abspath(
-            env["DIFFCLASS_CIFAR10"]
-        )  # kernels run in notebooks/
+        # kernels run in notebooks/
+        env["DIFFCLASS_CIFAR10"] = os.path.abspath(env["DIFFCLASS_CIFAR10"])
     try:
         return subprocess.call([str(ready()), *jobs[job](), *argv[1:]], cwd=str(ROOT), env=env)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Rules of lib/diffclass that no tool checks: devices, randomness, assertions; and that the tools are content.
+"""Rules of lib/diffclass that no tool checks: devices, randomness, probes, assertions; and that the tools are content.
 
 Each rule is a function from a source to complaints, shown to complain about a planted offence.
 """
@@ -115,6 +115,20 @@ def draws_from_given_generators(source):
     return found
 
 
+def probes_nothing(source):
+    """A classifier declares what it can do: nobody looks whether it has an attribute."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = (
+            node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        )
+        if name == "hasattr" or name == "getattr" and len(node.args) == 3:
+            found.append(f"line {node.lineno}: {name}")
+        if isinstance(node, ast.ExceptHandler) and "AttributeError" in ast.dump(node.type or node):
+            found.append(f"line {node.lineno}: except AttributeError")
+    return found
+
+
 def can_fail(source):
     def checks(node):
         if isinstance(node, ast.Assert):
@@ -139,7 +153,31 @@ def can_fail(source):
     ]
 
 
-RULES = {names_no_device: PACKAGE, draws_from_given_generators: PACKAGE, can_fail: ROOT / "tests"}
+ASKING = (
+    "classifiers",
+    "attacks",
+    "certify",
+    "zoo",
+    "evaluation",
+    "audit",
+)  # rooms that use classifiers
+FOREIGN = "classifiers/foreign.py"  # other people's modules have to be looked at
+
+
+def asking_rooms() -> dict[str, str]:
+    """The sources of the rooms in which nothing is probed."""
+    code = sources(PACKAGE)
+    return {
+        name: source for name, source in code.items() if name.startswith(ASKING) and name != FOREIGN
+    }
+
+
+RULES = {
+    names_no_device: lambda: sources(PACKAGE),
+    draws_from_given_generators: lambda: sources(PACKAGE),
+    probes_nothing: asking_rooms,
+    can_fail: lambda: sources(ROOT / "tests"),
+}
 CLEAN = '''"""A module that may speak of cuda in its prose."""
 import torch
 
@@ -161,13 +199,16 @@ PLANTED = [
     (draws_from_given_generators, "from torch import randn\nrandn(3)"),
     (draws_from_given_generators, "x.normal_()"),
     (draws_from_given_generators, "from torch import nn\nnn.init.kaiming_normal_(w)"),
+    (probes_nothing, "if hasattr(classifier, 'bank'): pass"),
+    (probes_nothing, "deterministic = getattr(classifier, 'deterministic', True)"),
+    (probes_nothing, "try:\n    classifier.bank\nexcept AttributeError:\n    pass"),
     (can_fail, "def test_nothing():\n    compare(1, 2)"),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_module_keeps_the_rule(rule):
-    code = sources(RULES[rule])
+    code = RULES[rule]()
     found = [f"{name}: {complaint}" for name, source in code.items() for complaint in rule(source)]
     assert code and not found, "\n".join(found)
 
@@ -176,6 +217,30 @@ def test_every_module_keeps_the_rule(rule):
 def test_rule_complains_about_an_offence(rule, offence):
     assert rule(offence)
     assert not rule(CLEAN)
+
+
+def test_imports_only_go_down_and_never_in_circles():
+    command = [
+        Path(sys.executable).with_name("lint-imports"),
+        "--no-cache",
+        ROOT / "pyproject.toml",
+    ]
+    done = subprocess.run(command, cwd=ROOT / "lib", text=True, capture_output=True)
+    assert done.returncode == 0 and "2 kept, 0 broken" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["classifiers", "attacks", "zoo", "evaluation", "training", "audit"]
+)
+def test_the_library_loads_no_notebook_and_no_figure(module):
+    rooms = "evaluation.claims" if module == "evaluation" else module
+    names = {"training": "training.train"}.get(module, rooms)
+    code = (
+        f"import sys, diffclass.{names}; heavy = {{'IPython', 'ipywidgets', 'matplotlib', 'jupyterlab'}}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

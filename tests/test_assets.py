@@ -132,3 +132,16 @@ def test_an_empty_folder_lists_nothing(tmp_path, monkeypatch):
 def test_without_the_variable_it_is_the_folder_of_the_checkout(monkeypatch):
     monkeypatch.delenv("DIFFCLASS_ASSETS", raising=False)
     assert assets.folder().name == "assets" and (assets.folder().parent / "pyproject.toml").exists()
+
+
+def test_a_record_knows_its_weights_by_one_name(shelf):
+    """That of the file, or of the checksums of several in order."""
+    assert assets.fingerprint("net.safetensors") == hashlib.sha256(b"weights").hexdigest()
+    for i in (1, 2):
+        (shelf / f"large-{i}-of-2.safetensors").write_bytes(b"part %d" % i)
+    assets.record(["large.safetensors"])
+    digests = [hashlib.sha256(b"part %d" % i).hexdigest() for i in (1, 2)]
+    wanted = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert assets.fingerprint("large.safetensors") == wanted
+    assert assets.whole("large-2-of-2.safetensors") == "large.safetensors"
+    assert assets.whole("net.safetensors") == "net.safetensors"

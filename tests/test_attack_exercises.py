@@ -52,9 +52,8 @@ def test_the_contraction_is_the_walk_of_the_library_on_a_gaussian():
             law, steps=steps, rate=rate, rule=plain_direction, band=(sigma, sigma)
         )
         z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        *_, u = walk.walk(
-            z, torch.full((steps, 1), sigma), torch.zeros(steps, 1, *shape, dtype=torch.float64)
-        )
+        held = (torch.full((1, steps), sigma), torch.zeros(1, steps, *shape, dtype=torch.float64))
+        *_, u = walk.walk(z, held)
         factor = exercises.CONTRACTION.reference(
             torch.tensor([variance], dtype=torch.float64), sigma, rate, steps, 6
         )

@@ -7,21 +7,25 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from diffclass import attacks, audit, intervals
+from diffclass import attacks, audit
 from diffclass.attacks.views import AttackView
 from diffclass.audit import planted
 from diffclass.audit.attack import Fitted, masked_loss, random_search
 from diffclass.audit.base import CannotJudge, Case, check, outweighs, proven
-from diffclass.audit.holding import Frozen
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.classifiers.base import Held
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.foreign import Foreign
+from diffclass.classifiers.purified import Purification, PurifiedClassifier
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.classifiers.votes import MajorityVote
 from diffclass.data.plane import gaussians
 from diffclass.denoisers.exact import MixtureDenoiser
-from diffclass.evaluation import claims, robustness
+from diffclass.evaluation import claims, runs
 from diffclass.evaluation.protocols import Attack, Protocol
-from diffclass.noise import NoiseBank, log_levels
+from diffclass.noise import log_levels
 from diffclass.storage import results
+from torch import nn
 
 NAMES = (
     "one_function gradient_is_correct gradient_is_alive logits_are_logits randomness_declared budget_and_range "
@@ -35,7 +39,7 @@ NAMES = (
 
 
 def lights(case: Case, only=None) -> dict[int, str]:
-    return {made.number: made.light for made in audit.run(case, only)}
+    return {result.number: result.light for result in audit.run(case, only)}
 
 
 def reds(case: Case) -> set[int]:
@@ -52,21 +56,21 @@ def test_there_are_36_checks_in_the_order_of_the_table():
 
 
 def test_every_row_has_a_light_evidence_and_advice():
-    for made in audit.run(planted.case("honest", 16)):
-        assert made.light in audit.LIGHTS and len(made.evidence) > 20 and len(made.advice) > 20
-        assert made.group in audit.GROUPS and made.seconds >= 0
-        assert made.passed == {"green": True, "red": False, "amber": None}[made.light]
-        if made.picture:
-            assert all(len(line) == len(made.picture.x) for line in made.picture.lines.values())
-            assert all(
-                math.isfinite(value) for line in made.picture.lines.values() for value in line
-            )
+    for result in audit.run(planted.case("honest", 16)):
+        assert result.light in audit.LIGHTS
+        assert len(result.evidence) > 20 and len(result.advice) > 20
+        assert result.group in audit.GROUPS and result.seconds >= 0
+        assert result.passed == {"green": True, "red": False, "amber": None}[result.light]
+        if result.picture:
+            lines = result.picture.lines.values()
+            assert all(len(line) == len(result.picture.x) for line in lines)
+            assert all(math.isfinite(value) for line in lines for value in line)
 
 
-def test_checks_are_told_one_by_one_and_can_be_chosen():
+def test_checks_come_one_by_one_and_can_be_chosen():
     run = audit.run(planted.case("honest", 16))
     assert next(run).number == 1 and next(run).number == 2
-    assert [made.number for made in audit.run(planted.case("honest", 16), [25, 4])] == [4, 25]
+    assert list(lights(planted.case("honest", 16), [25, 4])) == [4, 25]
     with pytest.raises(ValueError, match=r"expected checks from 1 to 36, got \[0, 37\]"):
         audit.run(planted.case("honest", 16), [0, 37])
 
@@ -77,9 +81,9 @@ def test_checks_are_told_one_by_one_and_can_be_chosen():
 @pytest.mark.parametrize("name", planted.FAULTS)
 def test_planted_faults_are_caught_by_name(name):
     named = set(planted.FAULTS[name][1])
-    found = reds(planted.case(name))
-    assert named <= found, f"{name}: {sorted(named - found)} did not fire"
-    assert (not found) == (name == "honest"), found
+    red = reds(planted.case(name))
+    assert named <= red, f"{name}: {sorted(named - red)} did not fire"
+    assert (not red) == (name == "honest"), red
 
 
 def test_seven_faults_are_told_apart_by_the_checks_that_name_them():
@@ -113,7 +117,7 @@ def test_honest_classifiers_stay_free_of_red_on_other_images(seed):
 def check_survives(survives=planted.Honest.survives):
     """The closed form is what attacks reach, at budgets where pixels meet the edge of [0,1] and where none does."""
     classifier = planted.Honest()
-    (x, y) = planted.images(300, seed=3)
+    x, y = planted.images(300, seed=3)
     for epsilon in (0.1, 0.16, 0.2, 0.3):
         exact = survives(classifier, x, y, epsilon)
         for attack in (attacks.pgd, attacks.apgd):
@@ -155,30 +159,30 @@ def test_one_step_gains_epsilon_times_the_l1_norm():
 class Coin(planted.Honest):
     """Right two times in five, on every image: a mean that no majority bears out."""
 
-    deterministic = False
+    def sample_noise(self, images, generator):
+        return torch.rand((images, 1), generator=generator)
 
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(0)
-
-    def forward(self, x):
-        right = (torch.rand(len(x), 1, generator=self.generator) < 0.4).to(x)
-        return (2 * right - 1) * super().forward(x)
+    def logits(self, x, noise):
+        right = (noise < 0.4).to(x)
+        return (2 * right - 1) * self.linear(x)
 
 
 class Calm(planted.Honest):
     """Random by so little that no answer changes."""
 
-    deterministic = False
+    def sample_noise(self, images, generator):
+        return torch.randn((images, planted.CLASSES), generator=generator)
 
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(0)
+    def logits(self, x, noise):
+        return self.linear(x) + 1e-3 * noise
 
-    def forward(self, x):
-        return super().forward(x) + 1e-3 * torch.randn(
-            len(x), planted.CLASSES, generator=self.generator
-        )
+
+def coin() -> Case:
+    return honest(classifier=Coin().eval(), held=False, epsilon=0.01)
+
+
+def calm(**options) -> Case:
+    return honest(**{**dict(classifier=Calm().eval(), held=False), **options})
 
 
 def lazy(when: Callable[..., bool], otherwise=attacks.apgd):
@@ -243,20 +247,20 @@ def louder(votes: Votes) -> Certificate:
 def stored(tmp_path_factory):
     """A finished run of two attacks on 500 images: the case that audits it, with its records and perturbations."""
     folder = tmp_path_factory.mktemp("run")
-    classifier = planted.Honest()
-    (x, y) = planted.images(500)
-    runs = (Attack("margin", 10, restarts=8), Attack("CE", 1, "pgd", step=1.0))
-    protocol = Protocol("paper", "honest", "linf", planted.EPSILON, runs, "this test")
-    own = dict(world="toy", defence="honest", checkpoints={}, version="1")
-    list(robustness.run(classifier, x, y, protocol, folder, own, batch=500))
-    found = robustness.read(folder)
+    classifier = planted.Honest().eval()
+    x, y = planted.images(500)
+    listed = (Attack("margin", 10, restarts=8), Attack("CE", 1, "pgd", step=1.0))
+    protocol = Protocol("honest", "linf", planted.EPSILON, listed)
+    own = dict(world="toy", classifier="honest", checkpoints={}, version="1")
+    list(runs.run(classifier, x, y, protocol, folder, own))
+    run = runs.read(folder)
     return replace(
         planted.case("honest", 500),
         x=x,
         y=y,
-        records=claims.records(found),
-        rows=found.rows,
-        deltas=found.deltas,
+        records=claims.records_of(run),
+        rows=run.rows,
+        deltas=run.deltas,
     )
 
 
@@ -272,13 +276,13 @@ def pointed(case: Case) -> Case:
 
 
 def sparing(case: Case) -> Case:
-    """Rows that name the weakest attack as the strongest, and count its hits."""
-    rows = [{**row, "strongest": "none", "hits": row["attacks"]["none"][0]} for row in case.rows]
+    """Rows that name the clean image as the strongest attack, and count its hits."""
+    rows = [{**row, "strongest": 0, "hits": row["attacks"][0][0]} for row in case.rows]
     return replace(case, rows=rows)
 
 
 def unclean(case: Case) -> Case:
-    return replace(case, records=[one for one in case.records if "clean" not in one.what])
+    return replace(case, records=[one for one in case.records if one.attack is not None])
 
 
 FROM_STORED = {
@@ -289,10 +293,10 @@ FROM_STORED = {
     36: lambda case: replace(case, deltas=torch.zeros_like(case.deltas)),
 }
 GREEN = {
-    18: lambda: honest(classifier=Calm()),
-    19: lambda: honest(classifier=Calm()),
-    20: lambda: honest(classifier=Calm()),
-    21: lambda: honest(classifier=Calm()),
+    18: calm,
+    19: calm,
+    20: calm,
+    21: calm,
     23: lambda: honest(routes={"itself": planted.Honest()}),
     24: lambda: honest(levels={1: planted.Honest()}),
 }
@@ -319,7 +323,7 @@ RED = {
     18: lambda: planted.case("noisy"),
     19: lambda: planted.case("noisy"),
     20: lambda: planted.case("noisy"),
-    21: lambda: honest(classifier=Coin(), epsilon=0.01),
+    21: coin,
     22: lambda: planted.case("two-faced"),
     23: lambda: quantised(routes={"without rounding": planted.Honest()}),
     24: lambda: quantised(levels={1: planted.Honest()}),
@@ -345,20 +349,37 @@ def test_every_check_is_green_somewhere_and_red_elsewhere(number, stored):
 
 @pytest.mark.parametrize("number", [18, 19, 20, 21, 23, 24, 26, 27, 28, 29, 30, 32, 33, 34, 35, 36])
 def test_what_cannot_be_judged_is_amber_and_says_why(number):
-    (made,) = audit.run(honest(votes=()), [number])
-    assert made.light == "amber" and made.passed is None and len(made.evidence.split()) > 5
+    (result,) = audit.run(honest(votes=()), [number])
+    assert result.light == "amber" and result.passed is None
+    assert len(result.evidence.split()) > 5
 
 
 def test_a_random_classifier_without_luck_has_no_red_light():
-    assert not reds(honest(classifier=Calm(), votes=()))
+    assert not reds(calm(votes=()))
+
+
+def test_certificates_of_a_random_classifier_are_about_the_function_that_is_claimed():
+    """Votes are drawn with new base noise: they recur for a claim about new noise, and not for one about held noise."""
+    fresh = planted.case("noisy")
+    base = fresh.classifier
+    votes = []
+    for place in range(4):
+        *_, (_, counted) = planted.draw_votes(
+            Smoothed(base, 0.12), fresh.x[place : place + 1], estimation=300, picture=place
+        )
+        votes.append(counted)
+    assert lights(replace(fresh, votes=votes), [30]) == {30: "green"}
+    assert lights(replace(fresh, votes=votes, held=True), [30]) == {30: "red"}
+    other_seed = [replace(votes[0], seed=1), *votes[1:]]
+    assert lights(replace(fresh, votes=other_seed), [30]) == {30: "red"}
 
 
 def test_the_stored_perturbations_are_the_attack_that_is_audited(stored):
     assert torch.equal(stored.main.x, (stored.x + stored.deltas).clamp(0, 1))
     assert torch.equal(stored.fallen, torch.tensor([row["hits"] == 0 for row in stored.rows]))
     assert not reds(stored)
-    (made,) = audit.run(FROM_STORED[36](stored), [36])
-    assert "100.0% survive" in made.evidence
+    (result,) = audit.run(FROM_STORED[36](stored), [36])
+    assert "100.0% survive" in result.evidence
     with pytest.raises(
         ValueError, match="expected a row and a perturbation for each of 500 images, got 500 and 3"
     ):
@@ -367,21 +388,51 @@ def test_the_stored_perturbations_are_the_attack_that_is_audited(stored):
 
 def test_few_images_are_amber_for_their_interval(stored):
     few = [
-        results.accuracy_record(90, 100, one.what, intervals.interval(90, 100), source="test")
+        results.accuracy_record(
+            90, 100, world=one.world, classifier=one.classifier, attack=one.attack, source="test"
+        )
         for one in stored.records
     ]
-    (made,) = audit.run(replace(stored, records=few), [32])
-    assert made.light == "amber" and "fewest images are 100" in made.evidence
+    (result,) = audit.run(replace(stored, records=few), [32])
+    assert result.light == "amber" and "fewest images are 100" in result.evidence
+
+
+def test_the_worst_of_draws_and_single_attacks_are_not_the_claim(stored):
+    claim = next(one for one in stored.records if one.attack and one.part is None)
+    assert lights(replace(stored, records=[claim]), [34]) == {34: "green"}
+    for other in (replace(claim, statistic="worst"), replace(claim, part="one attack")):
+        (result,) = audit.run(replace(stored, records=[other]), [34])
+        assert result.light == "red" and "reported nothing" in result.evidence
+
+
+def test_records_of_a_random_classifier_bear_out_their_rows(tmp_path):
+    """Of a stored run the claim is about new noise: means of ten draws, and no red light under reporting."""
+    classifier = Calm().eval()
+    x, y = planted.images(70)
+    protocol = Protocol("honest", "linf", planted.EPSILON, (Attack("margin", 10, restarts=2),))
+    own = dict(world="toy", classifier="calm", checkpoints={}, version="1")
+    list(runs.run(classifier, x, y, protocol, tmp_path, own))
+    run = runs.read(tmp_path)
+    records = claims.records_of(run)
+    case = calm(x=x, y=y, votes=(), records=records, rows=run.rows, deltas=run.deltas)
+    assert {one.statistic for one in records} == {"mean", "worst"}
+    assert lights(case, range(32, 37)) == {
+        32: "amber",
+        33: "green",
+        34: "green",
+        35: "green",
+        36: "green",
+    }
 
 
 def test_an_exception_inside_a_check_is_a_red_light_that_says_so():
     class Broken(planted.Honest):
-        def forward(self, x):
+        def logits(self, x, noise):
             raise RuntimeError("out of\n  order")
 
-    found = list(audit.run(honest(classifier=Broken(), votes=()), [1, 4, 25]))
-    assert [made.light for made in found] == ["red", "red", "green"]
-    assert found[0].evidence == "the check could not be made: RuntimeError: out of order"
+    results = list(audit.run(honest(classifier=Broken().eval(), votes=()), [1, 4, 25]))
+    assert [result.light for result in results] == ["red", "red", "green"]
+    assert results[0].evidence == "the check could not be made: RuntimeError: out of order"
 
 
 def test_a_check_says_what_it_cannot_judge():
@@ -389,8 +440,8 @@ def test_a_check_says_what_it_cannot_judge():
     def blind(case):
         raise CannotJudge("there is no light")
 
-    made = blind(None)
-    assert (made.light, made.evidence, made.name, made.number) == (
+    result = blind(None)
+    assert (result.light, result.evidence, result.name, result.number) == (
         "amber",
         "there is no light",
         "blind",
@@ -447,30 +498,44 @@ def test_the_sign_test_is_exact():
 # -- what checks stand on ---------------------------------------------------------------------------------------------
 
 
-def test_held_noise_repeats_and_leaves_every_generator_as_it_was():
-    class Global(planted.Honest):
-        def forward(self, x):
-            return super().forward(x) + torch.randn(len(x), planted.CLASSES)
+def test_a_held_claim_is_asked_with_one_noise_and_a_fresh_one_with_new_noise():
+    fresh = calm(votes=())
+    held = replace(fresh, held=True, seed=3)
+    x = fresh.x
+    ask = fresh.asked(fresh.classifier)
+    assert not torch.equal(ask(x), ask(x)) and not fresh.deterministic and fresh.repeats > 1
+    ask = held.asked(held.classifier)
+    assert torch.equal(ask(x), ask(x)) and held.deterministic and held.repeats == 1
+    assert torch.equal(ask(x), Held.seeded(fresh.classifier, 3)(x))
+    assert torch.equal(held.claimed(x), ask(x)) and fresh.claimed is fresh.classifier
 
-    x = planted.images(3)[0]
-    for classifier in (planted.Noisy(), Global()):
-        held = Frozen(classifier, 5)
-        before = (
-            torch.get_rng_state(),
-            getattr(classifier, "generator", torch.Generator()).get_state(),
-        )
-        assert torch.equal(held(x), held(x)) and not torch.equal(held(x), Frozen(classifier, 6)(x))
-        after = (
-            torch.get_rng_state(),
-            getattr(classifier, "generator", torch.Generator()).get_state(),
-        )
-        assert all(map(torch.equal, before, after))
-        assert held.deterministic and not torch.equal(classifier(x), classifier(x))
+
+def test_attacks_are_given_the_noise_that_is_held_or_new_noise_for_every_step_and_draw():
+    def recording(classifier, x, y, epsilon, *, noise, **options):
+        noises.append([attacks.noise_at(noise, step, draw) for step in (0, 1) for draw in (0, 1)])
+        return attacks.pgd(classifier, x, y, epsilon, noise=noise, **options)
+
+    noises = []
+    case = calm(attack=recording, steps=2, batch=40)
+    case.attacked(case.everyone)
+    replace(case, held=True).attacked(case.everyone)
+    fresh, held = noises[:2], noises[2:]
+    assert [len(one[0]) for one in fresh] == [40, 24] and [len(one[0]) for one in held] == [1, 1]
+    drawn = [noise for one in fresh for noise in one]
+    assert not any(torch.equal(a[:24], b[:24]) for a in drawn for b in drawn if a is not b)
+    same = Calm().sample_noise(1, torch.Generator().manual_seed(case.seed))
+    assert all(torch.equal(noise, same) for one in held for noise in one)
+
+
+def test_several_draws_of_held_noise_are_refused():
+    with pytest.raises(ValueError, match="expected one draw of noise that is held, got draws=4"):
+        calm(held=True, draws=4)
 
 
 def test_an_audit_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     list(audit.run(planted.case("noisy", 16), range(1, 20)))
+    list(audit.run(foreign(Jumpy(), "hidden", steps=5), (1, 2, 5, 12, 13, 18, 19)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -528,44 +593,285 @@ def test_restarts_of_the_audited_attack_are_kept_where_they_fool():
     )
 
 
-def test_a_case_of_a_diffusion_classifier_names_its_routes_and_levels():
+def plane_case(wrap=lambda classifier: classifier, **options) -> Case:
     law = gaussians()
-    bank = NoiseBank.fixed(log_levels(0.05, 2, 8), law.image_shape, 4)
-    classifier = BayesClassifier(MixtureDenoiser.of_law(law), bank)
+    classifier = BayesClassifier(MixtureDenoiser.of_law(law), log_levels(0.05, 2, 8), samples=4)
     x, y = law.sample(12, torch.Generator().manual_seed(0))
-    case = audit.case_of(classifier, x.float(), y, 0.05, closer=4)
-    assert list(case.routes) == ["uniform weights", "the telescoped gradient"] and list(
-        case.levels
-    ) == [4, 16]
+    return audit.case_of(wrap(classifier).eval(), x.float(), y, 0.05, closer=4, **options)
+
+
+def test_a_case_of_a_diffusion_classifier_names_its_routes_and_levels():
+    case = plane_case()
+    assert list(case.routes) == ["uniform weights", "the telescoped gradient"]
+    assert list(case.levels) == [4, 16]
     assert isinstance(case.view, AttackView) and case.deterministic
-    assert "red" not in lights(case, [3, 4, 5, 6, 8, 22]).values()
-    vote = MajorityVote(classifier.with_fresh_noise(torch.Generator().manual_seed(0)), 3)
-    case = audit.case_of(vote, x.float(), y, 0.05, closer=4)
-    assert (
-        case.view.classifier is vote.classifier
-        and case.classifier is vote
-        and not case.deterministic
-    )
-    sure = (vote(case.x) == 3).any(1)
+    assert case.view.classifier is case.classifier
+    assert "red" not in lights(case, [1, 2, 3, 4, 5, 6, 8, 22]).values()
+    assert "red" not in lights(replace(case, held=False), [1, 2, 3, 4, 5, 6, 8, 22]).values()
+
+
+def test_a_vote_is_attacked_by_its_surrogate():
+    case = plane_case(lambda classifier: MajorityVote(classifier, 3), held=False)
+    vote = case.classifier
+    assert case.view.classifier is vote.surrogate() and not case.deterministic
+    assert replace(case, view=None).target is vote.surrogate()
+    counts = Held.seeded(vote)(case.x)
+    sure = (counts == 3).any(1)
     assert int(sure.sum()) >= 4, (
-        "unanimous votes repeat; the noise behind them has to be found all the same"
+        "unanimous votes repeat; the noise behind them has to be seen all the same"
     )
-    assert lights(replace(case, x=x.float()[sure], y=y[sure]), [5]) == {5: "green"}
+    assert lights(replace(case, x=case.x[sure], y=case.y[sure]), [5]) == {5: "green"}
 
 
-def test_a_vote_over_a_voter_that_reseeds_is_no_random_classifier():
-    vote = MajorityVote(planted.Reseeded(), 3)
-    assert lights(audit.case_of(vote, *planted.images(12), 0.1), [5]) == {5: "red"}
+def test_a_purified_classifier_is_attacked_by_both_gradients_and_behind_the_purifier():
+    def purified(exact):
+        return lambda classifier: PurifiedClassifier(
+            Purification(classifier.denoiser, steps=2, exact=exact), classifier
+        )
+
+    x = plane_case().x
+    leaf = x.clone().requires_grad_()
+    for exact in (True, False):
+        case = plane_case(purified(exact))
+        slopes = {}
+        for name, route in {"itself": case.view, **case.routes}.items():
+            logits = Held(route, case.claimed.noise)(leaf)
+            slopes[name] = torch.autograd.grad(logits[:, 0].sum(), leaf)[0]
+            if name != "the classifier alone":
+                assert torch.equal(logits, case.asked(case.view)(x)), "other gradients, same values"
+        other = [
+            name
+            for name, slope in slopes.items()
+            if name != "the classifier alone" and not torch.allclose(slope, slopes["itself"])
+        ]
+        assert other and "the classifier alone" in slopes, f"exact={exact}: {list(slopes)}"
+        assert "could not be made" not in next(audit.run(case, [23])).evidence
+
+
+def test_a_vote_over_a_voter_that_ignores_its_noise_is_no_random_classifier():
+    vote = MajorityVote(planted.Reseeded(), 3).eval()
+    assert lights(audit.case_of(vote, *planted.images(12), 0.1, held=False), [5]) == {5: "red"}
 
 
 def test_a_classifier_that_seeds_the_global_generator_is_red():
     class Seeding(Calm):
-        def forward(self, x):
+        def logits(self, x, noise):
             torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
-            return super().forward(x)
+            return super().logits(x, noise)
 
-    (made,) = audit.run(honest(classifier=Seeding(), votes=()), [5])
-    assert made.light == "red" and "reseeds torch's global generator" in made.evidence
+    (result,) = audit.run(calm(classifier=Seeding().eval(), votes=()), [5])
+    assert result.light == "red" and "reseeds torch's global generator" in result.evidence
+
+
+# -- other people's modules -------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """The honest linear function as somebody else would write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = planted.Honest()
+
+    def forward(self, x):
+        return self.inner.linear(x)
+
+
+class Jumpy(Linear):
+    """Draws its own noise from torch's global state."""
+
+    def forward(self, x):
+        return super().forward(x) + 1e-3 * torch.randn(len(x), planted.CLASSES)
+
+
+class Kept(Linear):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        noise = torch.randn(len(x), planted.CLASSES, generator=self.generator)
+        return super().forward(x) + 1e-3 * noise
+
+
+class Clocked(Linear):
+    """Another answer at every call, from what no generator rewinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, x):
+        self.asked += 1
+        return super().forward(x) + 0.01 * torch.arange(planted.CLASSES).roll(self.asked)
+
+
+class Argued(Linear):
+    """Its noise is an argument."""
+
+    def sample_noise(self, images, generator):
+        return torch.randn((images, planted.CLASSES), generator=generator)
+
+    def forward(self, x, noise):
+        return super().forward(x) + 1e-3 * noise
+
+
+class Pairs(Linear):
+    """Logits, and something else."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Shares(Linear):
+    """Probabilities."""
+
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Dropped(Linear):
+    """Drops pixels while it is in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return super().forward(self.drop(x))
+
+
+def foreign(module: nn.Module, randomness: str = "none", **options) -> Case:
+    """Somebody else's module under audit, as a random one where it says so."""
+    classifier = Foreign(module.eval(), planted.CLASSES, planted.SHAPE, randomness)
+    own = dict(held=randomness == "none", statement=planted.STATEMENT)
+    return audit.case_of(
+        classifier.eval(), *planted.images(24), planted.EPSILON, **{**own, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    "module, randomness",
+    [(Linear, "none"), (Jumpy, "hidden"), (Kept, "hidden"), (Argued, "argument")],
+)
+def test_honest_modules_of_other_people_have_no_red_light(module, randomness):
+    case = foreign(module(), randomness)
+    assert not reds(case)
+    assert case.deterministic == (randomness == "none")
+
+
+def test_hidden_noise_can_be_held():
+    case = foreign(Jumpy(), "hidden", held=True)
+    assert not reds(case) and case.deterministic
+    (result,) = audit.run(case, [1])
+    assert "one by one" in result.evidence
+
+
+@pytest.mark.parametrize("module", [Jumpy, Kept, Clocked])
+def test_hidden_randomness_is_discovered_where_none_is_declared(module):
+    (result,) = audit.run(foreign(module()), [5])
+    assert result.light == "red" and "it declares no noise" in result.evidence
+
+
+def test_hidden_noise_that_cannot_be_rewound_or_is_not_there_is_red():
+    for module in (Clocked(), Linear()):
+        (result,) = audit.run(foreign(module, "hidden"), [5])
+        assert result.light == "red" and "it declares noise" in result.evidence, module
+
+
+def test_a_module_in_training_mode_is_red_and_says_so():
+    case = foreign(Dropped())
+    assert lights(case, [4, 5]) == {4: "green", 5: "green"}
+    case.classifier.module.train()
+    logits, randomness = audit.run(case, [4, 5])
+    assert logits.light == "red" and "call .eval()" in logits.evidence
+    assert randomness.light == "red", "dropout answers otherwise at every call"
+
+
+def test_a_module_that_returns_a_tuple_is_red_wherever_it_is_asked():
+    function, logits = audit.run(foreign(Pairs()), [1, 4])
+    assert (function.light, logits.light) == ("red", "red")
+    for result in (function, logits):
+        assert "expected logits as a tensor, got tuple" in result.evidence
+
+
+def test_probabilities_are_red_though_the_view_rescales_them():
+    case = foreign(Shares())
+    assert isinstance(case.view, AttackView)
+    (result,) = audit.run(case, [4])
+    assert result.light == "red" and "got rows of probabilities" in result.evidence
+    vote = MajorityVote(Foreign(Noised(), planted.CLASSES, planted.SHAPE, "hidden"), 3).eval()
+    (result,) = audit.run(replace(case, classifier=vote, view=None, held=False), [4])
+    assert result.light == "red" and "rows are probabilities" in result.evidence
+
+
+class Noised(Shares):
+    """Probabilities of noised pictures."""
+
+    def forward(self, x):
+        return super().forward((x + 0.01 * torch.randn_like(x)).clamp(0, 1))
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+class Counting(planted.Honest):
+    """The honest classifier, which counts the images that it is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def logits(self, x, noise):
+        self.asked += len(x)
+        return self.linear(x)
+
+
+class CountingNoisy(planted.Noisy):
+    """The noisy classifier, which counts the images that it is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def logits(self, x, noise):
+        self.asked += len(x)
+        return super().logits(x, noise)
+
+
+def counted(kind) -> Case:
+    classifier = kind().eval()
+    return honest(
+        classifier=classifier,
+        held=kind is Counting,
+        starts=2,
+        routes={"itself": classifier},
+        levels={1: classifier, 2: classifier},
+        sources={"itself": classifier},
+    )
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingNoisy])
+def test_no_check_asks_more_often_than_it_said_it_may(kind):
+    case = counted(kind)
+    classifier = case.classifier
+    for kept in ("main", "fallen", "clean_falls", "luck"):
+        getattr(case, kept)
+    assert 0 < classifier.asked <= case.shared_cost
+    for one in audit.CHECKS:
+        before = classifier.asked
+        assert "could not be made" not in one(case).evidence
+        most = 0 if one.cost is None else one.cost(case)
+        assert classifier.asked - before <= most, one.__name__
+    assert audit.calls(case) <= 3 * classifier.asked, "a bound that says something"
+
+
+def test_checks_that_ask_nothing_cost_nothing():
+    case = honest()
+    assert audit.calls(case, [25, 31]) == 0
+    assert audit.calls(case, [6]) == audit.calls(case, [22, 25]) == case.shared_cost > 0
 
 
 @pytest.mark.parametrize(
@@ -587,5 +893,5 @@ def test_a_row_can_be_written_as_json():
     import json
 
     assert all(
-        json.loads(json.dumps(asdict(made), allow_nan=False)) for made in audit.run(honest())
+        json.loads(json.dumps(asdict(result), allow_nan=False)) for result in audit.run(honest())
     )

@@ -13,8 +13,8 @@ from diffclass.course.scenes.audit import MYSTERIES, SIGN, AuditScene
 @pytest.fixture(scope="module")
 def stored():
     """What `diffclass audit --json` prints of a masked classifier."""
-    rows = [asdict(made) for made in audit.run(planted.case("quantised", 16))]
-    return json.loads(json.dumps(dict(defence="masked", world="toy", checks=rows)))
+    rows = [asdict(result) for result in audit.run(planted.case("quantised", 16))]
+    return json.loads(json.dumps(dict(classifier="masked", world="toy", checks=rows)))
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,14 @@ def test_lamps_differ_without_their_colours(scene):
         assert signs == {one.number: SIGN[one.light] for one in scene.audits[name]}
 
 
-def test_the_frame_tells_what_the_chosen_check_found(scene):
+def test_the_frame_says_what_the_chosen_check_measured(scene):
     for name, fault in {"honest": "honest", **MYSTERIES}.items():
-        for made in scene.audits[name]:
-            note = scene.at(name, made.number)["note"]
-            assert f"<b>{made.number} {made.name}</b> is <b>{made.light}</b>" in note
-            assert ("What to do" in note) == (made.light == "red")
+        for result in scene.audits[name]:
+            note = scene.at(name, result.number)["note"]
+            assert f"<b>{result.number} {result.name}</b> is <b>{result.light}</b>" in note
+            assert ("What to do" in note) == (result.light == "red")
         assert set(planted.FAULTS[fault][1]) <= {
-            made.number for made in scene.audits[name] if made.light == "red"
+            result.number for result in scene.audits[name] if result.light == "red"
         }
 
 
@@ -62,13 +62,13 @@ def test_curves_are_drawn_over_numbers_and_bars_over_names(scene):
         for number in (1, 9, 15, 19, 20, 25)
     }
     assert kinds == {1: "bars", 9: "curves", 15: "bars", 19: "curves", 20: "bars", 25: "bars"}
-    drawn = next(made for made in scene.audits["mystery 2"] if made.number == 20).picture
+    drawn = next(one for one in scene.audits["mystery 2"] if one.number == 20).picture
     panel = scene.at("mystery 2", 20)["panels"][1]
     assert panel["values"] == pytest.approx(drawn.lines["mean"], rel=1e-4)
     assert panel["marks"] == pytest.approx(drawn.lines["worst"], abs=1e-4)
 
 
-def test_a_stored_audit_is_shown_as_it_was_made(scene, stored):
+def test_a_stored_audit_is_shown_as_it_was(scene, stored):
     frame = scene.at("masked on toy", 3)
     assert stored["checks"][2]["evidence"] in frame["note"] and "is <b>red</b>" in frame["note"]
     assert "masked on toy" in frame["panels"][0]["title"]

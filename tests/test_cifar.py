@@ -140,7 +140,7 @@ def test_the_official_files_may_be_named_directly_or_lie_in_the_cache(
 ):
     cifar.cifar10_cache().mkdir(parents=True)
     place = WRITERS[layout](cifar.cifar10_cache(), monkeypatch)
-    assert len(cifar.cifar10(limit=2, progress=False)[0]) == 2  # found in the cache
+    assert len(cifar.cifar10(limit=2, progress=False)[0]) == 2  # read from the cache
     monkeypatch.setenv("DIFFCLASS_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("DIFFCLASS_CIFAR10", str(place))
     assert len(cifar.cifar10(limit=2, progress=False)[0]) == 2
@@ -172,8 +172,11 @@ def test_sheets_of_a_thousand_follow_each_other(home):
         )
     np.save(home / "test-labels.npy", (np.arange(1003) % 10).astype(np.uint8))
     write_sums(home)
-    found, labels = cifar.cifar10(progress=False)
-    assert torch.equal((found * 255).round().byte(), torch.from_numpy(images)) and labels[-1] == 2
+    images_read, labels = cifar.cifar10(progress=False)
+    assert (
+        torch.equal((images_read * 255).round().byte(), torch.from_numpy(images))
+        and labels[-1] == 2
+    )
 
 
 def test_missing_data_say_what_to_do(home):

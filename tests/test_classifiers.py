@@ -1,11 +1,16 @@
-"""Bayes' rule end to end: values against the truth, gradients against differences, and every declared property."""
+"""Bayes' rule end to end: values against the truth, gradients against differences, and every declared property.
+
+A formula stands beside its twins, the slips that one makes, which its check must reject.
+"""
 
 import math
 
 import pytest
 import torch
+import twins
 from diffclass import data, likelihood, noise, units
-from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, check_prior
+from diffclass.classifiers.base import Fresh, Held, draw
+from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, check_prior, telescoped
 from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
@@ -15,46 +20,63 @@ SHAPE = (2, 1, 1)
 LEVELS = noise.log_levels(0.02, 20, 24)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """A seeded generator."""
+    return torch.Generator().manual_seed(seed)
+
+
 def pixels(name: str = "overlapping", count: int = 4, seed: int = 1):
     """Points of a law in pixel space, float64."""
-    return data.PLANE_LAWS[name]().sample(
-        count, torch.Generator().manual_seed(seed), torch.float64
-    )[0]
+    return data.PLANE_LAWS[name]().sample(count, seeded(seed), torch.float64)[0]
+
+
+def denoiser_of(name: str) -> MixtureDenoiser:
+    """The exact denoiser of a plane law."""
+    return MixtureDenoiser.of_law(data.PLANE_LAWS[name]())
 
 
 def classifier(name: str = "overlapping", samples: int = 4, **options) -> BayesClassifier:
-    """The deterministic classifier of a plane law."""
-    bank = NoiseBank.fixed(LEVELS, SHAPE, samples, dtype=torch.float64)
-    return BayesClassifier(MixtureDenoiser.of_law(data.PLANE_LAWS[name]()), bank, **options)
+    """The classifier of a plane law."""
+    return BayesClassifier(denoiser_of(name), LEVELS, samples, **options)
 
 
 def noised(name: str = "overlapping", **options) -> NoisedBayesClassifier:
-    """The classifier of points that carry noise 0.2, in float64."""
-    made = NoisedBayesClassifier(
-        MixtureDenoiser.of_law(data.PLANE_LAWS[name]()), 0.2, samples=4, **options
-    )
-    made.bank = NoiseBank.fixed(
-        noise.noised_levels(0.4, 5.0, 8, 0.25), SHAPE, 4, dtype=torch.float64
-    )
-    return made
+    """The classifier of points that carry noise 0.2."""
+    return NoisedBayesClassifier(denoiser_of(name), 0.2, samples=4, **options)
+
+
+def small_network() -> network.MultiHeadDenoiser:
+    """A network of three classes that was never trained."""
+    return network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values
 
 
-def check_posterior(posterior_of=lambda model, x: model.posterior(x), tolerance: float = 0.02):
+def likelihood_alone(model, x):
+    """The posterior without its prior."""
+    return torch.softmax(model(x) - model.classifier.log_prior, 1)
+
+
+@twins.rejected(
+    {
+        "not normalised": dict(posterior_of=lambda model, x: model(x).exp()),
+        "likelihood without prior": dict(posterior_of=likelihood_alone),
+        "pixels not converted": dict(posterior_of=lambda model, x: model.posterior((x + 1) / 2)),
+    }
+)
+def test_the_posterior_is_that_of_the_law(
+    posterior_of=lambda model, x: model.posterior(x), tolerance: float = 0.02
+):
     """Many levels and samples: the posterior of the law, with its unequal priors, to 0.02 at ten points."""
     law = data.imbalanced()
-    bank = NoiseBank.fixed(noise.log_levels(0.002, 50, 200), SHAPE, 200, dtype=torch.float64)
-    model = BayesClassifier(MixtureDenoiser.of_law(law), bank, prior=law.priors.tolist())
+    levels = noise.log_levels(0.002, 50, 200)
+    model = BayesClassifier(MixtureDenoiser.of_law(law), levels, 200, prior=law.priors.tolist())
     x = pixels("imbalanced", 10)
     with torch.no_grad():
-        assert float((posterior_of(model, x) - law.posterior(x)).abs().max()) < tolerance
-
-
-def test_the_posterior_is_that_of_the_law():
-    check_posterior()
+        found = posterior_of(Held.seeded(model), x)
+    assert float((found - law.posterior(x)).abs().max()) < tolerance
 
 
 def test_the_exact_classifier_is_the_law_clean_and_noised():
@@ -68,69 +90,135 @@ def test_the_exact_classifier_is_the_law_clean_and_noised():
     assert torch.allclose(smoothed, density + math.log(1 / 3), atol=1e-9)
 
 
-def check_temperature(model_of=classifier):
+class Slipped(BayesClassifier):
+    """The line that makes logits from losses, with one slip in it."""
+
+    sign = 1.0
+    prior_is_divided = False
+    temperature_is_squared = False
+
+    def logits_of(self, losses):
+        evidence = super().logits_of(losses) - self.log_prior
+        if self.temperature_is_squared:
+            evidence = evidence / self.temperature
+        prior = self.sign * self.log_prior
+        if self.prior_is_divided:
+            prior = prior / self.temperature
+        return evidence + prior
+
+
+def slipped(**slips):
+    """A classifier with one slip."""
+    kind = type("Twin", (Slipped,), slips)
+    return lambda **options: kind(denoiser_of("overlapping"), LEVELS, 4, **options)
+
+
+def mean_over_pixels(**options):
+    """A classifier whose evidence is the mean over pixels instead of the sum."""
+    return classifier(weighting=lambda levels: noise.elbo_weight(levels) / 2, **options)
+
+
+@twins.rejected(
+    {
+        "mean over pixels": dict(model_of=mean_over_pixels),
+        "applied twice": dict(model_of=slipped(temperature_is_squared=True)),
+    }
+)
+def test_temperature(model_of=classifier):
     """Logits are sums over pixels divided by the temperature: ln odds double when the temperature halves."""
     x = pixels()
-    log_odds = [model_of(temperature=t)(x).diff(dim=1) for t in (1.0, 0.5)]
+    log_odds = [Held.seeded(model_of(temperature=t))(x).diff(dim=1) for t in (1.0, 0.5)]
     assert torch.allclose(log_odds[1], 2 * log_odds[0], rtol=1e-9)
-    evidence = likelihood.elbo(model_of().denoiser, units.to_model(x), model_of().bank)
+    bank = NoiseBank(LEVELS, NoiseBank.fixed(LEVELS, SHAPE, 4).noise.double())
+    evidence = likelihood.elbo(model_of().denoiser, units.to_model(x), bank)
     assert torch.allclose(log_odds[0], evidence.diff(dim=1), rtol=1e-9), (
         "at temperature 1 they are nats"
     )
 
 
-def test_temperature():
-    check_temperature()
-
-
-def check_prior_shift(model_of=classifier):
+@twins.rejected(
+    {
+        "sign": dict(model_of=slipped(sign=-1.0)),
+        "divided by the temperature": dict(model_of=slipped(prior_is_divided=True)),
+    }
+)
+def test_prior(model_of=classifier):
     """A prior moves the logits by its logarithm, once, whatever the temperature."""
     x = pixels()
     prior = [0.7, 0.2, 0.1]
     for temperature in (1.0, 3.0):
-        shift = model_of(prior=prior, temperature=temperature)(x) - model_of(
-            temperature=temperature
-        )(x)
+        with_prior = Held.seeded(model_of(prior=prior, temperature=temperature))(x)
+        without = Held.seeded(model_of(temperature=temperature))(x)
+        shift = with_prior - without
         wanted = torch.tensor(prior, dtype=torch.float64).log() - math.log(1 / 3)
         assert torch.allclose(shift, wanted.expand_as(shift), atol=1e-9)
 
 
-def test_prior():
-    check_prior_shift()
+def test_a_classifier_without_a_slip_passes_as_a_twin():
+    """What makes the twins fail is the slip, not how they are made."""
+    test_temperature.check(slipped())
+    test_prior.check(slipped())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_held_seed_is_the_fixed_bank_of_that_seed(seed, dtype):
+    """Bit for bit what likelihoods measure with `NoiseBank.fixed`: the values of stored records."""
+    x = pixels().to(dtype)
+    model = classifier(prior=[0.5, 0.3, 0.2])
+    bank = NoiseBank(LEVELS, NoiseBank.fixed(LEVELS, SHAPE, 4, seed).noise.to(dtype))
+    evidence = likelihood.elbo(model.denoiser, units.to_model(x), bank)
+    assert torch.equal(Held.seeded(model, seed)(x), evidence + model.log_prior.to(dtype))
+    fresh = NoiseBank.fresh(LEVELS, SHAPE, 4, seeded(seed), 4)
+    own = NoiseBank(LEVELS, fresh.noise.to(dtype))
+    evidence = likelihood.elbo(model.denoiser, units.to_model(x), own)
+    assert torch.equal(Fresh(model, seeded(seed))(x), evidence + model.log_prior.to(dtype))
 
 
 def test_losses_can_be_reweighted_for_nothing():
     model = classifier()
     x = pixels()
-    assert torch.allclose(model.logits_of(model.losses(x)), model(x), rtol=1e-12)
-    assert tuple(model.losses(x).shape) == (4, 3, 24)
-    shared = model.losses(x) + torch.rand(
-        4, 1, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    drawn = draw(model, 4, 3)
+    losses = model.losses(x, drawn)
+    assert torch.allclose(model.logits_of(losses), model(x, drawn), rtol=1e-12)
+    assert tuple(losses.shape) == (4, 3, 24)
+    shared = losses + torch.rand(4, 1, 24, generator=seeded(), dtype=torch.float64)
     moved = torch.softmax(model.logits_of(shared), 1)
-    assert torch.allclose(moved, model.posterior(x), atol=1e-9), (
+    assert torch.allclose(moved, model.posterior(x, drawn), atol=1e-9), (
         "what the classes share does not matter"
     )
+    other = model.changed(weighting=noise.edm_weight, prior=[0.2, 0.2, 0.6], temperature=2.0)
+    assert torch.allclose(other.logits_of(losses), other(x, drawn), rtol=1e-12)
+
+
+def test_losses_come_level_by_level_too():
+    model = classifier()
+    x = pixels()
+    drawn = draw(model, 4, 3)
+    levels = list(model.losses_by_level(x, drawn))
+    assert [tuple(one.shape) for one in levels] == [(4, 3, 1)] * 24
+    assert torch.equal(torch.cat(levels, -1), model.losses(x, drawn))
+    for measured in (model.losses, model.losses_by_level):
+        with pytest.raises(ValueError, match="expected noise for 4 pictures"):
+            list(measured(x, draw(model, 3, 0)))
+        with pytest.raises(ValueError, match="divide by 255"):
+            list(measured(255 * x, drawn))
 
 
 def test_the_end_term_is_added_and_helps():
     law = data.gaussians()
     levels = noise.log_levels(0.002, 2.0, 128)
-    bank = NoiseBank.fixed(levels, SHAPE, 128, dtype=torch.float64)
-    antithetic = NoiseBank(levels, torch.cat([bank.noise, -bank.noise], 1))
     denoiser = MixtureDenoiser.of_law(law)
     moments = (denoiser.means.reshape(3, *SHAPE), 2 * denoiser.variances)
+    eps = BayesClassifier(denoiser, levels, 128).sample_noise(1, seeded())
+    antithetic = torch.cat([eps, -eps], 2)
     x = pixels("gaussians")
     truth = ExactClassifier(denoiser)(x).diff(dim=1)
-    with torch.no_grad():
-        off = [
-            float(
-                (BayesClassifier(denoiser, antithetic, moments=m)(x).diff(dim=1) - truth)
-                .abs()
-                .max()
-            )
-            for m in (None, moments)
-        ]
+    off = []
+    for given in (None, moments):
+        model = BayesClassifier(denoiser, levels, 256, moments=given)
+        with torch.no_grad():
+            off.append(float((model(x, antithetic).diff(dim=1) - truth).abs().max()))
     assert off[1] < 0.01 < 0.03 < off[0], off
 
 
@@ -138,9 +226,12 @@ def test_the_end_term_is_added_and_helps():
 # Gradients
 
 
-def check_gradient(
-    model, x, gradient_of=lambda model, x: torch.autograd.grad(model(x).select(1, 0).sum(), x)[0]
-):
+def plain_gradient(model, x):
+    """By autograd, of the logit of class 0."""
+    return torch.autograd.grad(model(x).select(1, 0).sum(), x)[0]
+
+
+def check_gradient(model, x, gradient_of=plain_gradient):
     """Autograd against central differences in float64, 1e-6 relative to the largest component."""
     x = x.clone().requires_grad_(True)
     got = gradient_of(model, x)
@@ -151,9 +242,8 @@ def check_gradient(
             push = torch.zeros_like(x).flatten(1)
             push[:, index] = step
             push = push.reshape(x.shape)
-            wanted.flatten(1)[:, index] = (model(x + push)[:, 0] - model(x - push)[:, 0]) / (
-                2 * step
-            )
+            rise = model(x + push)[:, 0] - model(x - push)[:, 0]
+            wanted.flatten(1)[:, index] = rise / (2 * step)
     assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-6
 
 
@@ -165,8 +255,34 @@ def through_softmax(model):
 @pytest.mark.parametrize("name", ["overlapping", "mixtures"])
 @pytest.mark.parametrize("make", [classifier, noised])
 def test_autograd_equals_finite_differences(name, make):
-    check_gradient(make(name), pixels(name))
-    check_gradient(through_softmax(make(name, chunk=17)), pixels(name))
+    check_gradient(Held.seeded(make(name)), pixels(name))
+    check_gradient(through_softmax(Held.seeded(make(name, chunk=17))), pixels(name))
+
+
+class Cut(MixtureDenoiser):
+    """A denoiser whose input is cut off from the picture."""
+
+    def estimate(self, x_sigma, sigma, classes):
+        return super().estimate(x_sigma.detach(), sigma, classes)
+
+
+def detached(model, x):
+    """A gradient through the target x0 alone: what a forward without gradients gives."""
+    law = data.PLANE_LAWS["mixtures"]()
+    whole = model.classifier
+    cut = BayesClassifier(Cut.of_law(law), whole.levels, whole.samples)
+    return plain_gradient(Held(cut, model.noise), x)
+
+
+@twins.rejected(
+    {
+        "input detached": dict(gradient_of=detached),
+        "pixels for model units": dict(gradient_of=twins.scaled(plain_gradient, 0.5)),
+    }
+)
+def test_the_gradient_of_a_mixture(gradient_of=plain_gradient):
+    """The gradient of a Bayes classifier against central differences."""
+    check_gradient(Held.seeded(classifier("mixtures")), pixels("mixtures"), gradient_of)
 
 
 @pytest.mark.parametrize("make", [classifier, noised])
@@ -174,7 +290,7 @@ def test_chunks_change_neither_logits_nor_gradient(make):
     results = []
     for chunk in (1 << 20, 50, 9):
         x = pixels("mixtures").requires_grad_(True)
-        logits = make("mixtures", chunk=chunk)(x)
+        logits = Held.seeded(make("mixtures", chunk=chunk))(x)
         results.append((logits.detach(), torch.autograd.grad(logits[:, 0].sum(), x)[0]))
     for other in results[1:]:
         for whole, parts in zip(results[0], other, strict=True):
@@ -182,11 +298,10 @@ def test_chunks_change_neither_logits_nor_gradient(make):
 
 
 def test_gradients_reach_the_network_too():
-    denoiser = network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1)
-    model = BayesClassifier(
-        denoiser, NoiseBank.fixed(noise.log_levels(0.1, 3, 4), (1, 8, 8)), chunk=8
-    )
-    model(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))[:, 0].sum().backward()
+    denoiser = small_network()
+    model = BayesClassifier(denoiser, noise.log_levels(0.1, 3, 4), chunk=8)
+    x = torch.rand(2, 1, 8, 8, generator=seeded())
+    model(x, draw(model, 2, 0))[:, 0].sum().backward()
     assert float(denoiser.network.leave[-1].weight.grad.abs().max()) > 0
 
 
@@ -198,9 +313,13 @@ def test_gradients_reach_the_network_too():
 def test_logits_do_not_depend_on_the_batch(make):
     model = make("mixtures")
     x = pixels("mixtures", 5)
-    every = model(x)
-    assert torch.allclose(torch.cat([model(one[None]) for one in x]), every, rtol=1e-12)
-    assert torch.allclose(model(x.flip(0)).flip(0), every, rtol=1e-12)
+    drawn = draw(model, 5, 2)
+    every = model(x, drawn)
+    alone = [model(x[i : i + 1], drawn[i : i + 1]) for i in range(5)]
+    assert torch.allclose(torch.cat(alone), every, rtol=1e-12)
+    assert torch.allclose(model(x.flip(0), drawn.flip(0)).flip(0), every, rtol=1e-12)
+    held = Held.seeded(model)
+    assert torch.allclose(torch.cat([held(one[None]) for one in x]), held(x), rtol=1e-12)
 
 
 def test_permuting_the_classes_permutes_the_logits():
@@ -209,31 +328,29 @@ def test_permuting_the_classes_permutes_the_logits():
     renamed = MixtureDenoiser(
         law.means[:, :, None, None], law.scales, law.weights, order[law.labels]
     )
-    bank = classifier("mixtures").bank
     x = pixels("mixtures")
     prior = torch.tensor([0.5, 0.3, 0.2])
-    moved = BayesClassifier(renamed, bank, prior=prior.tolist())(x)[:, order]
-    plain = BayesClassifier(MixtureDenoiser.of_law(law), bank, prior=prior[order].tolist())(x)
-    assert torch.allclose(moved, plain, atol=1e-9)
+    moved = BayesClassifier(renamed, LEVELS, 4, prior=prior.tolist())
+    plain = classifier("mixtures", prior=prior[order].tolist())
+    drawn = draw(plain, 4, 0)
+    assert torch.allclose(moved(x, drawn)[:, order], plain(x, drawn), atol=1e-9)
 
 
 def test_two_identical_classes_differ_by_exactly_nothing():
     means = torch.tensor([[0.3, 0.1], [0.3, 0.1], [-0.4, 0.2]], dtype=torch.float64)[
         :, :, None, None
     ]
-    twins = MixtureDenoiser(means, [0.1] * 3, [1.0] * 3, [0, 1, 2])
-    for bank in (classifier().bank, NoiseBank.fixed(LEVELS, SHAPE, 3, seed=8)):
-        x = pixels().to(bank.noise.dtype)
-        logits = BayesClassifier(twins, bank)(x)
-        assert torch.equal(logits[:, 0], logits[:, 1]) and not torch.equal(
-            logits[:, 0], logits[:, 2]
-        )
-        fresh = BayesClassifier(twins, bank).with_fresh_noise(torch.Generator().manual_seed(0))(x)
-        assert torch.equal(fresh[:, 0], fresh[:, 1])
+    same = MixtureDenoiser(means, [0.1] * 3, [1.0] * 3, [0, 1, 2])
+    model = BayesClassifier(same, LEVELS, 4)
+    for x in (pixels(), pixels().float()):
+        for own in (Held.seeded(model, 8), Fresh(model, seeded())):
+            logits = own(x)
+            assert torch.equal(logits[:, 0], logits[:, 1])
+            assert not torch.equal(logits[:, 0], logits[:, 2])
 
 
 def test_train_and_eval_are_one_function():
-    model = classifier()
+    model = Held.seeded(classifier())
     x = pixels()
     assert torch.equal(model.train()(x), model.eval()(x))
 
@@ -242,36 +359,36 @@ def test_train_and_eval_are_one_function():
 # Randomness as declared
 
 
-def test_the_fixed_bank_is_deterministic_and_touches_no_global_state():
-    model = classifier()
+def test_a_held_noise_is_deterministic_and_touches_no_global_state():
+    model = Held.seeded(classifier())
     x = pixels()
     before = torch.get_rng_state()
     assert model.deterministic and torch.equal(model(x), model(x))
     assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(model(x), Held.seeded(classifier(), 1)(x))
 
 
 def test_fresh_noise_differs_by_call_and_image_and_repeats_with_the_generator():
     model = classifier()
     x = pixels()[:1].expand(3, -1, -1, -1)
-    random = model.with_fresh_noise(torch.Generator().manual_seed(4))
+    random = Fresh(model, seeded(4))
     first = random(x)
     second = random(x)
-    again = model.with_fresh_noise(torch.Generator().manual_seed(4))(x)
-    assert not random.deterministic and model.deterministic, "the original stays deterministic"
+    again = Fresh(model, seeded(4))(x)
+    held = Held.seeded(model)
+    assert not model.deterministic and held.deterministic
     assert torch.equal(first, again) and not torch.equal(first, second)
-    assert not torch.equal(first[0], first[1]) and torch.equal(model(x)[0], model(x)[1])
-    assert "fresh noise" in repr(random) and "fixed noise" in repr(model)
+    assert not torch.equal(first[0], first[1]) and torch.equal(held(x)[0], held(x)[1])
+    assert "samples=4" in repr(model) and "elbo_weight" in repr(model)
 
 
 def test_fresh_noise_scatters_around_the_truth():
     """The mean of many random classifiers is the exact log-odds, within 4.5 standard errors plus the levels' cut."""
-    law = data.overlapping()
     x = pixels()[:1]
-    denoiser = MixtureDenoiser.of_law(law)
-    bank = NoiseBank.fixed(noise.log_levels(0.002, 100, 64), SHAPE, 1, dtype=torch.float64)
-    random = BayesClassifier(denoiser, bank).with_fresh_noise(torch.Generator().manual_seed(0))
+    denoiser = denoiser_of("overlapping")
+    model = BayesClassifier(denoiser, noise.log_levels(0.002, 100, 64))
     with torch.no_grad():
-        drawn = random(x.expand(400, -1, -1, -1))
+        drawn = Fresh(model, seeded())(x.expand(400, -1, -1, -1))
     odds = drawn.diff(dim=1)
     truth = ExactClassifier(denoiser)(x).diff(dim=1)
     assert bool(((odds.mean(0) - truth).abs() < 4.5 * odds.std(0) / 20 + 1e-3).all())
@@ -279,25 +396,77 @@ def test_fresh_noise_scatters_around_the_truth():
 
 def test_the_noised_classifier_draws_its_own_noise_for_each_vote():
     x = pixels()[:1].expand(3, -1, -1, -1)
-    random = noised().with_fresh_noise(torch.Generator().manual_seed(1))
-    logits = random(x)
-    assert not torch.equal(logits[0], logits[1]) and not random.deterministic
-    assert torch.equal(noised().with_fresh_noise(torch.Generator().manual_seed(1))(x), logits)
-    assert torch.equal(noised()(x)[0], noised()(x)[1]) and noised().deterministic
+    model = noised()
+    logits = Fresh(model, seeded(1))(x)
+    assert not torch.equal(logits[0], logits[1]) and not model.deterministic
+    assert torch.equal(Fresh(noised(), seeded(1))(x), logits)
+    held = Held.seeded(model)
+    assert torch.equal(held(x)[0], held(x)[1]) and held.deterministic
 
 
 def test_the_noised_classifier_is_bayes_rule_on_noised_points():
-    law = data.gaussians()
-    generator = torch.Generator().manual_seed(2)
+    denoiser = denoiser_of("gaussians")
     x = pixels("gaussians", 60)
-    x_tau = x + 0.2 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    model = NoisedBayesClassifier(
-        MixtureDenoiser.of_law(law), 0.2, levels=48, high=50.0, samples=48, prior=[0.2, 0.3, 0.5]
-    )
-    truth = ExactClassifier(MixtureDenoiser.of_law(law), [0.2, 0.3, 0.5], sigma_pixel=0.2)
+    x_tau = x + 0.2 * torch.randn(x.shape, generator=seeded(2), dtype=torch.float64)
+    prior = [0.2, 0.3, 0.5]
+    model = NoisedBayesClassifier(denoiser, 0.2, levels=48, high=50.0, samples=48, prior=prior)
+    truth = ExactClassifier(denoiser, prior, sigma_pixel=0.2)
     with torch.no_grad():
-        off = torch.softmax(model(x_tau.float()), 1) - torch.softmax(truth(x_tau), 1)
+        found = torch.softmax(Held.seeded(model)(x_tau.float()), 1)
+        off = found - torch.softmax(truth(x_tau), 1)
     assert float(off.abs().sum(1).mean() / 2) < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it declares
+
+
+def test_at_levels_spreads_others_between_the_same_ends():
+    model = classifier(prior=[0.5, 0.3, 0.2], temperature=2.0, weighting=noise.edm_weight)
+    assert model.level_counts == (12, 48) and model.calls == 24 * 4 * 3
+    for count in model.level_counts:
+        other = model.at_levels(count)
+        wanted = noise.log_levels(0.02, 20, count)
+        assert torch.allclose(other.levels.sigma, wanted.sigma, rtol=1e-12)
+        assert other.calls == count * 4 * 3
+        assert (other.temperature, other.weighting, other.samples) == (2.0, noise.edm_weight, 4)
+        assert torch.allclose(other.log_prior, model.log_prior, atol=1e-12)
+    thin = noised(prior=[0.5, 0.3, 0.2]).at_levels(4)
+    assert len(thin.levels) == 4 and thin.calls == 4 * 4 * 3 and thin.sigma_pixel == 0.2
+    for own in (model, noised()):
+        with pytest.raises(ValueError, match=r"offers, one of \(\d+, \d+\), got 7"):
+            own.at_levels(7)
+    with pytest.raises(ValueError, match="ExactClassifier has no noise levels"):
+        ExactClassifier(denoiser_of("overlapping")).at_levels(2)
+    assert BayesClassifier(small_network(), LEVELS).calls == 24, "one call answers for all classes"
+
+
+def test_a_single_level_can_only_be_doubled():
+    assert classifier().changed(levels=noise.log_levels(0.1, 1.0, 1)).level_counts == (2,)
+
+
+def test_routes_are_uniform_weights_and_the_telescoped_gradient():
+    x = pixels()
+    model = classifier()
+    drawn = draw(model, 4, 0)
+    routes = model.routes()
+    assert set(routes) == {"uniform weights", "the telescoped gradient"}
+    uniform = model.changed(weighting=noise.unit_weight)
+    assert torch.equal(routes["uniform weights"](x, drawn), uniform(x, drawn))
+    assert set(uniform.routes()) == set(), "its own route is none"
+    assert set(model.changed(weighting=noise.edm_weight).routes()) == {"uniform weights"}
+    leaf = x.clone().requires_grad_()
+    logits = routes["the telescoped gradient"](leaf, drawn)
+    slope = torch.autograd.grad(logits[:, 1].sum(), leaf)[0]
+    eps = torch.randn((8, 1, *SHAPE), generator=seeded())
+    wanted = likelihood.telescoped_gradient(model.denoiser, units.to_model(x), 0.02, 20.0, eps)
+    assert torch.equal(logits.detach(), model(x, drawn))
+    assert torch.allclose(slope, 2 * wanted[:, 1], rtol=1e-9)
+
+
+def test_only_the_gradient_of_an_elbo_telescopes():
+    with pytest.raises(ValueError, match="expected a classifier with ELBO weights.*got edm_weight"):
+        telescoped(classifier(weighting=noise.edm_weight), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,14 +504,20 @@ def test_impossible_priors_get_a_sentence(prior, sentence):
     ],
 )
 def test_wrong_images_get_a_sentence(change, error, sentence):
-    models = [classifier(), ExactClassifier(MixtureDenoiser.of_law(data.overlapping()))]
+    model = classifier()
+    asked = [
+        lambda x: model(x, draw(model, 4, 0)),
+        Held.seeded(model),
+        Fresh(model, seeded()),
+        ExactClassifier(denoiser_of("overlapping")),
+    ]
     x = (
         0.99 * pixels() / pixels().max()
     )  # spread over [0,1], so that each mistake looks like itself
     x[0, 0] = 0.01
-    for model in models:
+    for ask in asked:
         with pytest.raises(error, match=sentence):
-            model(change(x))
+            ask(change(x))
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.nan])
@@ -351,21 +526,38 @@ def test_impossible_temperatures_get_a_sentence(temperature):
         classifier(temperature=temperature)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda denoiser: BayesClassifier(denoiser, LEVELS, 0),
+        lambda denoiser: NoisedBayesClassifier(denoiser, 0.2, samples=0),
+    ],
+)
+def test_a_level_needs_a_sample(make):
+    with pytest.raises(ValueError, match="expected at least one noise sample a level, got 0"):
+        make(denoiser_of("overlapping"))
+
+
 def test_parts_that_do_not_fit_get_a_sentence():
-    denoiser = MixtureDenoiser.of_law(data.overlapping())
+    denoiser = denoiser_of("overlapping")
+    model = classifier()
+    digits = BayesClassifier(small_network(), LEVELS, 4)
     with pytest.raises(
-        ValueError, match=r"expected a noise bank for images \[2, 1, 1\], got \[1, 8, 8\]"
+        ValueError,
+        match=r"expected noise of shape \[B,24,4,2,1,1\] for BayesClassifier, got \[B,24,4,1,8,8\]",
     ):
-        BayesClassifier(denoiser, NoiseBank.fixed(LEVELS, (1, 8, 8)))
+        model(pixels(), draw(digits, 4, 0))
+    with pytest.raises(ValueError, match=r"got \(\); draw it with classifier.sample_noise"):
+        model(pixels())
+    with pytest.raises(ValueError, match=r"expected noise of shape \(\) for ExactClassifier"):
+        ExactClassifier(denoiser)(pixels(), draw(model, 4, 0))
     with pytest.raises(
         TypeError, match="expected a denoiser with a closed-form density, got MultiHeadDenoiser"
     ):
-        ExactClassifier(
-            network.build("MultiHeadDenoiser", "DigitNet", 3, (1, 8, 8), width=16, blocks=1)
-        )
+        ExactClassifier(small_network())
     with pytest.raises(ValueError, match="expected a finite noise level sigma_pixel > 0, got 0"):
         NoisedBayesClassifier(denoiser, 0.0)
     with pytest.raises(ValueError, match="expected 0 < sigma_tau < high"):
         NoisedBayesClassifier(denoiser, 3.0)
     with pytest.raises(ValueError, match="expected finite images"):
-        noised()(pixels() * math.nan)
+        Held.seeded(noised())(pixels() * math.nan)

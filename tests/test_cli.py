@@ -6,19 +6,34 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from diffclass import __version__, cli, data, noise
+from diffclass.classifiers.base import Held
 from diffclass.data import cifar
 from diffclass.denoisers import network
 from diffclass.evaluation import accuracies
 from diffclass.storage import assets, results
-from diffclass.training import loop, trainers
+from diffclass.training import loop, recipes
 from diffclass.zoo import networks
 from typer.testing import CliRunner
 
+COMMANDS = (
+    "lab",
+    "doctor",
+    "download",
+    "convert",
+    "train",
+    "classify",
+    "sample",
+    "evaluate",
+    "verify",
+    "list",
+    "audit",
+    "readme",
+)
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)
 
 
@@ -34,10 +49,9 @@ def network_folder(tmp_path_factory, small_digits):
     """Both networks with their first weights, in one folder with its checksums."""
     folder = tmp_path_factory.mktemp("networks")
     for name in networks.MODELS["digits"].values():
-        denoiser = network.build(trainers.RECIPES[name].kind, "DigitNet", 10, (1, 8, 8), seed=1)
-        network.save_denoiser(
-            denoiser, folder / name, dict(accuracy=ACCURACY) if name == networks.STUDENT else {}
-        )
+        denoiser = recipes.RECIPES[name].build(recipes.Beginning((1, 8, 8), 10, seed=1))
+        card = dict(accuracy=ACCURACY) if name == networks.STUDENT else {}
+        network.save_denoiser(denoiser, folder / name, card)
     assets.record(list(networks.MODELS["digits"].values()), folder)
     return folder
 
@@ -96,25 +110,19 @@ def test_help_and_version_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    words = (
-        "lab",
-        "doctor",
-        "download",
-        "convert",
-        "train",
-        "classify",
-        "sample",
-        "evaluate",
-        "Exit codes",
-        "130",
-    )
+    words = (*COMMANDS, "Exit codes", "130")
     assert all(word in done.stdout for word in words)
     assert run("--version").stdout == f"diffclass {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "name", ["lab", "doctor", "download", "convert", "train", "classify", "sample", "evaluate"]
-)
+def test_every_command_is_tested_here():
+    registered = {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands
+    }
+    assert registered == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_names_the_exit_codes(name):
     done = run(name, "--help")
     assert done.exit_code == 0 and " ".join(cli.EXIT_CODES.split()) in " ".join(done.stdout.split())
@@ -220,7 +228,7 @@ def test_download_of_what_is_there_verifies_it(folder, monkeypatch):
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_unknown_names_exit_2_with_one_sentence(folder, arguments, words, as_json):
-    done = run(*["--json"] * as_json, *arguments)
+    done = run(*(["--json"] if as_json else []), *arguments)
     assert done.exit_code == 2 and one_sentence(done, *words)
     if not as_json:
         assert done.stdout == ""
@@ -378,7 +386,9 @@ def test_interrupted_training_keeps_its_checkpoint_and_resumes(
     folder, tmp_path, interrupt, as_json
 ):
     """Ctrl-C during the second step of four: the step is finished, and the resumed run equals an unbroken one."""
-    command = [*["--json"] * as_json, "train", "digits", "--steps", 4, "--teacher-only", "--out"]
+    command = ["train", "digits", "--steps", 4, "--teacher-only", "--out"]
+    if as_json:
+        command.insert(0, "--json")
     assert run(*command, tmp_path / "unbroken").exit_code == 0
     before = signal.getsignal(signal.SIGINT)
     begun = interrupt()
@@ -566,11 +576,10 @@ def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(
     (got,) = document(done)["records"]
     denoiser = networks.load_digits_denoiser()
     classifier = networks.digit_classifier(
-        denoiser, noise.log_levels(0.1, 3.0, 4), seed=3, weighting=noise.edm_weight
+        denoiser, noise.log_levels(0.1, 3.0, 4), weighting=noise.edm_weight
     )
-    wanted = accuracies.accuracy(
-        classifier, small_digits.test_images[:10], small_digits.test_labels[:10]
-    )
+    held = Held.seeded(classifier, 3)
+    wanted = accuracies.accuracy(held, small_digits.test_images[:10], small_digits.test_labels[:10])
     assert (
         done.exit_code == 0
         and got["value"] == wanted / 10
@@ -581,8 +590,25 @@ def test_evaluate_digits_agrees_with_the_classifier_and_appends_a_record(
     assert got["settings"]["weighting"] == "EDM" and got["settings"]["levels"] == 4
     (written,) = results.read(file)
     assert written.value == got["value"] and written.settings == got["settings"]
+    assert got == {**asdict(written), "what": written.what}
+    assert (got["metric"], got["world"], got["classifier"]) == ("accuracy", "digits", "dc")
     run("evaluate", "--limit", 2, "--levels", 2, "--model", "teacher", "--record", file)
     assert len(results.read(file)) == 2
+
+
+def test_stored_losses_report_every_weighting_and_are_not_measured_twice(folder, tmp_path):
+    command = ("--json", "evaluate", "--limit", 3, "--levels", 2, "--store", tmp_path / "losses")
+    done = run(*command)
+    records = document(done)["records"]
+    weightings = [record["settings"]["weighting"] for record in records]
+    assert done.exit_code == 0 and weightings == list(noise.WEIGHTINGS)
+    assert {record["n"] for record in records} == {3} and "3/3" in done.stderr
+    (file,) = (tmp_path / "losses").glob("losses-*.jsonl")
+    before = file.read_bytes()
+    again = run(*command)
+    assert again.exit_code == 0 and file.read_bytes() == before
+    values = [record["value"] for record in records]
+    assert [record["value"] for record in document(again)["records"]] == values
 
 
 def test_evaluate_the_plane_next_to_the_optimum(folder):

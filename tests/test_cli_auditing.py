@@ -1,34 +1,45 @@
 """`diffclass audit`: a light for every row as it is made, exit code 1 for a red one, stored runs audited by name."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffclass import cli, zoo
 from diffclass.audit import planted
-from diffclass.evaluation import claims, robustness
+from diffclass.data import worlds
+from diffclass.evaluation import claims, runs
 from diffclass.evaluation.protocols import Attack, Protocol
 from typer.testing import CliRunner
 
-KINDS = {"honest": planted.Honest, "quantised": planted.Quantised, "cnn": planted.Honest}
+KINDS = {
+    "honest": planted.Honest,
+    "quantised": planted.Quantised,
+    "noisy": planted.Noisy,
+    "cnn": planted.Honest,
+}
 CHEAP = ["--only", "1,3,4,5,8,25", "--images", "8"]
+
+
+def world_of(name):
+    """The world of the planted classifiers."""
+    budgets = {"linf": planted.EPSILON, "l2": 0.5}
+    return SimpleNamespace(name=name, test=planted.images, budget=budgets.get)
 
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """The zoo holds planted classifiers: networks are not what is tested here."""
 
-    def defence(world, name, *, seed=0, fresh=None):
-        if name not in KINDS or fresh is not None and KINDS[name] is planted.Honest:
+    def classifier(world, name):
+        if name not in KINDS:
             raise ValueError(f"expected one of {list(KINDS)}, got {name!r}.")
-        return KINDS[name]()
+        return KINDS[name]().eval()
 
-    monkeypatch.setattr(zoo, "defence", defence)
-    monkeypatch.setattr(zoo, "NAMES", {"digits": tuple(KINDS)})
-    monkeypatch.setattr(zoo, "images", lambda world, limit, seed: planted.images(limit, seed))
-    monkeypatch.setattr(
-        zoo, "budget", lambda world, norm: planted.EPSILON if norm == "linf" else 0.5
-    )
+    monkeypatch.setattr(zoo, "classifier", classifier)
+    monkeypatch.setattr(zoo, "names", lambda world: tuple(KINDS))
+    monkeypatch.setattr(worlds, "world_of", world_of)
 
 
 def run(*arguments):
@@ -38,10 +49,13 @@ def run(*arguments):
     return done
 
 
-def test_an_honest_defence_with_a_statement_passes():
+def test_an_honest_classifier_with_a_statement_passes():
     done = run("honest", "--images", 32, "--statement", planted.STATEMENT)
     assert done.exit_code == 0, done.output
     rows = [line for line in done.stdout.splitlines() if line.startswith(("green", "amber", "red"))]
+    first, *_ = done.stdout.splitlines()
+    assert first.startswith("36 checks of honest on 32 images of digits: at most about ")
+    assert first.endswith(" classifier calls (network calls in each: up to 1).")
     assert (
         len(rows) == 36
         and rows[0].startswith("green   1 one_function")
@@ -64,19 +78,24 @@ def test_without_a_statement_nothing_is_called_robust():
     assert red.startswith("red    25 adaptive_statement")
 
 
-def test_a_masked_defence_is_red_where_its_fault_is():
+def test_a_masked_classifier_is_red_where_its_fault_is():
     done = run("quantised", *CHEAP, "--statement", planted.STATEMENT, "--json")
-    found = json.loads(done.stdout)
-    assert done.exit_code == 1 and found["ok"] is False
-    assert [row["number"] for row in found["checks"] if row["light"] == "red"] == [3]
-    assert "8 of 8 images have a zero or non-finite gradient" in found["checks"][1]["evidence"]
+    document = json.loads(done.stdout)
+    assert done.exit_code == 1 and document["ok"] is False
+    assert [row["number"] for row in document["checks"] if row["light"] == "red"] == [3]
+    assert "8 of 8 images have a zero or non-finite gradient" in document["checks"][1]["evidence"]
 
 
 def test_json_is_one_document_with_every_row():
-    found = json.loads(run("honest", *CHEAP, "--norm", "l2", "--seed", 3, "--json").stdout)
-    assert [row["number"] for row in found["checks"]] == [1, 3, 4, 5, 8, 25]
-    assert (found["norm"], found["epsilon"], found["images"], found["seed"]) == ("l2", 0.5, 8, 3)
-    assert set(found["checks"][0]) == {
+    document = json.loads(run("honest", *CHEAP, "--norm", "l2", "--seed", 3, "--json").stdout)
+    assert [row["number"] for row in document["checks"]] == [1, 3, 4, 5, 8, 25]
+    assert (document["norm"], document["epsilon"], document["images"], document["seed"]) == (
+        "l2",
+        0.5,
+        8,
+        3,
+    )
+    assert set(document["checks"][0]) == {
         "number",
         "name",
         "group",
@@ -86,26 +105,54 @@ def test_json_is_one_document_with_every_row():
         "picture",
         "seconds",
     }
-    assert found["lights"] == {"green": 5, "red": 1, "amber": 0}
+    assert document["lights"] == {"green": 5, "red": 1, "amber": 0}
+    assert (document["command"], document["classifier"]) == ("audit", "honest")
+    assert document["attack"] == "apgd" and document["held"] is True and document["calls"] > 500
+
+
+def test_the_attack_is_chosen_by_name(monkeypatch):
+    document = json.loads(
+        run("honest", "--only", "10,11", "--images", 8, "--attack", "PGD", "--json").stdout
+    )
+    assert document["attack"] == "PGD"
+    asked = []
+    entry = zoo.attack("pgd")
+
+    def watched(*arguments, **options):
+        asked.append(options["steps"])
+        return entry.run(*arguments, **options)
+
+    monkeypatch.setattr(zoo, "attack", lambda name: replace(entry, run=watched))
+    run("honest", "--only", "6", "--images", 8, "--attack", "pgd", "--steps", 3, "--starts", 1)
+    assert asked == [3]
+
+
+def test_a_random_classifier_is_held_unless_new_noise_is_asked_for():
+    held = json.loads(run("noisy", "--only", "5,18,20", "--json").stdout)
+    fresh = json.loads(run("noisy", "--only", "5,18,20", "--fresh", "--draws", 2, "--json").stdout)
+    assert [row["light"] for row in held["checks"]] == ["green", "green", "amber"]
+    assert [row["light"] for row in fresh["checks"]] == ["green", "red", "red"]
+    assert "with the noise held, as it is claimed" in held["checks"][1]["evidence"]
+    assert (held["held"], fresh["held"]) == (True, False)
+    assert held["calls"] < fresh["calls"]
 
 
 @pytest.fixture
 def stored(tmp_path):
     """A finished run on 40 images, in a folder."""
     x, y = planted.images(40)
-    attack = Attack("margin", 10, restarts=4)
-    protocol = Protocol("paper", "honest", "linf", 0.15, (attack,), "this test")
-    own = dict(world="digits", defence="honest", checkpoints={}, version="1")
-    list(robustness.run(planted.Honest(), x, y, protocol, tmp_path, own))
-    claims.keep(tmp_path, claims.records(robustness.read(tmp_path)))
+    protocol = Protocol("honest", "linf", 0.15, (Attack("margin", 10, restarts=4),))
+    own = dict(world="digits", classifier="honest", checkpoints={}, version="1")
+    list(runs.run(planted.Honest().eval(), x, y, protocol, tmp_path, own))
+    claims.keep(tmp_path, claims.records_of(runs.read(tmp_path)))
     return tmp_path
 
 
 def test_a_stored_run_brings_its_budget_images_and_perturbations(stored):
     done = run("honest", "--records", stored, "--only", "6,22,32,33,34,35,36", "--json")
-    found = json.loads(done.stdout)
-    assert (found["images"], found["epsilon"]) == (40, 0.15)
-    assert [row["light"] for row in found["checks"]] == [
+    document = json.loads(done.stdout)
+    assert (document["images"], document["epsilon"]) == (40, 0.15)
+    assert [row["light"] for row in document["checks"]] == [
         "green",
         "green",
         "amber",
@@ -114,7 +161,12 @@ def test_a_stored_run_brings_its_budget_images_and_perturbations(stored):
         "green",
         "green",
     ]
-    assert "fewest images are 40" in found["checks"][2]["evidence"]
+    assert "fewest images are 40" in document["checks"][2]["evidence"]
+    document = json.loads(
+        run("honest", "--records", stored, "--images", 20, "--only", "6,22,36", "--json").stdout
+    )
+    assert document["images"] == 20
+    assert [row["light"] for row in document["checks"]] == ["green"] * 3
 
 
 def test_a_reported_number_that_the_rows_do_not_bear_out_is_red(stored):
@@ -123,10 +175,11 @@ def test_a_reported_number_that_the_rows_do_not_bear_out_is_red(stored):
     path.write_text(
         "".join(json.dumps({**row, "value": 1.0, "low": 0.9, "high": 1.0}) + "\n" for row in rows)
     )
-    found = json.loads(run("honest", "--records", stored, "--only", "32,34", "--json").stdout)
-    assert [row["light"] for row in found["checks"]] == ["red", "red"] and "reported 100.0%" in str(
-        found["checks"]
-    )
+    document = json.loads(run("honest", "--records", stored, "--only", "32,34", "--json").stdout)
+    assert [row["light"] for row in document["checks"]] == [
+        "red",
+        "red",
+    ] and "reported 100.0%" in str(document["checks"])
 
 
 def test_a_run_that_is_not_finished_is_refused(stored):
@@ -141,12 +194,15 @@ def test_a_run_that_is_not_finished_is_refused(stored):
     )
 
 
-def test_perturbations_of_another_defence_are_refused(stored):
+def test_perturbations_of_another_classifier_or_world_are_refused(stored):
     done = run("quantised", "--records", stored)
     assert (
         done.exit_code == 2
         and "expected perturbations of quantised, got those of honest." in done.stderr
     )
+    done = run("honest", "--world", "cifar10", "--records", stored)
+    assert done.exit_code == 2
+    assert "expected perturbations of images of cifar10, got those of digits" in done.stderr
 
 
 def test_tampered_perturbations_are_red(stored):
@@ -154,16 +210,17 @@ def test_tampered_perturbations_are_red(stored):
 
     path = stored / "deltas-0.safetensors"
     save_file({"deltas": torch.zeros_like(load_file(path)["deltas"])}, path)
-    found = json.loads(run("honest", "--records", stored, "--only", "36", "--json").stdout)
+    document = json.loads(run("honest", "--records", stored, "--only", "36", "--json").stdout)
     assert (
-        found["checks"][0]["light"] == "red" and "100.0% survive" in found["checks"][0]["evidence"]
+        document["checks"][0]["light"] == "red"
+        and "100.0% survive" in document["checks"][0]["evidence"]
     )
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["nobody"], "expected one of ['honest', 'quantised', 'cnn'], got 'nobody'."),
+        (["nobody"], "expected one of ['honest', 'quantised', 'noisy', 'cnn'], got 'nobody'."),
         (["honest", "--epsilon", "8"], "did you mean 8/255?"),
         (
             ["honest", "--only", "1,x"],
@@ -171,6 +228,9 @@ def test_tampered_perturbations_are_red(stored):
         ),
         (["honest", "--only", "37"], "expected checks from 1 to 36, got [37]."),
         (["honest", "--records", "nowhere"], "expected the results of an attack in nowhere"),
+        (["honest", "--fresh"], "expected no --fresh for honest, which draws no noise."),
+        (["noisy", "--draws", "3"], "expected one draw of noise that is held, got draws=3"),
+        (["honest", "--attack", "nothing"], "expected the attack"),
     ],
 )
 def test_input_that_cannot_be_meant_gets_a_sentence(arguments, sentence):

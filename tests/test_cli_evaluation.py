@@ -1,19 +1,23 @@
-"""`diffclass evaluate --attack` and `diffclass verify`: stored, resumed, refused, and found out when tampered with."""
+"""`diffclass evaluate` of classifiers by name, `verify` and `list`: stored, resumed, refused, and wrong when tampered with."""
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from diffclass import cli, data, zoo
+from diffclass.attacks import search
 from diffclass.classifiers import cnn
-from diffclass.evaluation import protocols, robustness
+from diffclass.classifiers.base import Held
+from diffclass.data.worlds import world_of
+from diffclass.evaluation import accuracies, protocols, runs
 from diffclass.storage import assets, results
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 CNN = "digits-cnn.safetensors"
-TRAINED = ("--world", "digits", "--defence", "cnn", "--limit", 6)
+TRAINED = ("--world", "digits", "--classifier", "cnn", "--limit", 6)
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +86,26 @@ def test_an_attack_is_stored_recorded_and_verified(weights, tmp_path):
     )
     content = json.loads(done.stdout)
     clean, bound, *alone = content["records"]
+    protocol = protocols.paper("madry", "l2", 0.05)
     assert done.exit_code == 0 and "6/6" in done.stderr
-    assert (
-        "paper protocol, l2 0.05" in bound["what"]
-        and "upper bound" in bound["what"]
-        and len(alone) == 1
-    )
-    assert bound["settings"]["chosen"] == repr(protocols.paper("cnn", "l2", 0.05))
-    assert (
-        bound["checkpoint"] == results.sha256_of(weights / CNN)
-        and 0 < bound["value"] <= clean["value"]
-    )
-    assert [r.what for r in results.read(file)] == [
-        r.what for r in results.read(store / "records.jsonl")
-    ]
-    assert robustness.read(store).finished == 6
+    assert "upper bound" in bound["what"] and "under paper-madry-1, l2 0.05" in bound["what"]
+    assert (clean["attack"], bound["attack"], bound["part"]) == (None, protocol.key, None)
+    assert len(alone) == len(protocol.attacks) == 1
+    assert alone[0]["part"].startswith(f"{protocol.attacks[0]}, on the 5 not yet fooled")
+    assert bound["settings"]["protocol"] == protocol.as_json()
+    assert (bound["world"], bound["classifier"]) == ("digits", "cnn")
+    assert bound["checkpoint"] == results.sha256_of(weights / CNN)
+    assert 0 < bound["value"] <= clean["value"]
+    listed = results.read(store / "records.jsonl")
+    assert results.read(file) == listed
+    assert content["records"] == [{**asdict(record), "what": record.what} for record in listed]
+    assert runs.read(store).finished == 6
     done = run("--json", "verify", store)
-    content = json.loads(done.stdout)
+    again = json.loads(done.stdout)
     assert (
-        done.exit_code == 0
-        and content["stands"]
-        and content["images"] == 6
-        and content["faults"] == []
+        done.exit_code == 0 and again["stands"] and again["images"] == 6 and again["faults"] == []
     )
+    assert again["records"] == content["records"]
     done = run("verify", store)
     assert (
         done.exit_code == 0
@@ -117,7 +118,7 @@ def test_the_budget_of_the_world_is_the_default_and_a_run_resumes(store):
     before = {
         path.name: path.read_bytes() for path in store.glob("*s*") if path.name != "records.jsonl"
     }
-    assert robustness.read(store).protocol.epsilon == zoo.budget("digits", "linf")
+    assert runs.read(store).protocol.epsilon == world_of("digits").budget("linf")
     shutil.copy(store / "rows.jsonl", store / "whole")
     (store / "records.jsonl").unlink()
     done = run("evaluate", "--attack", "paper", *TRAINED, "--store", store)
@@ -131,7 +132,7 @@ def test_the_plane_is_attacked_without_weights(tmp_path):
         "evaluate",
         "--attack",
         "honest",
-        "--defence",
+        "--classifier",
         "DC",
         *options,
         tmp_path / "run",
@@ -177,7 +178,7 @@ def test_other_weights_exit_1(store, weights):
 
 
 def test_what_cannot_be_verified_gets_a_sentence(store, tmp_path):
-    assert "found no settings.json" in sentence(run("verify", tmp_path / "nothing"))
+    assert "got no settings.json" in sentence(run("verify", tmp_path / "nothing"))
     (store / "records.jsonl").unlink()
     assert "expected records in" in sentence(run("verify", store))
 
@@ -188,23 +189,189 @@ def test_bad_input_gets_a_sentence(weights, tmp_path, store):
     assert "expected --store FOLDER with --attack" in sentence(run(*attack))
     assert "did you mean 8/255" in sentence(run(*attack, *new, "--epsilon", 8))
     assert "the norm" in sentence(run(*attack, *new, "--norm", "l1"))
-    assert "the attack" in sentence(run("evaluate", "--attack", "pgd", *TRAINED, *new))
-    assert "the defence of digits" in sentence(run(*attack, *new, "--defence", "gan"))
-    assert "got 'vote'" in sentence(
-        run(
-            "evaluate",
-            "--attack",
-            "paper",
-            "--world",
-            "plane:moons",
-            "--limit",
-            2,
-            "--defence",
-            "vote",
-            *new,
-        )
+    assert (
+        "expected the attack to be one of 'paper', 'honest', 'pgd', 'apgd', got 'fab'"
+        in sentence(run("evaluate", "--attack", "fab", *TRAINED, *new))
     )
-    assert "--method adversarial" in sentence(run(*attack, *new, "--defence", "adversarial"))
-    assert "the defence's name decides" in sentence(run(*attack, *new, "--levels", 4))
+    assert "the classifier of digits" in sentence(run(*attack, *new, "--classifier", "gan"))
+    plane = ("--world", "plane:moons", "--limit", 2)
+    assert "got 'cnn'" in sentence(
+        run("evaluate", "--attack", "paper", *plane, "--classifier", "cnn", *new)
+    )
+    assert "--method adversarial" in sentence(run(*attack, *new, "--classifier", "adversarial"))
+    assert "the classifier as it is named" in sentence(run(*attack, *new, "--levels", 4))
+    assert "clean test images are attacked" in sentence(
+        run(*attack, *new, "--world", "digits:noise-3")
+    )
     assert "'seed'] differ" in sentence(run(*attack, "--store", store, "--seed", 1))
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One attack by name
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd"])
+def test_one_attack_by_name_is_stored_recorded_and_verified(weights, tmp_path, name):
+    store = tmp_path / "run"
+    options = ("--attack", name.upper(), "--steps", 3, "--store", store)
+    done = run("--json", "evaluate", *options, *TRAINED)
+    assert done.exit_code == 0, done.output
+    clean, bound, alone = json.loads(done.stdout)["records"]
+    step = {"pgd": 2.5 / 3, "apgd": None}[name]
+    attack = protocols.Attack("margin", 3, name, fresh=False, step=step)
+    assert runs.read(store).protocol == protocols.single(attack, "linf", 0.1)
+    assert bound["attack"] == alone["attack"] == "single-1"
+    assert f"only {name} margin 3, exact, held noise" in alone["what"]
+    assert bound["value"] * 6 == pytest.approx(alone["value"] * alone["n"])
+    assert bound["value"] < clean["value"] == alone["n"] / 6
+    assert run("verify", store).exit_code == 0
+
+
+def test_one_attack_averages_the_draws_that_a_random_classifier_declares(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo.classifier("plane:moons", "dc").__class__, "eot", 3)
+    options = ("--world", "plane:moons", "--limit", 1, "--attack", "pgd", "--steps", 1)
+    assert run("evaluate", *options, "--store", tmp_path / "run").exit_code == 0
+    (attack,) = runs.read(tmp_path / "run").protocol.attacks
+    assert (attack.draws, attack.fresh, attack.steps, attack.step) == (3, True, 1, 2.5)
+
+
+def test_an_attack_that_is_added_to_the_table_is_a_name_of_the_command(
+    weights, tmp_path, monkeypatch
+):
+    from diffclass.zoo import attacks
+
+    begun = []
+
+    def nothing(classifier, x, y, epsilon, *, noise, **options):
+        begun.append(options["steps"])
+        yield from search.pgd(classifier, x, y, 0.0, noise=noise, steps=1)
+
+    monkeypatch.setattr(attacks, "ENTRIES", dict(attacks.ENTRIES))
+    attacks.register(
+        attacks.AttackEntry("nothing", nothing, "gradient", ("linf",), "a test", "Moves nothing.")
+    )
+    options = (*TRAINED, "--store", tmp_path / "run", "--attack", "nothing")
+    assert "expected a norm of linf for the attack nothing, got 'l2'" in sentence(
+        run("evaluate", *options, "--norm", "l2")
+    )
+    done = run("--json", "evaluate", *options)
+    clean, bound, _ = json.loads(done.stdout)["records"]
+    assert done.exit_code == 0 and begun == [100] and bound["value"] == clean["value"]
+
+
+def test_a_hundred_steps_of_pgd_are_a_tenth_of_the_budget_each(weights, tmp_path):
+    options = (*TRAINED, "--limit", 1, "--store", tmp_path / "run", "--attack", "pgd")
+    assert run("evaluate", *options).exit_code == 0
+    (attack,) = runs.read(tmp_path / "run").protocol.attacks
+    assert (attack.steps, attack.step, attack.draws, attack.fresh) == (100, 0.1, 1, False)
+
+
+def test_steps_are_those_of_one_attack_alone(weights, tmp_path):
+    new = ("--store", tmp_path / "new", "--steps", 3)
+    for name in ("paper", "honest"):
+        assert f"expected no --steps with --attack {name}, which decides them" in sentence(
+            run("evaluate", "--attack", name, *TRAINED, *new)
+        )
+    assert "expected --steps only with --attack" in sentence(run("evaluate", *TRAINED, *new))
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A classifier by name, on clean images
+
+
+def test_a_named_classifier_is_measured_on_clean_images(weights, tmp_path):
+    file = tmp_path / "all.jsonl"
+    options = ("--world", "digits", "--classifier", "CNN", "--limit", 40, "--record", file)
+    done = run("--json", "evaluate", *options)
+    (record,) = json.loads(done.stdout)["records"]
+    images, labels = world_of("digits").test(40)
+    correct = accuracies.accuracy(zoo.classifier("digits", "cnn"), images, labels)
+    assert done.exit_code == 0 and "40/40" in done.stderr
+    assert (record["value"], record["n"]) == (correct / 40, 40)
+    assert (record["classifier"], record["attack"]) == ("cnn", None)
+    assert record["checkpoint"] == results.sha256_of(weights / CNN)
+    assert record["what"] == "accuracy of cnn on 40 images of digits"
+    (written,) = results.read(file)
+    assert record == {**asdict(written), "what": written.what}
+
+
+def test_a_random_classifier_holds_the_noise_of_the_seed():
+    world = "plane:overlapping"
+    counts = {}
+    for seed in (0, 1):
+        options = ("--world", world, "--classifier", "vote", "--limit", 60, "--seed", seed)
+        (record,) = json.loads(run("--json", "evaluate", *options).stdout)["records"]
+        held = Held.seeded(zoo.classifier(world, "vote"), seed)
+        correct = accuracies.accuracy(held, *world_of(world).test(60, seed))
+        assert record["seed"] == seed and record["checkpoint"] is None
+        assert record["value"] == correct / 60
+        counts[seed] = correct
+    assert counts[0] != counts[1]
+
+
+def test_what_only_dc_has_is_refused_for_another_classifier(weights, tmp_path):
+    named = ("evaluate", *TRAINED)
+    for option in (("--levels", 4), ("--weighting", "EDM"), ("--precision", "bf16")):
+        assert "only for the clean accuracy of dc" in sentence(run(*named, *option))
+    assert "only for the clean accuracy of dc" in sentence(run(*named, "--model", "teacher"))
+    assert "has no losses to keep" in sentence(run(*named, "--store", tmp_path / "new"))
+    assert "the classifier of digits" in sentence(run("evaluate", "--classifier", "gan"))
+    assert "--method adversarial" in sentence(run("evaluate", "--classifier", "adversarial"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_classifier_that_should_not_be_measured_is_refused(weights, tmp_path, monkeypatch):
+    trained = zoo.classifier("digits", "cnn").train()
+    monkeypatch.setattr(zoo, "classifier", lambda world, name: trained)
+    assert "got one in training mode" in sentence(run("evaluate", *TRAINED))
+    attack = ("--attack", "paper", "--store", tmp_path / "new")
+    assert "got one in training mode" in sentence(run("evaluate", *TRAINED, *attack))
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# list
+
+
+def test_list_prints_the_tables_of_classifiers_and_attacks(weights):
+    from diffclass.zoo import attacks, classifiers
+
+    content = json.loads(run("list", "--json").stdout)
+    text = run("list").stdout
+    assert [entry["name"] for entry in content["classifiers"]] == list(classifiers.ENTRIES)
+    assert [entry["name"] for entry in content["attacks"]] == list(attacks.ENTRIES)
+    for entry in content["classifiers"]:
+        own = classifiers.ENTRIES[entry["name"]]
+        assert entry["title"] == own.title and entry["sentence"] == own.sentence
+        assert entry["source"] == own.source
+        for world, name in (("digits", "digits"), ("cifar10", "cifar10"), ("plane", "plane:moons")):
+            assert (world in entry["worlds"]) == (entry["name"] in zoo.names(name))
+    for entry in content["attacks"]:
+        own = attacks.ENTRIES[entry["name"]]
+        assert entry["sentence"] == own.sentence and entry["source"] == own.source
+        assert entry["norms"] == list(own.norms) and entry["needs"] == own.needs
+    for entry in content["classifiers"] + content["attacks"]:
+        assert f"\n  {entry['name']} " in text
+        assert entry["sentence"] in text and f"source: {entry['source']}\n" in text
+    assert "RDC, 1 step (digits, cifar10, plane)\n" in text
+    assert "needs the gradient (linf, l2)\n" in text
+
+
+def test_list_shows_what_was_added_to_a_table(weights, monkeypatch):
+    from diffclass.zoo import classifiers
+
+    entry = classifiers.Entry(
+        name="new",
+        title="a new one",
+        sentence="Says nothing yet.",
+        source="nobody",
+        paper="madry",
+        build=lambda parts: None,
+        weights=lambda kind: {} if kind == "plane" else None,
+    )
+    monkeypatch.setattr(classifiers, "ENTRIES", dict(classifiers.ENTRIES))
+    classifiers.register(entry)
+    text = run("list").stdout
+    assert "  new              a new one (plane)\n" in text

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffclass import data
-from diffclass.data import corruptions
+from diffclass.data import corruptions, worlds
 from diffclass.data.corruptions import SEVERITIES, corrupted
 from diffclass.evaluation import accuracies
 
@@ -69,21 +69,37 @@ def test_contrast_and_brightness_move_pixels_as_they_say():
     assert torch.allclose(corrupted(x, "brightness", 5, generator()), (x + 0.3).clamp(0, 1))
 
 
-def test_digits_can_be_corrupted_and_evaluated_by_name():
-    clean = accuracies.evaluation("digits", limit=50)
-    worse = accuracies.evaluation("digits:noise-5", limit=50)
-    assert worse.settings["world"] == "digits:noise-5" and torch.equal(clean.labels, worse.labels)
+def test_a_world_can_be_corrupted_by_name():
+    clean, labels = worlds.world_of("digits").test(50)
+    worse, same = worlds.world_of("digits:noise-5").test(50)
     wanted = corrupted(data.digits().test_images[:50], "noise", 5, generator())
-    assert torch.equal(worse.images, wanted) and not torch.equal(worse.images, clean.images)
-    (record,) = accuracies.records(worse, 40, 0)
-    assert "50 test digits" in record.what and "noise" in record.what
+    assert torch.equal(labels, same) and torch.equal(clean, data.digits().test_images[:50])
+    assert torch.equal(worse, wanted) and not torch.equal(worse, clean)
+    other, _ = worlds.world_of("digits:noise-5").test(50, seed=1)
+    assert torch.equal(other, corrupted(clean, "noise", 5, generator(1)))
+
+
+def test_a_corrupted_world_can_be_evaluated_by_name():
+    clean = accuracies.bayes_trial("digits", limit=50)
+    worse = accuracies.bayes_trial("digits:noise-5", limit=50)
+    assert worse.settings["world"] == "digits:noise-5" and torch.equal(clean.labels, worse.labels)
+    assert torch.equal(worse.images, worlds.world_of("digits:noise-5").test(50)[0])
+    (record,) = accuracies.records_of(worse, 40)
+    assert (record.world, record.n, record.value) == ("digits:noise-5", 50, 0.8)
+    assert "50 images of digits:noise-5" in record.what
 
 
 @pytest.mark.parametrize(
     "world", ["digits:noise", "digits:fog-3", "digits:noise-6", "digits:noise-x"]
 )
 def test_unknown_corruptions_get_a_sentence(world):
-    with pytest.raises(ValueError, match="expected .*noise, shot, blur.* at a severity of 1 to 5"):
-        accuracies.evaluation(world, limit=5)
-    with pytest.raises(ValueError):
+    for asked in (worlds.world_of, accuracies.bayes_trial):
+        with pytest.raises(
+            ValueError, match="expected .*noise, shot, blur.* at a severity of 1 to 5"
+        ):
+            asked(world)
+
+
+def test_pictures_of_another_range_are_not_corrupted():
+    with pytest.raises(ValueError, match="expected images in"):
         corruptions.corrupted(2 * photos(), "noise", 1, generator())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffclass import data, units
+from diffclass.data import plane
 from diffclass.denoisers.exact import MixtureDenoiser
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -156,7 +157,7 @@ def test_almost_nothing_lies_outside(law):
 
 
 def test_outside_points_are_drawn_again(monkeypatch, generator):
-    monkeypatch.setattr(data, "LARGEST_TAIL", 1.1)
+    monkeypatch.setattr(plane, "LARGEST_TAIL", 1.1)
     law = data.MixtureLaw("wide", [[0.9, 0.0]], [0.5], [1.0], [0], [1.0])
     x, _ = law.sample(2000, generator)
     assert (
@@ -171,6 +172,9 @@ def test_density_has_a_gradient(generator):
     law = data.gaussians()
     x = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: law.log_density(z, 0.3), x)
+    assert torch.autograd.gradgradcheck(lambda z: law.log_density(z, 0.3), x)
+    sigma = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda level: law.log_density(x.detach(), level), sigma)
 
 
 @pytest.mark.parametrize(

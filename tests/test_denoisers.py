@@ -1,15 +1,22 @@
 """Closed-form denoisers against independent formulas, learned ones against their own words, files against accidents."""
 
+import copy
 import json
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffclass import data, noise, units
+import twins
+from diffclass import data, likelihood, noise, units
 from diffclass.denoisers import network
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.denoisers.network import ConditionalDenoiser, MultiHeadDenoiser
+from diffclass.storage import weights
+from diffclass.training import losses
+from scipy import special, stats
 
 SHAPE = (1, 8, 8)
 
@@ -47,7 +54,17 @@ def optimal_noise(z_t, abar: float, images, temperature=lambda spread: 2 * sprea
     )
 
 
-def check_theorem_3_2(noise_of=optimal_noise):
+@twins.rejected(
+    {
+        "released temperature 2 sigma": dict(
+            noise_of=partial(optimal_noise, temperature=lambda spread: 2 * spread)
+        ),
+        "without the two": dict(
+            noise_of=partial(optimal_noise, temperature=lambda spread: spread**2)
+        ),
+    }
+)
+def test_theorem_3_2(noise_of=optimal_noise):
     """The library's denoiser of a finite set, turned into a noise predictor, equals `noise_of` to 1e-12."""
     images, labels = finite_set()
     denoiser = MixtureDenoiser.of_images(images, labels)
@@ -81,10 +98,9 @@ def sum_of_squares(z, x_sigma, sigma, images):
     return float(sum(((s * (z - x)) ** 2).sum() for s, x in zip(shares, images, strict=True)))
 
 
-def check_corollary_3_3(residual_of=residual):
+@twins.rejected({"released sum of squares": dict(residual_of=sum_of_squares)})
+def test_corollary_3_3(residual_of=residual):
     """Losses through the whole code path (bank, chunks, denoiser) equal `residual_of` draw by draw, to 1e-12."""
-    from diffclass import likelihood
-
     images, labels = finite_set()
     z = images.flip(0)[:1] * 0.8
     bank = noise.NoiseBank.fixed(noise.log_levels(0.2, 2.0, 4), (1, 2, 2), 3, dtype=torch.float64)
@@ -98,29 +114,46 @@ def check_corollary_3_3(residual_of=residual):
                 assert abs(float(got[0, k, t, s]) - wanted) < 1e-12, (k, t, s)
 
 
-def test_theorem_3_2():
-    check_theorem_3_2()
-
-
-def test_theorem_3_2_rejects_the_released_temperature():
-    with pytest.raises(AssertionError):
-        check_theorem_3_2(lambda *a: optimal_noise(*a, temperature=lambda spread: 2 * spread))
-
-
-def test_corollary_3_3():
-    check_corollary_3_3()
-
-
-def test_corollary_3_3_rejects_the_released_sum_of_squares():
-    with pytest.raises(AssertionError):
-        check_corollary_3_3(sum_of_squares)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixtures
 
 
-def check_denoiser_is_the_posterior_mean(denoise=MixtureDenoiser.forward):
+class SigmaForItsSquare(MixtureDenoiser):
+    """Responsibilities with sigma where sigma^2 belongs."""
+
+    def _joint_by_class(self, x, sigma, classes):
+        return super()._joint_by_class(x, sigma.sqrt(), classes)
+
+
+def sigma_for_its_square(denoiser, x_sigma, sigma):
+    """The answer of a `SigmaForItsSquare` with the same components."""
+    twin = copy.deepcopy(denoiser)
+    twin.__class__ = SigmaForItsSquare
+    return twin(x_sigma, sigma)
+
+
+def deviation_for_variance(denoiser, x_sigma, sigma):
+    """The answer of a denoiser that reads the components' deviations as variances."""
+    twin = copy.deepcopy(denoiser)
+    twin.variances = denoiser.variances.sqrt()
+    return twin(x_sigma, sigma)
+
+
+def weights_forgotten(denoiser, x_sigma, sigma):
+    """The answer of a denoiser whose components all weigh the same."""
+    twin = copy.deepcopy(denoiser)
+    twin.log_weights = torch.zeros_like(denoiser.log_weights)
+    return twin(x_sigma, sigma)
+
+
+@twins.rejected(
+    {
+        "deviation for variance": dict(denoise=deviation_for_variance),
+        "sigma for sigma^2": dict(denoise=sigma_for_its_square),
+        "weights forgotten": dict(denoise=weights_forgotten),
+    }
+)
+def test_the_denoiser_is_the_posterior_mean(denoise=MixtureDenoiser.forward):
     """D_k = integral of x0 p(x0 | k) N(x_sigma; x0, sigma^2) / the same without x0, by brute force on a grid."""
     law = data.mixtures()
     denoiser = MixtureDenoiser.of_law(law)
@@ -135,7 +168,19 @@ def check_denoiser_is_the_posterior_mean(denoise=MixtureDenoiser.forward):
         assert float((denoise(denoiser, x_sigma, sigma) - wanted).abs().max()) < 1e-8
 
 
-def check_tweedie(denoise=MixtureDenoiser.forward, sign: float = 1.0):
+def noise_added(denoiser, x_sigma, sigma):
+    """D with the noise added instead of taken away: 2 x_sigma - D."""
+    return 2 * x_sigma[:, None] - denoiser(x_sigma, sigma)
+
+
+@twins.rejected(
+    {
+        "sign": dict(sign=-1.0),
+        "noise added": dict(denoise=noise_added),
+        "half the variance": dict(sign=0.5),
+    }
+)
+def test_tweedie(denoise=MixtureDenoiser.forward, sign: float = 1.0):
     """D_k = x_sigma + sigma^2 grad log p_sigma(x_sigma | k), with the gradient from autograd, to 1e-8."""
     for law in (data.mixtures(), data.imbalanced()):
         denoiser = MixtureDenoiser.of_law(law)
@@ -151,24 +196,56 @@ def check_tweedie(denoise=MixtureDenoiser.forward, sign: float = 1.0):
             )
 
 
-def test_the_denoiser_is_the_posterior_mean():
-    check_denoiser_is_the_posterior_mean()
+def density_of_scipy(law, x_sigma, sigma):
+    """log p_sigma(x_sigma | k) from scipy's normal density: [B,K]. Independent of the library's only line for it."""
+    points = x_sigma.flatten(1)[:, None].numpy()  # [B,1,2]
+    spread = torch.hypot(law.scales, sigma[:, None]).numpy()[..., None]  # [B,M,1]
+    logs = stats.norm.logpdf(points, law.means.numpy(), spread).sum(-1) + law.weights.log().numpy()
+    classes = [special.logsumexp(logs[:, law.labels == k], axis=1) for k in range(law.num_classes)]
+    return torch.from_numpy(np.stack(classes, 1))
 
 
-def test_tweedie():
-    check_tweedie()
+class AxisForgotten(MixtureDenoiser):
+    """A density with the normalisation of one dimension."""
+
+    def log_density(self, x_sigma, sigma, classes=None):
+        variance = self.variances[0] + sigma[:, None] ** 2
+        return super().log_density(x_sigma, sigma, classes) + (2 * math.pi * variance).log() / 2
+
+
+class DeviationsAdded(MixtureDenoiser):
+    """A density whose deviations add up instead of the variances."""
+
+    def _joint_by_class(self, x, sigma, classes):
+        deviation = self.variances[0].sqrt()
+        return super()._joint_by_class(x, (sigma**2 + 2 * sigma * deviation).sqrt(), classes)
+
+
+@twins.rejected(
+    {
+        "sigma for sigma^2": dict(kind=SigmaForItsSquare),
+        "deviations added": dict(kind=DeviationsAdded),
+        "constant of one dimension": dict(kind=AxisForgotten),
+    }
+)
+def test_the_density_is_that_of_scipy_at_every_level(kind=MixtureDenoiser):
+    for make in data.PLANE_LAWS.values():
+        law = make()
+        x_sigma, sigma = noisy_points(law)
+        wanted = density_of_scipy(law, x_sigma, sigma)
+        off = kind.of_law(law).log_density(x_sigma, sigma) - wanted
+        assert float(off.abs().max()) < 1e-10, law.name
 
 
 @pytest.mark.parametrize("name", list(data.PLANE_LAWS))
-def test_density_agrees_with_the_law_at_every_level(name):
-    """Two independent codes of the same formula, and total probability one by summing over a grid."""
+def test_the_law_has_the_density_of_its_denoiser_which_integrates_to_one(name):
     law = data.PLANE_LAWS[name]()
     denoiser = MixtureDenoiser.of_law(law)
     x_sigma, sigma = noisy_points(law)
-    assert (
-        float((denoiser.log_density(x_sigma, sigma) - law.log_density(x_sigma, sigma)).abs().max())
-        < 1e-10
-    )
+    assert torch.equal(denoiser.log_density(x_sigma, sigma), law.log_density(x_sigma, sigma))
+    short = law.log_density(x_sigma.float(), 0.3)
+    assert short.dtype == torch.float64, "the law answers in float64 whatever it is asked in"
+    assert torch.equal(short, denoiser.log_density(x_sigma.float().double(), 0.3))
     axis = torch.linspace(-3, 3, 300, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2, 1, 1)
     mass = denoiser.log_density(grid, 0.3).exp().sum(0) * (axis[1] - axis[0]) ** 2
@@ -247,16 +324,48 @@ def test_impossible_mixtures_get_a_sentence(make, sentence):
         )
 
 
-def test_a_finite_set_has_no_density_without_noise():
-    with pytest.raises(ValueError, match="a finite data set has no density at sigma = 0"):
-        MixtureDenoiser.of_images(*finite_set()).log_density(torch.zeros(1, 1, 2, 2), 0.0)
+@pytest.mark.parametrize(
+    "x_sigma, sigma, sentence",
+    [
+        (torch.zeros(2, 1, 2, 2), 0.0, "a finite data set has no density at sigma = 0"),
+        (torch.zeros(2, 1, 2, 2), torch.tensor([0.5, 0.0]), "no density at sigma = 0"),
+        (torch.zeros(2, 1, 2, 2), -0.1, r"finite noise levels sigma >= 0, got -0.1"),
+        (torch.zeros(2, 1, 2, 2), math.nan, r"finite noise levels sigma >= 0, got nan"),
+        (torch.zeros(2, 1, 2, 2), torch.ones(3), r"one for each of 2, got sigma of shape \[3\]"),
+        (torch.zeros(2, 1, 2, 2), torch.ones(2, 1), r"got sigma of shape \[2, 1\]"),
+        (torch.zeros(2, 4), 0.1, r"expected images of shape \[B,1,2,2\]"),
+        (torch.full((2, 1, 2, 2), math.nan), 0.1, "expected finite images"),
+    ],
+)
+def test_densities_that_do_not_exist_get_a_sentence(x_sigma, sigma, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MixtureDenoiser.of_images(*finite_set()).log_density(x_sigma, sigma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
 
-def check_scalings(scalings=network.edm_scalings):
+def swapped_scalings(sigma):
+    """c_in and c_out exchanged."""
+    c_skip, c_out, c_in = network.edm_scalings(sigma)
+    return c_skip, c_in, c_out
+
+
+def first_power_in_the_skip(sigma):
+    """c_skip of sigma where sigma^2 belongs."""
+    _, c_out, c_in = network.edm_scalings(sigma)
+    return 0.5 / (sigma + 0.5), c_out, c_in
+
+
+@twins.rejected(
+    {
+        "another sigma_data": dict(scalings=partial(network.edm_scalings, sigma_data=1.0)),
+        "c_in and c_out swapped": dict(scalings=swapped_scalings),
+        "c_skip of sigma, not sigma^2": dict(scalings=first_power_in_the_skip),
+    }
+)
+def test_edm_scalings(scalings=network.edm_scalings):
     """EDM's three conditions: the network's input and target have unit variance, and c_out is as small as possible."""
     sigma = torch.logspace(-2, 2, 9, dtype=torch.float64)
     c_skip, c_out, c_in = scalings(sigma)
@@ -268,10 +377,6 @@ def check_scalings(scalings=network.edm_scalings):
         assert bool(
             ((1 - c_skip - shift) ** 2 * variance + (c_skip + shift) ** 2 * sigma**2 > target).all()
         )
-
-
-def test_edm_scalings():
-    check_scalings()
 
 
 CASES = {
@@ -311,12 +416,30 @@ def test_networks_answer_for_all_classes_for_some_and_for_none(case):
         )
         assert torch.allclose(denoiser(x, sigma, [2, 0, 2]), every[:, [2, 0, 2]], atol=1e-5)
         assert torch.allclose(denoiser(x, sigma, [0, 1, 2, 3]), every, atol=1e-5)
-        assert torch.allclose(denoiser(x, sigma, range(5))[:, :4], every, atol=1e-5)
+        answers = denoiser(x, sigma, range(5))
+        assert torch.allclose(answers[:, :4], every, atol=1e-5)
+        for order in ([4, 2, 0, 1, 3], [3, 2, 1, 0], [0, 1], [1, 0]):
+            assert torch.allclose(denoiser(x, sigma, order), answers[:, order], atol=1e-5), order
         assert torch.allclose(
             denoiser.unconditional(x, sigma), denoiser(x, sigma, [4])[:, 0], atol=1e-6
         )
         alone = torch.cat([denoiser(x[i : i + 1], float(sigma[i])) for i in range(3)])
         assert torch.allclose(alone, every, atol=1e-5), "an image's answer depends on its batch"
+
+
+@pytest.mark.parametrize("kind", ["ConditionalDenoiser", "MultiHeadDenoiser"])
+def test_a_network_without_a_null_class_answers_in_the_order_asked(kind):
+    denoiser = network.build(kind, "DigitNet", 3, SHAPE, has_null=False, width=16, blocks=1)
+    torch.nn.init.normal_(
+        denoiser.network.leave[-1].weight, generator=torch.Generator().manual_seed(1)
+    )
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        every = denoiser(x, 0.5)
+        assert float((every[:, 0] - every[:, 2]).abs().max()) > 1e-4
+        assert torch.allclose(denoiser(x, 0.5, [2, 0, 1]), every[:, [2, 0, 1]], atol=1e-5)
+    with pytest.raises(ValueError, match="between 0 and 2; this one has no 'no class', got"):
+        denoiser.unconditional(x, 0.5)
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -369,6 +492,26 @@ def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay
         18,
         19,
     ]
+
+
+@twins.rejected(
+    {
+        "no weight": dict(
+            loss=twins.patched(losses.denoising_loss, noise, edm_lambda=torch.ones_like)
+        ),
+        "weight of the noise error": dict(
+            loss=twins.patched(losses.denoising_loss, noise, edm_lambda=noise.snr)
+        ),
+    }
+)
+def test_the_denoising_loss_of_an_untrained_network_is_one(loss=losses.denoising_loss):
+    """EDM's weight 1 / c_out^2 on the pixel mean: for data of deviation 0.5 and D = c_skip x, one at every level."""
+    denoiser = network.build("ConditionalDenoiser", "DigitNet", 2, SHAPE, width=16, blocks=1)
+    images = 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(4000, dtype=torch.long)
+    with torch.no_grad():
+        value = float(loss(denoiser, images, labels, torch.Generator().manual_seed(2)))
+    assert abs(value - 1) < 0.02, value
 
 
 @pytest.mark.parametrize(
@@ -494,7 +637,7 @@ def test_weights_without_an_architecture_get_a_sentence(tmp_path):
         (dict(num_classes=5), "another architecture"),
         (
             dict(network="Transformer"),
-            "got 'ConditionalDenoiser' around 'Transformer'; was the file made by",
+            "got 'ConditionalDenoiser' around 'Transformer'; was the file written by",
         ),
     ],
 )
@@ -518,7 +661,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "save_file", interrupted)
+    monkeypatch.setattr(weights, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         network.save_denoiser(build("digits multi-head"), path)
     assert path.read_bytes() == before

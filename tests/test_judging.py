@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffclass import data
+from diffclass.classifiers.base import Held
 from diffclass.data import cifar, pictures
 from diffclass.denoisers import network
 from diffclass.evaluation import judging
@@ -35,7 +37,7 @@ def test_the_verdict_is_the_posterior_of_the_whole_classifier(photo):
     ] and done == total
     image = pictures.load_picture(photo, (3, 32, 32))
     with torch.no_grad():
-        logits = judge.classifier(image)[0]
+        logits = Held.seeded(judge.classifier)(image)[0]
     assert torch.allclose(torch.tensor(verdict["posterior"]), logits.softmax(0), atol=1e-5)
     assert float(logits.max() - logits.min()) > 0.1, "a network that says nothing shows nothing"
     assert (
@@ -54,11 +56,33 @@ def test_what_could_not_be_measured_is_said(photo, monkeypatch):
     assert verdict["familiarity"]["far"] and "WARNING" in judging.described(verdict)
 
 
-def test_the_banks_of_single_levels_make_up_the_bank():
-    bank = judging.Judge("digits").classifier.bank
-    for t in range(len(bank.levels)):
-        assert (
-            torch.equal(bank.level(t).noise[0], bank.noise[t])
-            and bank.level(t).sigma == bank.sigma[t]
-        )
-        assert bank.level(t).levels.step == bank.levels.step[t]
+def test_the_losses_of_single_levels_make_up_the_losses():
+    judge = judging.Judge("digits")
+    image = data.digits().test_images[:1]
+    levels = judge.classifier.levels
+    parts = list(judge.losses(image))
+    with torch.no_grad():
+        whole = judge.classifier.losses(image, judge.noise)
+    assert [part.shape for part in parts] == 16 * [(1, 10, 1)]
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-5, atol=1e-5)
+    for t in range(len(levels)):
+        own = levels[t : t + 1]
+        assert own.sigma == levels.sigma[t] and own.step == levels.step[t]
+    for part, other in zip(parts, parts[1:], strict=False):
+        assert not torch.allclose(part, other, rtol=1e-3), "each level has losses of its own"
+
+
+def test_a_digit_is_judged_and_familiar(tmp_path):
+    """A training picture, saved and read again, is one that the classifier knows."""
+    image = data.digits().train_images[3]
+    picture = tmp_path / "digit.png"
+    Image.fromarray((image[0] * 255).round().byte().numpy()).save(picture)
+    judge = judging.Judge("digits")
+    *_, (_, total, verdict) = judge.verdict(str(picture))
+    assert total == 16 and verdict["prediction"] == str(int(data.digits().train_labels[3]))
+    assert sum(verdict["posterior"]) == pytest.approx(1) and len(verdict["losses"]) == 10
+    assert not verdict["familiarity"]["far"] and "WARNING" not in judging.described(verdict)
+    first, second, *_ = judging.described(verdict).splitlines()
+    assert first == verdict["prediction"] and f"{first}: " in second
+    best = min(range(10), key=verdict["losses"].__getitem__)
+    assert verdict["classes"][best] == verdict["prediction"]

@@ -1,13 +1,20 @@
 """Every likelihood formula against the exact mixture, which goes through the same code path as a network."""
 
 import math
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import twins
 from diffclass import data, likelihood, noise, units
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.noised import NoisedBayesClassifier
+from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import Levels, NoiseBank
+from diffclass.training.losses import contrastive_loss
 
 SHAPE = (2, 1, 1)
 CONSTANT = -math.log(2 * math.pi * math.e)  # -D/2 ln(2 pi e) in the plane
@@ -54,13 +61,13 @@ def expected_errors(denoiser, z, levels: Levels, nodes: int = 40) -> torch.Tenso
         return likelihood.diffusion_errors(denoiser, z, bank, chunk=1 << 16) @ weights
 
 
-def expected_density(denoiser, z, sigma: float, nodes: int = 40) -> torch.Tensor:
-    """E log p_sigma(z + sigma eps | k) by quadrature: [B,K]."""
+def expected_density(denoiser, z, sigma: float, nodes: int = 40, added=None) -> torch.Tensor:
+    """E log p_sigma(z + added eps | k) by quadrature, `added` being sigma where z is clean: [B,K]."""
+    added = sigma if added is None else added
     grid, weights = hermite(nodes)
-    z_sigma = (z[:, None] + sigma * grid[:, :, None, None]).flatten(0, 1)
-    return (denoiser.log_density(z_sigma, sigma).unflatten(0, (len(z), -1)) * weights[:, None]).sum(
-        1
-    )
+    z_sigma = (z[:, None] + added * grid[:, :, None, None]).flatten(0, 1)
+    density = denoiser.log_density(z_sigma, sigma).unflatten(0, (len(z), -1))
+    return (density * weights[:, None]).sum(1)
 
 
 def centred(logits: torch.Tensor) -> torch.Tensor:
@@ -72,7 +79,32 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
 # The ELBO of an exact denoiser is the log-density
 
 
-def check_elbo(estimate=likelihood.elbo, tolerance: float = 0.03):
+@twins.rejected(
+    {
+        "mean over levels": dict(
+            evidence=lambda losses, levels, weighting: -(losses * weighting(levels)).mean(-1)
+        ),
+        "sign": dict(evidence=twins.scaled(likelihood.evidence, -1)),
+        "unweighted": dict(evidence=lambda losses, levels, weighting: -losses.sum(-1)),
+    }
+)
+def test_evidence_is_minus_the_weighted_sum_of_losses(evidence=likelihood.evidence):
+    levels = noise.chain_levels(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+    losses = torch.tensor([[1.0, 10.0], [4.0, 0.0]], dtype=torch.float64)
+    assert noise.discrete_elbo_weight(levels).tolist() == [1.5, 0.375]
+    got = evidence(losses, levels, noise.discrete_elbo_weight)
+    assert got.tolist() == [-1.5 - 3.75, -6.0]
+
+
+@twins.rejected(
+    {
+        "EDM weighting": dict(estimate=partial(likelihood.elbo, weighting=noise.edm_weight)),
+        "simple weighting": dict(estimate=partial(likelihood.elbo, weighting=noise.simple_weight)),
+        "sign": dict(estimate=twins.scaled(likelihood.elbo, -1)),
+        "mean over pixels": dict(estimate=twins.scaled(likelihood.elbo, 0.5)),
+    }
+)
+def test_elbo_is_log_density(estimate=likelihood.elbo, tolerance: float = 0.03):
     """Centred `estimate` at 512 levels x 512 plain samples against centred log p(z | k), at four points."""
     for name in ("gaussians", "overlapping"):
         denoiser = exact(name)
@@ -87,7 +119,19 @@ def check_elbo(estimate=likelihood.elbo, tolerance: float = 0.03):
         assert float(off.abs().max()) < tolerance, (name, off)
 
 
-def check_log_likelihood(estimate=likelihood.log_likelihood, tolerance: float = 0.03):
+def constant_of_one_dimension(*arguments, **options):
+    """The log-likelihood with the constant of one dimension instead of D."""
+    total = likelihood.log_likelihood(*arguments, **options)
+    return total + math.log(2 * math.pi * math.e) / 2
+
+
+@twins.rejected(
+    {
+        "constant of one dimension": dict(estimate=constant_of_one_dimension),
+        "no constant": dict(estimate=likelihood.elbo),
+    }
+)
+def test_log_likelihood_is_absolute(estimate=likelihood.log_likelihood, tolerance: float = 0.03):
     """The constant included: 256 levels x 256 even samples, for laws of one and of many components, in nats."""
     for name in ("imbalanced", "mixtures"):
         denoiser = exact(name)
@@ -98,10 +142,6 @@ def check_log_likelihood(estimate=likelihood.log_likelihood, tolerance: float = 
             )
         off = got - denoiser.log_density(z, 0.0)
         assert float(off.abs().max()) < tolerance, (name, off)
-
-
-def test_elbo_is_log_density():
-    check_elbo()
 
 
 @pytest.mark.parametrize("name, count", [("mixtures", 3), ("moons", 2)])
@@ -124,10 +164,6 @@ def test_elbo_is_log_density_on_rings():
             denoiser, z, sobol_bank(noise.log_levels(0.001, 50, 256), 256), chunk=1 << 15
         )
     assert float((centred(got) - centred(denoiser.log_density(z, 0.0))).abs().max()) < 0.03
-
-
-def test_log_likelihood_is_absolute():
-    check_log_likelihood()
 
 
 def test_error_falls_as_levels_and_samples_grow():
@@ -171,7 +207,14 @@ def test_plain_samples_are_unbiased():
 # The pointwise identity, its constant, the chain's bound, and the end term
 
 
-def check_identity(weighting=noise.elbo_weight, tolerance: float = 1e-3):
+@twins.rejected(
+    {
+        "half the weight": dict(weighting=twins.scaled(noise.elbo_weight, 0.5)),
+        "sigma^-2": dict(weighting=lambda levels: levels.sigma**-2 * levels.step),
+        "right end": dict(weighting=noise.right_end_weight),
+    }
+)
+def test_pointwise_identity(weighting=noise.elbo_weight, tolerance: float = 1e-3):
     """E log p_a = E log p_b + D ln(b/a) - integral_a^b sigma^-3 E||z - D||^2 at every point and class, by nodes."""
     low = 1e-3
     high = 200.0
@@ -183,10 +226,6 @@ def check_identity(weighting=noise.elbo_weight, tolerance: float = 1e-3):
         right = expected_density(denoiser, z, high, 72) + 2 * math.log(high / low) - integral
         off = expected_density(denoiser, z, low, 72) - right
         assert float(off.abs().max()) < tolerance, (name, off)
-
-
-def test_pointwise_identity():
-    check_identity()
 
 
 def test_the_constant_at_infinity_is_universal():
@@ -211,7 +250,13 @@ def chain_gap(weighting, steps: int, low: float = 0.01, high: float = 50.0) -> t
     )
 
 
-def check_chain_bound(weighting=noise.discrete_elbo_weight):
+@twins.rejected(
+    {
+        "right end": dict(weighting=noise.right_end_weight),
+        "midpoint": dict(weighting=twins.scaled(noise.discrete_elbo_weight, 0.9)),
+    }
+)
+def test_the_discrete_elbo_is_a_bound(weighting=noise.discrete_elbo_weight):
     """The chain's sum is below the log-density at every length and approaches it like 1/T."""
     gaps = [chain_gap(weighting, steps) for steps in (10, 100, 1000)]
     assert all(float(gap.max()) < 0 for gap in gaps), gaps
@@ -219,13 +264,7 @@ def check_chain_bound(weighting=noise.discrete_elbo_weight):
     assert float(gaps[2].min()) > -0.08
 
 
-def test_the_discrete_elbo_is_a_bound():
-    check_chain_bound()
-
-
 def test_the_right_end_weight_is_not_a_bound():
-    with pytest.raises(AssertionError):
-        check_chain_bound(noise.right_end_weight)
     assert all(float(chain_gap(noise.right_end_weight, steps).min()) > 0 for steps in (10, 100))
 
 
@@ -244,7 +283,19 @@ def moments_of(law) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(means)[:, :, None, None], torch.stack(traces)
 
 
-def check_end_term(end_term=likelihood.end_term):
+def end_term_with_trace(z, means, traces, sigma):
+    """-(||z - m||^2 + tr) / (2 sigma^2): the trace, which cancels, is kept."""
+    return -(((z[:, None] - means) ** 2).flatten(2).sum(-1) + traces) / (2 * sigma**2)
+
+
+@twins.rejected(
+    {
+        "without the half": dict(end_term=twins.scaled(likelihood.end_term, 2)),
+        "trace kept": dict(end_term=end_term_with_trace),
+        "sign": dict(end_term=twins.scaled(likelihood.end_term, -1)),
+    }
+)
+def test_end_term(end_term=likelihood.end_term):
     """C_k(sigma) = E log p_sigma + D ln sigma + D/2 ln(2 pi e): exact for one Gaussian a class, else up to sigma^-4."""
     rest = {}
     for name in ("imbalanced", "mixtures"):
@@ -254,14 +305,64 @@ def check_end_term(end_term=likelihood.end_term):
             truth = expected_density(denoiser, z, sigma) + 2 * math.log(sigma) - CONSTANT
             got = end_term(z, *moments_of(data.PLANE_LAWS[name]()), sigma)
             rest[name, sigma] = float((got - truth).abs().max())
-            assert name == "mixtures" or rest[name, sigma] < 1e-12, rest
+            if name == "imbalanced":
+                assert rest[name, sigma] < 1e-12, rest
     assert rest["mixtures", 3.0] < 2e-3, rest
     for sigma in (3.0, 6.0):  # doubling sigma divides a rest of order sigma^-4 by sixteen
         assert rest["mixtures", 2 * sigma] < rest["mixtures", sigma] / 12, rest
 
 
-def test_end_term():
-    check_end_term()
+class EndMisplaced(BayesClassifier):
+    """A classifier whose end term is that of another level, or not divided by the temperature."""
+
+    edge = "upper"
+    cooled = True
+
+    def logits(self, x, noise):
+        logits = self.logits_of(self._losses(x, self.levels, noise))
+        if self.moments is not None:
+            last = float(getattr(self.levels, self.edge)[-1])
+            end = likelihood.end_term(units.to_model(x), *self.moments, last)
+            logits = logits + (end / self.temperature if self.cooled else end)
+        return logits
+
+
+class EndAtTheLastLevel(EndMisplaced):
+    """The end term at the level that was measured last, not where its interval ends."""
+
+    edge = "sigma"
+
+
+class EndUncooled(EndMisplaced):
+    """The end term in nats, beside evidence that is divided by the temperature."""
+
+    cooled = False
+
+
+@twins.rejected(
+    {
+        "at the last level": dict(kind=EndAtTheLastLevel),
+        "not divided by the temperature": dict(kind=EndUncooled),
+    }
+)
+def test_a_classifier_adds_the_end_term_of_its_last_edge(kind=BayesClassifier):
+    """With few levels up to 2, moments add E log p_2 by quadrature (and a constant), over the temperature."""
+    denoiser = exact("imbalanced")
+    z = points("imbalanced", 4)
+    levels = noise.log_levels(0.05, 2.0, 4)
+    moments = moments_of(data.imbalanced())
+    dropped = expected_density(denoiser, z, 2.0) + 2 * math.log(2.0) - CONSTANT
+    for temperature in (1.0, 4.0):
+        logits = []
+        for known in (moments, None):
+            model = kind(denoiser, levels, temperature=temperature, moments=known)
+            drawn = model.sample_noise(1, torch.Generator().manual_seed(0))
+            logits.append(model(units.to_pixel(z), drawn))
+        assert torch.allclose(logits[0] - logits[1], dropped / temperature, atol=1e-9)
+
+
+def test_a_classifier_without_a_slip_passes_as_a_twin():
+    test_a_classifier_adds_the_end_term_of_its_last_edge.check(kind=EndMisplaced)
 
 
 def test_the_end_term_repairs_levels_that_stop_early():
@@ -285,6 +386,13 @@ def test_class_moments_are_those_of_the_images():
         assert abs(float(traces[k]) - np.trace(np.cov(flat[labels == k].T, bias=True))) < 1e-12
 
 
+def test_a_class_without_images_has_no_moments():
+    with pytest.raises(ValueError, match=r"expected images of each class, got counts \[2, 0, 1\]"):
+        likelihood.class_moments(torch.zeros(3, *SHAPE), torch.tensor([0, 2, 0]), 3)
+    with pytest.raises(ValueError, match="expected labels between 0 and 1, got 0 to 2"):
+        likelihood.class_moments(torch.zeros(3, *SHAPE), torch.tensor([0, 2, 1]), 2)
+
+
 def test_only_the_exact_weights_give_the_posterior():
     """Mean total variation to the exact posterior over 200 points: the ELBO's is tiny, that of every other is not."""
     denoiser = exact("overlapping")
@@ -306,6 +414,68 @@ def test_only_the_exact_weights_give_the_posterior():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The evidence of one drawn level, which a network is trained on
+
+
+class Offsets(Denoiser):
+    """Answers with the number a_k in every pixel: on black pictures head k is off by D a_k^2 at every level."""
+
+    has_null = True
+    num_classes = 2
+    image_shape = SHAPE
+    offsets = (0.1, 0.3, 0.2)  # the last one without a class
+
+    def estimate(self, x_sigma, sigma, classes):
+        """See `Denoiser.forward`."""
+        own = torch.tensor(self.offsets)[classes]
+        return own[None, :, None, None, None].expand(len(x_sigma), -1, *SHAPE)
+
+
+def drawn_uniformly(low, high, temperature, denoising):
+    """The contrastive loss with sigma ~ U(low, high) and the weight of log-uniform levels; its logits are flat."""
+
+    def loss(denoiser, images, labels, generator):
+        sigma = low + (high - low) * torch.rand(len(images), generator=generator)
+        error = (denoiser(images, sigma, range(3)) - images[:, None]).square().flatten(2).sum(2)
+        e = math.log(high / low) * error / sigma[:, None] ** 2
+        own = e.gather(1, labels[:, None]) + e[:, -1:]
+        return math.log(2) + denoising * own.mean() / (2 * images[0].numel())
+
+    return loss
+
+
+def upper_end_forgotten(low, high, **options):
+    """The contrastive loss of another stretch of levels."""
+    return contrastive_loss(low, 2 * high, **options)
+
+
+def per_pixel(low, high, temperature, denoising):
+    """The contrastive loss whose diffusion losses are divided by the pixels once more."""
+    return contrastive_loss(low, high, temperature, denoising / math.prod(SHAPE))
+
+
+@twins.rejected(
+    {
+        "levels drawn uniformly": dict(loss_of=drawn_uniformly),
+        "upper end forgotten": dict(loss_of=upper_end_forgotten),
+        "per pixel": dict(loss_of=per_pixel),
+    }
+)
+def test_the_contrastive_loss_is_the_elbo_on_average(loss_of=contrastive_loss):
+    """Where the logits are flat, the mean over drawn levels is the ELBO's integral of sigma^-3 in closed form."""
+    low = 0.2
+    high = 0.8
+    loss = loss_of(low, high, temperature=1e9, denoising=0.5)
+    black = torch.zeros(200_000, *SHAPE)
+    labels = torch.zeros(200_000, dtype=torch.long)
+    with torch.no_grad():
+        value = float(loss(Offsets(), black, labels, torch.Generator().manual_seed(0)))
+    integral = (low**-2 - high**-2) / 2
+    wanted = math.log(2) + 0.5 * integral * (0.1**2 + 0.2**2) / 2
+    assert abs(value / wanted - 1) < 2e-3, (value, wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # VP and VE
 
 
@@ -315,7 +485,28 @@ def ddpm_bank(betas: torch.Tensor, samples: int = 4) -> NoiseBank:
     return NoiseBank.fixed(levels, SHAPE, samples, dtype=torch.float64)
 
 
-def check_vp_is_ve(vp=likelihood.vp_elbo):
+def last_step_left_out(denoiser, z, betas, bank):
+    """The sum over t = 2..T-1."""
+    shorter = NoiseBank(bank.levels[:-1], bank.noise[:-1])
+    return likelihood.vp_elbo(denoiser, z, betas[:-1], shorter)
+
+
+def plain_variance(denoiser, z, betas, bank):
+    """beta_t in place of beta~_t in the weight: the other choice of the model's variance."""
+    abar = noise.alpha_bar(betas)
+    ratio = (1 - abar[:-1]) / (1 - abar[1:])  # beta~ / beta
+    return likelihood.elbo(
+        denoiser, z, bank, lambda levels: noise.discrete_elbo_weight(levels) * ratio
+    )
+
+
+@twins.rejected(
+    {
+        "beta for beta~": dict(vp=plain_variance),
+        "last step left out": dict(vp=last_step_left_out),
+    }
+)
+def test_vp_equals_ve(vp=likelihood.vp_elbo):
     """The chain as DDPM writes it and as EDM writes it are one number: logits equal to 1e-5, for two schedules."""
     denoiser = exact("mixtures")
     z = points("mixtures", 5)
@@ -323,10 +514,6 @@ def check_vp_is_ve(vp=likelihood.vp_elbo):
         bank = ddpm_bank(betas)
         ve = likelihood.elbo(denoiser, z, bank, noise.discrete_elbo_weight)
         assert float((vp(denoiser, z, betas, bank) - ve).abs().max()) < 1e-5
-
-
-def test_vp_equals_ve():
-    check_vp_is_ve()
 
 
 def test_vp_equals_ve_on_some_classes():
@@ -358,7 +545,30 @@ def test_a_bank_of_another_schedule_gets_a_sentence():
 # Images that already carry noise
 
 
-def check_noised_elbo(estimate=likelihood.noised_elbo, tolerance: float = 0.03):
+def noised_point_as_target(denoiser, z_tau, sigma_tau, bank, chunk):
+    """EPNDC that starts from z_tau itself instead of the clean point on the line: no shift."""
+    spread = (bank.sigma**2 - sigma_tau**2).sqrt()
+    still = torch.zeros_like(spread)
+    errors = likelihood._errors(denoiser, z_tau, bank, spread, still, None, chunk)
+    return likelihood.evidence(errors.mean(-1), bank.levels)
+
+
+def sigma_for_the_added_noise(denoiser, z_tau, sigma_tau, bank, chunk):
+    """EPNDC that adds sigma where only r = sqrt(sigma^2 - sigma_tau^2) is missing."""
+    shift = sigma_tau**2 / (bank.sigma**2 - sigma_tau**2).sqrt()
+    errors = likelihood._errors(denoiser, z_tau, bank, bank.sigma, shift, None, chunk)
+    return likelihood.evidence(errors.mean(-1), bank.levels)
+
+
+@twins.rejected(
+    {
+        "noised point as the target": dict(estimate=noised_point_as_target),
+        "sigma for r": dict(estimate=sigma_for_the_added_noise),
+    }
+)
+def test_noised_elbo_is_the_noised_log_density(
+    estimate=likelihood.noised_elbo, tolerance: float = 0.03
+):
     """Centred `estimate` of z_tau against centred log p_tau(z_tau | k), for two laws and two noise levels."""
     generator = torch.Generator().manual_seed(4)
     for name, tau in (("gaussians", 0.2), ("mixtures", 0.5)):
@@ -372,19 +582,61 @@ def check_noised_elbo(estimate=likelihood.noised_elbo, tolerance: float = 0.03):
         assert float(off.abs().max()) < tolerance, (name, off)
 
 
-def test_noised_elbo_is_the_noised_log_density():
-    check_noised_elbo()
+def noised_logits(denoiser, sigma_pixel, x_tau):
+    """Logits of the library's classifier of noised images, under noise that is evenly spread."""
+    model = NoisedBayesClassifier(
+        denoiser, sigma_pixel, levels=128, high=50.0, samples=128, chunk=1 << 15
+    )
+    bank = sobol_bank(model.levels, 128)
+    with torch.no_grad():
+        return model(x_tau, bank.noise.movedim(2, 0))
 
 
-def test_noised_elbo_without_noise_is_the_elbo():
+class PixelsInTheFormula(NoisedBayesClassifier):
+    """Levels above the noise in model units, and a formula that takes the noise in pixels."""
+
+    def logits(self, x, noise):
+        bank = NoiseBank(self.levels, noise.movedim(0, 2))
+        sigma_tau = self.sigma_pixel
+        return likelihood.noised_elbo(self.denoiser, units.to_model(x), sigma_tau, bank)
+
+
+@twins.rejected(
+    {
+        "sigma in pixels": dict(
+            logits_of=twins.patched(noised_logits, units, sigma_to_model=lambda sigma: sigma)
+        ),
+        "levels alone in model units": dict(
+            logits_of=twins.patched(
+                noised_logits, sys.modules[__name__], NoisedBayesClassifier=PixelsInTheFormula
+            )
+        ),
+    }
+)
+def test_a_noised_classifier_converts_the_noise_of_its_pixels(logits_of=noised_logits):
+    """Centred logits against E log p_b(z_tau + r eps | k), in nats: b^2 = tau^2 + r^2 is where its levels begin.
+
+    tau = 2 sigma_pixel is the noise in model units, r = tau / 4 what the lowest level adds.
+    """
     denoiser = exact("mixtures")
-    z = points("mixtures", 4)
-    bank = NoiseBank.fixed(noise.log_levels(0.05, 20, 24), SHAPE, 4, dtype=torch.float64)
-    plain = likelihood.elbo(denoiser, z, bank)
-    assert float((likelihood.noised_elbo(denoiser, z, 1e-6, bank) - plain).abs().max()) < 1e-6
+    generator = torch.Generator().manual_seed(4)
+    for sigma_pixel in (0.1, 0.2):
+        x = units.to_pixel(points("mixtures", 4))
+        x_tau = x + sigma_pixel * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        tau = 2 * sigma_pixel
+        lowest = math.hypot(tau, tau / 4)
+        truth = expected_density(denoiser, units.to_model(x_tau), lowest, added=tau / 4)
+        off = centred(logits_of(denoiser, sigma_pixel, x_tau)) - centred(truth)
+        assert float(off.abs().max()) < 0.03, (sigma_pixel, off)
 
 
-def check_noised_weight(weight=likelihood.noised_weight):
+@twins.rejected(
+    {
+        "tau forgotten": dict(weight=lambda tau: noise.discrete_elbo_weight),
+        "without the half": dict(weight=lambda tau: twins.scaled(likelihood.noised_weight(tau), 2)),
+    }
+)
+def test_noised_weight_is_the_papers_after_rewriting(weight=likelihood.noised_weight):
     """The weight on z~ - D equals NDC's 1/(2V) on the difference of the bridge means, for random vectors."""
     tau = 0.4
     levels = noise.chain_levels(torch.logspace(-0.3, 1, 9, dtype=torch.float64))
@@ -402,8 +654,7 @@ def check_noised_weight(weight=likelihood.noised_weight):
     )
 
 
-def test_noised_weight_is_the_papers_after_rewriting():
-    check_noised_weight()
+def test_noised_weight_without_noise_is_that_of_the_chain():
     levels = noise.chain_levels(torch.logspace(-1, 1, 8, dtype=torch.float64))
     assert torch.allclose(
         likelihood.noised_weight(0.0)(levels), noise.discrete_elbo_weight(levels), rtol=1e-12
@@ -513,3 +764,135 @@ def test_a_class_that_does_not_exist_gets_a_sentence():
     bank = NoiseBank.fixed(noise.log_levels(0.05, 5, 6), SHAPE)
     with pytest.raises(ValueError, match="expected classes between 0 and 3"):
         likelihood.elbo(exact("mixtures"), points("mixtures", 1), bank, classes=[7])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients that never differentiate the denoiser, against autograd
+
+
+def slopes_of(function, z: torch.Tensor) -> torch.Tensor:
+    """Gradients of K outputs by autograd. Shapes: [B,C,H,W] -> [B,K,C,H,W]."""
+    leaf = z.clone().requires_grad_()
+    out = function(leaf)
+    slopes = [
+        torch.autograd.grad(out[:, k].sum(), leaf, retain_graph=True)[0]
+        for k in range(out.shape[1])
+    ]
+    return torch.stack(slopes, 1)
+
+
+def even_bank(low: float, high: float, levels: int, samples: int) -> NoiseBank:
+    """The library's bank of evenly spread noise, the same at every level."""
+    return NoiseBank.sobol(noise.log_levels(low, high, levels), SHAPE, samples, dtype=torch.float64)
+
+
+def lower_end_alone(denoiser, z, low, high, eps):
+    """The score at the lower end alone."""
+    return likelihood._mean_score(denoiser, z, low, eps)
+
+
+def scores_of_noise(denoiser, z, low, high, eps):
+    """The score divided by sigma instead of sigma^2."""
+    lower = low * likelihood._mean_score(denoiser, z, low, eps)
+    return lower - high * likelihood._mean_score(denoiser, z, high, eps)
+
+
+@twins.rejected(
+    {
+        "lower end alone": dict(gradient_of=lower_end_alone),
+        "sigma for sigma^2": dict(gradient_of=scores_of_noise),
+        "sign": dict(gradient_of=twins.scaled(likelihood.telescoped_gradient, -1)),
+        "per pixel": dict(gradient_of=twins.scaled(likelihood.telescoped_gradient, 2)),
+    }
+)
+def test_the_telescoped_gradient_is_that_of_the_likelihood_band(
+    gradient_of=likelihood.telescoped_gradient,
+):
+    """The mean score at the two ends is the gradient of E log p_low - E log p_high, class by class."""
+    denoiser = exact("mixtures")
+    z = points("mixtures", 4, seed=0)
+    low = 0.2
+    high = 1.5
+    eps = even_bank(0.1, 1, 1, 32).noise[0]
+
+    def band(z):
+        lower = sum(denoiser.log_density(z + low * e, low) for e in eps)
+        return (lower - sum(denoiser.log_density(z + high * e, high) for e in eps)) / 32
+
+    got = gradient_of(denoiser, z, low, high, eps)
+    wanted = slopes_of(band, z)
+    assert float(wanted.abs().max()) > 1 and torch.allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_it_telescopes():
+    """Autograd through the losses of 200 levels between the ends gives the same gradient, up to quadrature."""
+    denoiser = exact("mixtures")
+    z = points("mixtures", 2, seed=0)
+    low = 0.2
+    high = 1.5
+    bank = even_bank(low, high, 200, 256)
+    through = slopes_of(lambda z: likelihood.elbo(denoiser, z, bank, chunk=10**6), z)
+    ends = likelihood.telescoped_gradient(denoiser, z, low, high, bank.noise[0])
+    assert float((through - ends).norm() / through.norm()) < 0.02
+    assert float((centred(through) - centred(ends)).norm() / centred(through).norm()) < 0.02
+
+
+class Clipped(MixtureDenoiser):
+    """A denoiser that is nobody's posterior mean: the exact one, bent."""
+
+    def estimate(self, x_sigma, sigma, classes):
+        """sin(2 D)."""
+        return (2 * super().estimate(x_sigma, sigma, classes)).sin()
+
+
+def denoiser_held_fixed(denoiser, z, bank, weights):
+    """2 (z - D) alone: the gradient as if D did not move."""
+    total = 0.0
+    for t, weight in enumerate(weights):
+        z_sigma = z + bank.sigma[t] * bank.noise[t]  # [S,B,C,H,W]
+        denoised = denoiser(z_sigma.flatten(0, 1), bank.sigma[t]).unflatten(0, z_sigma.shape[:2])
+        total = total - weight * 2 * (z[:, None] - denoised).mean(0)
+    return total
+
+
+@twins.rejected(
+    {
+        "denoiser held fixed": dict(gradient_of=denoiser_held_fixed),
+        "half": dict(gradient_of=twins.scaled(likelihood.jacobian_free_gradient, 0.5)),
+    }
+)
+def test_the_jacobian_free_gradient_needs_no_exact_denoiser(
+    gradient_of=likelihood.jacobian_free_gradient,
+):
+    """For any denoiser: the gradient of the expected loss, up to one shared by the classes. In sample, within noise."""
+    denoiser = Clipped.of_law(data.mixtures())
+    z = points("mixtures", 2, seed=0)
+    bank = even_bank(0.3, 1.5, 3, 2048)
+    weights = noise.elbo_weight(bank.levels)
+    wanted = centred(slopes_of(lambda z: likelihood.elbo(denoiser, z, bank, chunk=10**7), z))
+    got = centred(gradient_of(denoiser, z, bank, weights))
+    off = float((got - wanted).norm() / wanted.norm())
+    assert off < 0.03, off
+
+
+def test_ends_that_do_not_rise_get_a_sentence():
+    eps = torch.zeros(2, 1, *SHAPE, dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected levels with 0 < low < high, got 1.0 and 0.5"):
+        likelihood.telescoped_gradient(exact("mixtures"), points("mixtures", 1), 1.0, 0.5, eps)
+
+
+@twins.rejected(
+    {
+        "the half is kept": dict(end_slope=twins.scaled(likelihood.end_slope, 0.5)),
+        "sign": dict(end_slope=twins.scaled(likelihood.end_slope, -1)),
+    }
+)
+def test_the_end_slope_is_the_gradient_of_the_end_term(end_slope=likelihood.end_slope):
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(4, 2, 1, 1, generator=generator, dtype=torch.float64).requires_grad_()
+    means = torch.randn(3, 2, 1, 1, generator=generator, dtype=torch.float64)
+    traces = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
+    ends = likelihood.end_term(z, means, traces, 1.5)
+    wanted = [torch.autograd.grad(ends[:, k].sum(), z, retain_graph=True)[0] for k in range(3)]
+    got = end_slope(z.detach(), means, traces, 1.5)
+    assert torch.allclose(got, torch.stack(wanted, 1), rtol=1e-12)

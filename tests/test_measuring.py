@@ -7,21 +7,30 @@ import sys
 
 import pytest
 import torch
-from diffclass import noise
+from diffclass import noise, zoo
+from diffclass.classifiers.base import Held
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.base import Denoiser
-from diffclass.evaluation import measuring
-from diffclass.noise import NoiseBank
+from diffclass.evaluation import accuracies, measuring
 from diffclass.zoo import networks
 
 COUNT = 12
 WORKER = """
-import sys, torch
+import sys
+
+import torch
+
 torch.set_num_threads(1)
-from diffclass import data, measuring, recipes
-classifier, world = recipes.digit_classifier(recipes.load_digits_denoiser()), data.digits()
-images, labels = world.test_images[:12], world.test_labels[:12]
-for _ in measuring.measure(classifier, images, labels, sys.argv[1], {"name": "t"}, batch=1):
+from diffclass import data
+from diffclass.evaluation import measuring
+from diffclass.zoo import networks
+
+classifier = networks.digit_classifier(networks.load_digits_denoiser())
+noise = classifier.sample_noise(1, torch.Generator().manual_seed(0))
+world = data.digits()
+images = world.test_images[:12]
+labels = world.test_labels[:12]
+for _ in measuring.measure(classifier, noise, images, labels, sys.argv[1], {"name": "t"}, batch=1):
     pass
 """
 
@@ -39,10 +48,19 @@ def digits():
     return world.test_images[:COUNT], world.test_labels[:COUNT]
 
 
-def run(classifier, digits, folder, settings=None, **options):
-    return list(
-        measuring.measure(classifier, *digits, folder, settings or {"name": "t"}, **options)
+def held_noise(classifier, seed=0, images=1):
+    return classifier.sample_noise(images, torch.Generator().manual_seed(seed))
+
+
+def begun(classifier, digits, folder, settings=None, drawn=None, **options):
+    drawn = held_noise(classifier) if drawn is None else drawn
+    return measuring.measure(
+        classifier, drawn, *digits, folder, settings or {"name": "t"}, **options
     )
+
+
+def run(classifier, digits, folder, settings=None, drawn=None, **options):
+    return list(begun(classifier, digits, folder, settings, drawn, **options))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +73,7 @@ def whole(classifier, digits, tmp_path_factory):
 
 def test_stored_losses_give_the_logits_of_the_classifier(classifier, digits, whole):
     with torch.no_grad():
-        wanted = classifier(digits[0])
+        wanted = Held.seeded(classifier)(digits[0])
     got = whole.logits()
     torch.testing.assert_close(
         got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True), rtol=1e-4, atol=1e-3
@@ -65,9 +83,11 @@ def test_stored_losses_give_the_logits_of_the_classifier(classifier, digits, who
 
 
 def test_another_weighting_is_a_sum_not_a_run(classifier, digits, whole):
-    other = BayesClassifier(classifier.denoiser, classifier.bank, noise.edm_weight)
+    other = BayesClassifier(
+        classifier.denoiser, classifier.levels, classifier.samples, noise.edm_weight
+    )
     with torch.no_grad():
-        wanted = other(digits[0])
+        wanted = Held.seeded(other)(digits[0])
     got = whole.logits(noise.edm_weight)
     torch.testing.assert_close(
         got - got.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True), rtol=1e-3, atol=1e-3
@@ -77,9 +97,10 @@ def test_another_weighting_is_a_sum_not_a_run(classifier, digits, whole):
 def test_a_run_cut_in_the_middle_of_a_line_loses_one_line_and_resumes(
     classifier, digits, whole, tmp_path
 ):
-    run_ = measuring.measure(classifier, *digits, tmp_path, {"name": "t"}, batch=2)
-    next(run_), next(run_)
-    run_.close()
+    stopped = begun(classifier, digits, tmp_path, batch=2)
+    next(stopped)
+    next(stopped)
+    stopped.close()
     path = tmp_path / "losses-0.jsonl"
     path.write_bytes(path.read_bytes()[:-30])  # the disk stopped here
     assert len(measuring.read(tmp_path).index) == 3
@@ -125,7 +146,7 @@ def test_other_settings_are_refused(classifier, digits, tmp_path):
 
 
 def test_two_writers_are_refused(classifier, digits, tmp_path):
-    first = measuring.measure(classifier, *digits, tmp_path, {"name": "t"}, batch=1)
+    first = begun(classifier, digits, tmp_path, batch=1)
     next(first)
     with pytest.raises(RuntimeError, match="another run holds its lock"):
         run(classifier, digits, tmp_path)
@@ -133,9 +154,21 @@ def test_two_writers_are_refused(classifier, digits, tmp_path):
     assert run(classifier, digits, tmp_path)[-1] == (11, 11)
 
 
-def test_fresh_noise_is_refused(classifier, digits, tmp_path):
-    with pytest.raises(ValueError, match="expected a deterministic classifier"):
-        run(classifier.with_fresh_noise(torch.Generator().manual_seed(0)), digits, tmp_path)
+def test_a_noise_for_each_image_is_refused(classifier, digits, tmp_path):
+    """A resumed run, or another process, would give an image the noise of another."""
+    own = held_noise(classifier, images=COUNT)
+    with pytest.raises(ValueError, match="expected noise for 1 pictures.*got noise for 12"):
+        run(classifier, digits, tmp_path / "new", drawn=own)
+    with pytest.raises(ValueError, match="expected noise of shape .* for BayesClassifier, got"):
+        run(classifier, digits, tmp_path / "new", drawn=())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_noise_decides_the_losses(classifier, digits, whole, tmp_path):
+    run(classifier, digits, tmp_path, drawn=held_noise(classifier, seed=1))
+    other = measuring.read(tmp_path)
+    assert not torch.allclose(other.losses, whole.losses, rtol=0.01)
+    assert other.losses.shape == whole.losses.shape == (COUNT, 10, 16)
 
 
 class Greedy(Denoiser):
@@ -155,12 +188,27 @@ class Greedy(Denoiser):
 
 def test_without_memory_the_chunk_is_halved_and_the_result_is_the_same():
     x = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    bank = NoiseBank.fixed(noise.log_levels(0.1, 1.0, 6), (1, 2, 2))
-    wanted = BayesClassifier(Greedy(), bank, chunk=2).losses(x)
-    greedy = BayesClassifier(Greedy(), bank, chunk=64)
+    levels = noise.log_levels(0.1, 1.0, 6)
+    small = BayesClassifier(Greedy(), levels, chunk=2)
+    drawn = held_noise(small)
+    wanted = small.losses(x, drawn)
+    greedy = BayesClassifier(Greedy(), levels, chunk=64)
     with pytest.warns(UserWarning, match="memory ran out; going on with"):
-        got = measuring.losses_within_memory(greedy, x)
-    assert torch.equal(got, wanted) and greedy.chunk == 8
+        fitting, got = measuring.losses_within_memory(greedy, x, drawn)
+    assert torch.equal(got, wanted) and fitting.chunk == 8
+    assert greedy.chunk == 64  # what was passed in is not changed
+    again, same = measuring.losses_within_memory(fitting, x, drawn)
+    assert again is fitting and torch.equal(same, wanted)
+
+
+def test_a_run_goes_on_with_the_chunk_that_fits(tmp_path, recwarn):
+    greedy = BayesClassifier(Greedy(), noise.log_levels(0.1, 1.0, 6), chunk=64)
+    x = torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    pictures = (x, torch.zeros(12, dtype=torch.long))
+    assert run(greedy, pictures, tmp_path, batch=4)[-1] == (12, 12)
+    assert len(recwarn) == 3  # 32, 16, 8: once for all three batches
+    wanted = greedy.changed(chunk=2).losses(x, held_noise(greedy))
+    torch.testing.assert_close(measuring.read(tmp_path).losses, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_that_does_not_suffice_for_one_is_an_error():
@@ -168,12 +216,10 @@ def test_memory_that_does_not_suffice_for_one_is_an_error():
         def estimate(self, x_sigma, sigma, classes):
             raise torch.OutOfMemoryError("out of memory")
 
-    bank = NoiseBank.fixed(noise.log_levels(0.1, 1.0, 2), (1, 2, 2))
+    starved = BayesClassifier(Starved(), noise.log_levels(0.1, 1.0, 2), chunk=4)
+    x = torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
-        measuring.losses_within_memory(
-            BayesClassifier(Starved(), bank, chunk=4),
-            torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
-        )
+        measuring.losses_within_memory(starved, x, held_noise(starved))
 
 
 def test_a_damaged_line_and_an_empty_folder_get_a_sentence(classifier, digits, tmp_path):
@@ -203,5 +249,60 @@ def test_thinned_levels_cover_the_same_range(whole):
         and thin.levels.upper[-1] == whole.levels.upper[-1]
     )
     assert torch.equal(thin.levels.upper[:-1], thin.levels.lower[1:])
+    # the level that stands for four is one of the two in their middle
+    assert torch.equal(thin.levels.sigma, whole.levels.sigma[2::4])
+    assert torch.equal(thin.losses, whole.losses[..., 2::4])
     with pytest.raises(ValueError, match="expected a divisor of 16 levels, got 3"):
         whole.thinned(3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracies of trials
+
+
+def test_a_trial_by_its_parts_is_the_trial_by_its_name():
+    """dc is the best denoiser at the course's levels, with one held noise."""
+    parts = accuracies.bayes_trial("digits", limit=COUNT)
+    named = accuracies.named_trial("digits", "DC", limit=COUNT)
+    with torch.no_grad():
+        assert torch.equal(parts.held(parts.images), named.held(named.images))
+    assert (parts.name, named.name, named.optimal) == ("dc", "dc", None)
+    assert parts.checkpoint == named.checkpoint
+    assert list(zoo.checkpoints("digits", "dc").values()) == [parts.checkpoint]
+
+
+def test_hits_are_counted_batch_by_batch(digits):
+    images, labels = digits
+    wrong = torch.where(torch.arange(COUNT) % 3 == 0, (labels + 1) % 10, labels)
+    held = accuracies.named_trial("digits", "dc", limit=COUNT).held
+    counted = list(accuracies.hits(held, images, wrong, batch=5))
+    assert [seen for _, seen in counted] == [5, 10, 12]
+    assert [correct for correct, _ in counted] == [3, 6, 8]
+    assert accuracies.accuracy(held, images, wrong) == 8
+    assert accuracies.accuracy(held, images[:0], labels[:0]) == 0
+
+    def broken(x):
+        return held(x) * (torch.nan if torch.equal(x[0], images[5]) else 1.0)
+
+    with pytest.raises(FloatingPointError, match="became NaN on images 5 to 9; are its weights"):
+        list(accuracies.hits(broken, images, labels, batch=5))
+
+
+def test_stored_losses_become_a_record_for_every_weighting(digits, whole):
+    trial = accuracies.bayes_trial("digits", limit=COUNT)
+    records = accuracies.stored_records(trial, whole)
+    assert [record.settings["weighting"] for record in records] == list(noise.WEIGHTINGS)
+    for record, weighting in zip(records, noise.WEIGHTINGS.values(), strict=True):
+        right = int((whole.logits(weighting).argmax(1) == digits[1]).sum())
+        assert (record.value, record.n) == (right / COUNT, COUNT)
+        assert record.checkpoint == trial.checkpoint and record.attack is None
+    assert "weighting" not in accuracies.store_settings(trial, "fp32")
+
+
+def test_on_the_plane_the_best_that_any_classifier_can_reach_is_recorded_too():
+    trial = accuracies.bayes_trial("plane:moons", limit=60, seed=3)
+    measured, best = accuracies.records_of(trial, 41)
+    assert (measured.classifier, best.classifier) == ("dc", "exact")
+    assert measured.value == 41 / 60 and best.value == trial.optimal / 60 >= 0.9
+    assert measured.world == best.world == "plane:moons" and measured.seed == best.seed == 3
+    assert measured.checkpoint is None

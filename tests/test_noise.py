@@ -1,10 +1,13 @@
 """Schedules against their published values, weights against the KLs they stand for, banks against their word."""
 
+import hashlib
 import math
 
 import pytest
 import torch
+import twins
 from diffclass import noise
+from diffclass.denoisers import network, sampling
 from diffclass.noise import Levels, NoiseBank
 from scipy import integrate, stats
 
@@ -14,7 +17,13 @@ SHAPE = (1, 2, 2)
 # Schedules
 
 
-def check_sigma_of_alpha_bar(sigma_of=noise.sigma_of_alpha_bar):
+@twins.rejected(
+    {
+        "no root": dict(sigma_of=lambda abar: (1 - abar) / abar),
+        "not divided by the signal": dict(sigma_of=lambda abar: (1 - abar).sqrt()),
+    }
+)
+def test_ddpm_levels(sigma_of=noise.sigma_of_alpha_bar):
     """The noise-to-signal ratio of z = sqrt(abar) x + sqrt(1 - abar) eps, and the levels of DDPM's schedule."""
     sigma = sigma_of(noise.alpha_bar(noise.linear_betas()))
     published = {
@@ -31,24 +40,18 @@ def check_sigma_of_alpha_bar(sigma_of=noise.sigma_of_alpha_bar):
         assert abs(float(sigma[t - 1]) / level - 1) < 2e-3, t
 
 
-def check_scaled_linear(betas=noise.scaled_linear_betas):
+@twins.rejected({"linear in beta": dict(betas=lambda: noise.linear_betas(1000, 0.00085, 0.012))})
+def test_stable_diffusion_betas(betas=noise.scaled_linear_betas):
     """Linear in sqrt(beta) from 0.00085 to 0.012; 157 steps of 1000 are not the same as for a linear schedule."""
     roots = betas().sqrt()
     assert torch.allclose(roots.diff(), roots.diff()[:1], rtol=1e-9)
     assert abs(float(betas()[0]) - 0.00085) < 1e-12 and abs(float(betas()[-1]) - 0.012) < 1e-12
 
 
-def test_ddpm_levels():
-    check_sigma_of_alpha_bar()
-    assert torch.allclose(
-        noise.alpha_bar_of_sigma(noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))),
-        noise.alpha_bar(noise.linear_betas()),
-        rtol=1e-12,
-    )
-
-
-def test_stable_diffusion_betas():
-    check_scaled_linear()
+def test_a_level_says_which_signal_coefficient_it_is():
+    abar = noise.alpha_bar(noise.linear_betas())
+    back = noise.alpha_bar_of_sigma(noise.sigma_of_alpha_bar(abar))
+    assert torch.allclose(back, abar, rtol=1e-12)
 
 
 def test_cosine_schedule_follows_the_cosine():
@@ -64,6 +67,18 @@ def test_edm_levels_run_from_80_to_0_002():
     assert abs(float(sigma[0]) - 80) < 1e-9 and abs(float(sigma[-1]) - 0.002) < 1e-12
     assert bool((sigma.diff() < 0).all())
     assert torch.allclose((sigma ** (1 / 7)).diff(), (sigma ** (1 / 7)).diff()[:1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps, low, high", [(2, 0.02, 80.0), (18, 0.002, 80.0), (10, 0.05, 0.5)])
+def test_the_sampler_walks_down_edm_levels_to_zero(steps, low, high):
+    """The numbers of `edm_sigmas` bit for bit, those of the formula written out, and a zero."""
+    walk = sampling.karras_levels(steps, low, high)
+    assert torch.equal(walk[:-1], noise.edm_sigmas(steps, low, high)) and float(walk[-1]) == 0
+    ramp = [
+        high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7)) for i in range(steps)
+    ]
+    wanted = torch.tensor([root**7 for root in ramp], dtype=torch.float64)
+    assert torch.allclose(walk[:-1], wanted, rtol=1e-12)
 
 
 def test_betas_outside_0_1_get_a_sentence():
@@ -97,6 +112,17 @@ def test_noised_levels_are_geometric_in_the_added_noise():
     added = (levels.lower**2 - 0.25).sqrt()
     assert torch.allclose(added[1:] / added[:-1], (added[1] / added[0]).expand(15), rtol=1e-6)
     assert abs(float(added[0]) - 0.025) < 1e-9 and abs(float(levels.upper[-1]) - 20) < 1e-9
+
+
+def test_some_levels_are_levels():
+    levels = noise.log_levels(0.01, 10, 30)
+    for kept in (slice(3, 7), torch.tensor([29, 0, 4])):
+        some = levels[kept]
+        for name in ("sigma", "lower", "upper", "step"):
+            assert torch.equal(getattr(some, name), getattr(levels, name)[kept])
+    short = levels.to(torch.zeros(1, dtype=torch.float32))
+    assert short.sigma.dtype == short.lower.dtype == short.upper.dtype == torch.float32
+    assert torch.equal(short.sigma, levels.sigma.float()) and levels.sigma.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -143,7 +169,14 @@ def gaussian_kl(levels: Levels, error: torch.Tensor) -> torch.Tensor:
     )
 
 
-def check_discrete_weight(weight=noise.discrete_elbo_weight):
+@twins.rejected(
+    {
+        "without the half": dict(weight=twins.scaled(noise.discrete_elbo_weight, 2)),
+        "right end": dict(weight=noise.right_end_weight),
+        "first powers": dict(weight=lambda levels: (1 / levels.lower - 1 / levels.upper) / 2),
+    }
+)
+def test_discrete_weight_is_the_kl_of_a_step(weight=noise.discrete_elbo_weight):
     """The weight of a chain step is its KL for an estimate that is off by one, and the integral of sigma^-3."""
     levels = noise.chain_levels(torch.logspace(-1, 1, 9, dtype=torch.float64))
     w = weight(levels)
@@ -153,7 +186,16 @@ def check_discrete_weight(weight=noise.discrete_elbo_weight):
         assert abs(float(w[t]) / exact - 1) < 1e-9
 
 
-def check_elbo_weight(weight=noise.elbo_weight):
+@twins.rejected(
+    {
+        "sigma^-2": dict(weight=lambda levels: levels.sigma**-2 * levels.step),
+        "d sigma for d ln sigma": dict(
+            weight=lambda levels: levels.sigma**-2 * (levels.upper - levels.lower)
+        ),
+        "with a half": dict(weight=twins.scaled(noise.elbo_weight, 0.5)),
+    }
+)
+def test_elbo_weight_is_the_midpoint_rule(weight=noise.elbo_weight):
     """The midpoint rule: within 1e-4 of the exact integral of sigma^-3 at 400 levels, four times worse at 200."""
     off = {}
     for count in (200, 400):
@@ -162,7 +204,21 @@ def check_elbo_weight(weight=noise.elbo_weight):
     assert off[400] < 1e-4 and 3.9 < off[200] / off[400] < 4.1
 
 
-def check_edm_weight(weight=noise.edm_weight):
+def lambda_inverted(levels):
+    """EDM's weight with lambda = c_out^2 instead of 1 / c_out^2."""
+    return noise.edm_weight(levels) / noise.edm_lambda(levels.sigma) ** 2
+
+
+@twins.rejected(
+    {
+        "released precedence": dict(weight=noise.rdc_released_weight),
+        "lambda inverted": dict(weight=lambda_inverted),
+        "normal, not log-normal": dict(
+            weight=lambda levels: noise.edm_weight(levels) * levels.sigma
+        ),
+    }
+)
+def test_edm_weight_is_lambda_times_the_log_normal(weight=noise.edm_weight):
     """EDM's 1/c_out^2 times scipy's log-normal density of its training levels; the density sums to one."""
     levels = noise.log_levels(1e-4, 1e4, 2000)
     density = stats.lognorm.pdf(levels.sigma.numpy(), s=1.2, scale=math.exp(-1.2))
@@ -172,7 +228,13 @@ def check_edm_weight(weight=noise.edm_weight):
     assert abs(float(drawn.sum()) - 1) < 1e-6
 
 
-def check_simple_weight(weight=noise.simple_weight):
+@twins.rejected(
+    {
+        "uniform in sigma": dict(weight=noise.unit_weight),
+        "uniform in ln sigma": dict(weight=noise.elbo_weight),
+    }
+)
+def test_simple_weight_is_uniform_over_ddpm_steps(weight=noise.simple_weight):
     """On the noise error every step of DDPM's own chain weighs the same, and all of them together one."""
     sigma = noise.sigma_of_alpha_bar(noise.alpha_bar(noise.linear_betas()))
     levels = noise.chain_levels(sigma)
@@ -181,16 +243,20 @@ def check_simple_weight(weight=noise.simple_weight):
     )
 
 
-def test_discrete_weight_is_the_kl_of_a_step():
-    check_discrete_weight()
-
-
-def test_elbo_weight_is_the_midpoint_rule():
-    check_elbo_weight()
-
-
-def test_edm_weight_is_lambda_times_the_log_normal():
-    check_edm_weight()
+@twins.rejected(
+    {
+        "inverted": dict(weight_of=lambda sigma: 1 / noise.edm_lambda(sigma)),
+        "not squared": dict(weight_of=lambda sigma: noise.edm_lambda(sigma) ** 0.5),
+        "another sigma_data": dict(
+            weight_of=lambda sigma: network.edm_scalings(sigma, sigma_data=1.0)[1] ** -2
+        ),
+    }
+)
+def test_edm_lambda_is_one_over_the_square_of_c_out(weight_of=noise.edm_lambda):
+    """Two rows of EDM's table: the weight undoes the scale of the network's output, so each level's loss is one."""
+    sigma = torch.logspace(-3, 3, 25, dtype=torch.float64)
+    _, c_out, _ = network.edm_scalings(sigma)
+    assert torch.allclose(weight_of(sigma) * c_out**2, torch.ones_like(sigma), rtol=1e-12)
 
 
 def test_the_released_weight_is_a_log_normal_of_another_width():
@@ -205,10 +271,6 @@ def test_the_released_weight_is_a_log_normal_of_another_width():
     assert (
         float((noise.rdc_released_weight(levels) / noise.edm_weight(levels) - 1).abs().max()) > 0.5
     )
-
-
-def test_simple_weight_is_uniform_over_ddpm_steps():
-    check_simple_weight()
 
 
 def test_unit_weight_sums_to_the_length_of_the_axis():
@@ -268,7 +330,21 @@ def test_bridge_posterior_by_conditioning():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Banks
+# Seeds and banks
+
+
+def test_a_purpose_has_a_seed_of_its_own():
+    """The first 7 bytes of SHA-256 of the key: the same on every machine, another for every word and number."""
+    digest = hashlib.sha256(b"(0, 'evaluation', 3)").digest()
+    assert noise.seed_of(0, "evaluation", 3) == int.from_bytes(digest[:7], "big")
+    keys = [(0,), (1,), (0, "evaluation", 3), (0, "evaluation", 4), (0, "attack", 3), (0, 3)]
+    assert len({noise.seed_of(*key) for key in keys}) == len(keys)
+    before = torch.get_rng_state()
+    one, same, other = (
+        torch.randn(4, generator=noise.generator_of(0, purpose)) for purpose in ("a", "a", "b")
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
 
 
 def test_a_fixed_bank_depends_on_its_seed_alone():
@@ -291,13 +367,6 @@ def test_fresh_noise_differs_by_image_and_call_and_repeats_with_the_generator():
     again = NoiseBank.fresh(levels, SHAPE, 4, torch.Generator().manual_seed(3))
     assert torch.equal(first.noise, again.noise) and not torch.equal(first.noise, second.noise)
     assert not torch.equal(first.noise[:, :, 0], first.noise[:, :, 1])
-
-
-def test_a_redrawn_bank_keeps_levels_samples_and_dtype():
-    bank = NoiseBank.fixed(noise.log_levels(0.1, 1, 3), SHAPE, 2, dtype=torch.float64)
-    new = bank.redrawn(5, torch.Generator().manual_seed(1))
-    assert torch.equal(new.sigma, bank.sigma) and tuple(new.noise.shape) == (3, 2, 5, *SHAPE)
-    assert new.noise.dtype == torch.float64 and "samples=2, images=5" in repr(new)
 
 
 def test_noise_is_standard_normal():

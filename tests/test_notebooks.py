@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-REACH = 3
+REACH = 3  # how many cells below its equation a check may stand
+PROMISES = ("**Objectives**", "**Runtime**", "**You need**")
 EQUATION = re.compile(r"\$\$.+?\$\$|\\begin\{(equation|align|gather)\*?\}", re.S)
 FOLDED = re.compile(r"<details\b.*?</details>", re.S)
 ANSWER = re.compile(r"<details\b[^>]*>\s*<summary>[^<]*(hint|solution)", re.I)
@@ -31,15 +33,15 @@ def text(cell) -> str:
 
 def prose(cell) -> str:
     """A markdown cell without its code blocks, or nothing."""
-    return (
-        re.sub(r"```.*?```", "", text(cell), flags=re.S) if cell["cell_type"] == "markdown" else ""
-    )
+    if cell["cell_type"] != "markdown":
+        return ""
+    return re.sub(r"```.*?```", "", text(cell), flags=re.S)
 
 
 def code_cells(notebook) -> Iterator[tuple[int, str]]:
-    return (
-        (i, text(cell)) for i, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "code"
-    )
+    for i, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            yield i, text(cell)
 
 
 def headings(notebook) -> list[tuple[int, int, str]]:
@@ -64,16 +66,13 @@ def tree(source: str):
 
 def calls(source: str, name: str) -> int:
     """How often a cell calls `name(...)` or `something.name(...)`."""
-    found = tree(source)
-    return (
-        0
-        if isinstance(found, str)
-        else sum(
-            isinstance(node, ast.Call)
-            and (getattr(node.func, "attr", "") or getattr(node.func, "id", "")) == name
-            for node in ast.walk(found)
-        )
-    )
+    syntax = tree(source)
+    if isinstance(syntax, str):
+        return 0
+    called = [node.func for node in ast.walk(syntax) if isinstance(node, ast.Call)]
+    names = [node.id for node in called if isinstance(node, ast.Name)]
+    names += [node.attr for node in called if isinstance(node, ast.Attribute)]
+    return names.count(name)
 
 
 def equation_cells(notebook) -> list[int]:
@@ -101,108 +100,112 @@ def is_well_formed(notebook, path):
 
 
 def is_named_in_order(notebook, path):
-    return [f"{path.name}: not NN_idea.ipynb"] * (
-        not re.fullmatch(r"\d\d(_[a-z0-9]+)+\.ipynb", path.name)
-    )
+    if re.fullmatch(r"\d\d(_[a-z0-9]+)+\.ipynb", path.name):
+        return []
+    return [f"{path.name}: not NN_idea.ipynb"]
 
 
 def has_one_title(notebook, path):
+    complaints = []
     levels = [(i, level) for i, level, _ in headings(notebook)]
-    jumps = [
-        i for (_, before), (i, after) in zip(levels, levels[1:], strict=False) if after > before + 1
-    ]
     titles = [i for i, level in levels if level == 1]
-    return ([] if titles == [0] else [f"one title in the first cell, got {len(titles)}"]) + [
-        f"cell {i}: heading skips a level" for i in jumps
-    ]
+    if titles != [0]:
+        complaints.append(f"one title in the first cell, got {len(titles)}")
+    for (_, before), (i, after) in pairwise(levels):
+        if after > before + 1:
+            complaints.append(f"cell {i}: heading skips a level")
+    return complaints
 
 
 def makes_its_promises(notebook, path):
     page = "\n".join(map(prose, notebook["cells"]))
-    return [
-        f"no {word}"
-        for word in ("**Objectives**", "**Runtime**", "**You need**")
-        if word not in page
-    ]
+    return [f"no {word}" for word in PROMISES if word not in page]
 
 
 def describes_its_images(notebook, path):
-    found = []
+    complaints = []
     for i, cell in enumerate(notebook["cells"]):
         for words, target in IMAGE.findall(prose(cell)):
             if len(words.split()) < 3:
-                found.append(f"cell {i}: {target} needs alt text that says what it shows")
+                complaints.append(f"cell {i}: {target} needs alt text that says what it shows")
             if not (path.parent / target).is_file():
-                found.append(f"cell {i}: {target} is no file of the repository")
-        found += [
-            f"cell {i}: <img> without alt"
-            for tag in re.findall(r"<img\b[^>]*>", prose(cell))
-            if not re.search(r'alt="[^"]{8,}"', tag)
-        ]
-    return found
+                complaints.append(f"cell {i}: {target} is no file of the repository")
+        for tag in re.findall(r"<img\b[^>]*>", prose(cell)):
+            if not re.search(r'alt="[^"]{8,}"', tag):
+                complaints.append(f"cell {i}: <img> without alt")
+    return complaints
 
 
 def stores_no_results(notebook, path):
+    complaints = []
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    found = ["outputs"] * any(cell.get("outputs") for cell in cells)
-    found += ["execution counts"] * any(cell.get("execution_count") is not None for cell in cells)
-    return found + ["widget state"] * ("widgets" in notebook["metadata"])
+    if any(cell.get("outputs") for cell in cells):
+        complaints.append("outputs")
+    if any(cell.get("execution_count") is not None for cell in cells):
+        complaints.append("execution counts")
+    if "widgets" in notebook["metadata"]:
+        complaints.append("widget state")
+    return complaints
 
 
 def runs_no_shell(notebook, path):
-    found = [(i, SHELL.search(source)) for i, source in code_cells(notebook)]
-    return [f"cell {i}: {line[0].strip()}" for i, line in found if line]
+    complaints = []
+    for i, source in code_cells(notebook):
+        line = SHELL.search(source)
+        if line:
+            complaints.append(f"cell {i}: {line[0].strip()}")
+    return complaints
 
 
 def needs_nothing_elsewhere(notebook, path):
-    found = []
+    complaints = []
     for i, source in code_cells(notebook):
-        syntax = tree(source) if not SHELL.search(source) else ast.Module([], [])
-        if isinstance(syntax, str):
-            found.append(f"cell {i}: {syntax}")
+        if SHELL.search(source):
             continue
-        found += [
-            f"cell {i}: {node.value[:60]!r} leads out of the repository"
-            for node in ast.walk(syntax)
-            if isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and ELSEWHERE.search(node.value)
-        ]
-    return found
+        syntax = tree(source)
+        if isinstance(syntax, str):
+            complaints.append(f"cell {i}: {syntax}")
+            continue
+        constants = [node.value for node in ast.walk(syntax) if isinstance(node, ast.Constant)]
+        for value in constants:
+            if isinstance(value, str) and ELSEWHERE.search(value):
+                complaints.append(f"cell {i}: {value[:60]!r} leads out of the repository")
+    return complaints
 
 
 def checks_every_equation(notebook, path):
     """A check before the next equation, or within the next cells where several equations share one check."""
     equations = equation_cells(notebook)
-    code = dict(code_cells(notebook))
-    found = []
-    for i, following in zip(equations, [*equations[1:], len(notebook["cells"])], strict=True):
-        if not any(
-            calls(code.get(j, ""), "check") for j in range(i + 1, max(following, i + REACH + 1))
-        ):
-            found.append(f"cell {i}: equation without a check")
-    total = sum(calls(source, "check") for source in code.values())
-    return found + [f"{total} checks for {len(equations)} cells with equations"] * (
-        total < len(equations)
-    )
+    complaints = []
+    checks = {i: calls(source, "check") for i, source in code_cells(notebook)}
+    for i, following in pairwise([*equations, len(notebook["cells"])]):
+        nearby = range(i + 1, max(following, i + REACH + 1))
+        if not any(checks.get(j, 0) for j in nearby):
+            complaints.append(f"cell {i}: equation without a check")
+    total = sum(checks.values())
+    if total < len(equations):
+        complaints.append(f"{total} checks for {len(equations)} cells with equations")
+    return complaints
 
 
 def grades_its_exercises(notebook, path):
+    complaints = []
+    cells = notebook["cells"]
     marks = headings(notebook)
-    code = dict(code_cells(notebook))
-    found = []
+    graded = {i for i, source in code_cells(notebook) if calls(source, "grade")}
     starts = [i for i, level, words in marks if level == 3 and words.startswith("Exercise")]
+    if not starts:
+        complaints.append("no exercise")
     for i in starts:
-        end = min(
-            [j for j, level, _ in marks if j > i and level <= 3], default=len(notebook["cells"])
-        )
+        later = [j for j, level, _ in marks if j > i and level <= 3]
+        own = range(i, min(later, default=len(cells)))
         if starts.count(i) > 1:
-            found.append(f"cell {i}: one exercise per cell")
-        if not any(ANSWER.search(prose(notebook["cells"][j])) for j in range(i, end)):
-            found.append(f"cell {i}: exercise without a folded hint or solution")
-        if not any(calls(code.get(j, ""), "grade") for j in range(i, end)):
-            found.append(f"cell {i}: exercise without course.grade")
-    return found + ["no exercise"] * (not starts)
+            complaints.append(f"cell {i}: one exercise per cell")
+        if not any(ANSWER.search(prose(cells[j])) for j in own):
+            complaints.append(f"cell {i}: exercise without a folded hint or solution")
+        if graded.isdisjoint(own):
+            complaints.append(f"cell {i}: exercise without course.grade")
+    return complaints
 
 
 CONTRACTS = [
@@ -226,8 +229,8 @@ CONTRACTS = [
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_notebook(path, contract):
-    found = contract(json.loads(path.read_text(encoding="utf-8")), path)
-    assert not found, "\n".join(found)
+    complaints = contract(json.loads(path.read_text(encoding="utf-8")), path)
+    assert not complaints, "\n".join(complaints)
 
 
 def test_numbers_are_unique():
@@ -287,11 +290,8 @@ PLANTED = [
     (has_one_title, put(0, "**Objectives** **Runtime** **You need**")),
     (has_one_title, put(1, "#### Deep")),
     *[
-        (
-            makes_its_promises,
-            put(0, "# Title\n" + "**Objectives** **Runtime** **You need**".replace(word, "")),
-        )
-        for word in ("**Objectives**", "**Runtime**", "**You need**")
+        (makes_its_promises, put(0, "# Title\n" + " ".join(PROMISES).replace(word, "")))
+        for word in PROMISES
     ],
     (describes_its_images, put(1, "## Part\n![](picture.png)")),
     (describes_its_images, put(1, "## Part\n![Ten loss curves over sigma](missing.png)")),

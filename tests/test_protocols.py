@@ -1,517 +1,411 @@
-"""Attack protocols: closed forms reached, the worst per image, luck exposed, runs that can be killed at any point."""
+"""What a protocol is: its attacks in full, chosen by what a classifier declares, and an identity that records keep."""
 
 import json
-import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from diffclass import attacks, intervals
-from diffclass.classifiers.randomised import Randomised
-from diffclass.evaluation import claims, protocols, robustness
-from diffclass.evaluation.protocols import Attack, Protocol
-from diffclass.storage import files
-from torch import nn
+from diffclass import attacks, zoo
+from diffclass.classifiers.base import BLOCK, Classifier, Held
+from diffclass.classifiers.foreign import Foreign
+from diffclass.classifiers.votes import MajorityVote
+from diffclass.evaluation import claims, protocols, tables
+from diffclass.evaluation.protocols import Attack, AttackNoise, Protocol
+from diffclass.noise import generator_of
 
 SHAPE = (1, 2, 2)
-OWN = dict(world="toy", checkpoints={}, version="0")
+FIELDS = ("loss", "steps", "method", "gradient", "fresh", "draws", "restarts", "step", "start")
 
-
-class Linear(nn.Module):
-    """Logits W x + b, plus noise that has nothing to do with x where `noise` is given."""
-
-    num_classes = 3
-    image_shape = SHAPE
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.weight = nn.Parameter(torch.randn(3, 4, generator=generator))
-        self.bias = nn.Parameter(-self.weight.detach().sum(1) / 2)
-
-    def forward(self, x):
-        return x.flatten(1) @ self.weight.T + self.bias
-
-
-class Noisy(Randomised, Linear):
-    """The same with noise on the logits: fixed, or drawn anew."""
-
-    def forward(self, x):
-        generator = torch.Generator().manual_seed(0) if self.deterministic else self.generator
-        noise = torch.randn(1 if self.deterministic else len(x), 3, generator=generator)
-        return super().forward(x) + 2 * noise
-
-
-@pytest.fixture(scope="module")
-def points():
-    """Images that Linear classifies correctly, far enough from the ends of [0,1] for the whole budget."""
-    x = 0.2 + 0.6 * torch.rand(60, *SHAPE, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        return x, Linear()(x).argmax(1)
-
-
-def robust(model, x, y, epsilon, size) -> torch.Tensor:
-    """The closed form: every margin is larger than epsilon times the dual norm of its slope."""
-    logits = model(x).detach()
-    safe = torch.ones(len(x), dtype=torch.bool)
-    for k in range(3):
-        gap = logits.gather(1, y[:, None])[:, 0] - logits[:, k]
-        slope = size((model.weight[y] - model.weight[k]).detach())
-        safe &= (gap > epsilon * slope) | (y == k)
-    return safe
-
-
-def finished(model, points, protocol, folder, **options):
-    progress = list(robustness.run(model, *points, protocol, folder, OWN, **options))
-    return robustness.read(folder), progress
-
-
-def few(steps=5, **options) -> Protocol:
-    """A protocol that takes no time."""
-    listed = (Attack("margin", steps), Attack("scaled CE", steps, fresh=False))
-    return Protocol("honest", "dc", "linf", 0.1, listed, "a test", **options)
-
-
-@pytest.mark.parametrize("norm, dual, epsilon", [("linf", 1, 0.08), ("l2", 2, 0.12)])
-def test_the_honest_protocol_reaches_the_closed_form(points, tmp_path, norm, dual, epsilon):
-    found, _ = finished(
-        Linear(), points, protocols.honest("cnn", norm, epsilon, classes=3), tmp_path
-    )
-    got = torch.tensor([row["hits"] for row in found.rows]) == 1
-    wanted = robust(Linear(), *points, epsilon, lambda slope: slope.norm(p=dual, dim=1))
-    mutated = robust(Linear(), *points, epsilon, lambda slope: slope.norm(p=3 - dual, dim=1))
-    assert (
-        10 < int(wanted.sum()) < 50 and torch.equal(got, wanted) and not torch.equal(got, mutated)
-    )
-    clean, bound, *alone = claims.records(found)
-    assert (
-        clean.value == 1
-        and bound.value == float(wanted.double().mean())
-        and bound.method == "Clopper-Pearson"
-    )
-    assert "upper bound" in bound.what and "honest protocol" in bound.what and norm in bound.what
-    assert found.settings["draws"] == 1 and len(alone) == 3
-
-
-def test_the_minimum_is_taken_per_image_not_of_averages(points, tmp_path, monkeypatch):
-    """Two attacks that each only touch half of the images: either alone leaves half, both leave nothing."""
-
-    def only(parity):
-        return lambda logits, y: attacks.margin_loss(logits, y) * (y % 2 == parity)
-
-    monkeypatch.setitem(protocols.LOSSES, "even", only(0))
-    monkeypatch.setitem(protocols.LOSSES, "odd", only(1))
-    protocol = Protocol(
-        "honest", "dc", "linf", 0.5, (Attack("even", 20), Attack("odd", 20)), "a test"
-    )
-    found, _ = finished(Linear(), points, protocol, tmp_path)
-    first, second = (name for name, _ in protocol.runs())
-    for row in found.rows:
-        assert row["hits"] == min(entry[0] for entry in row["attacks"].values() if entry)
-    after_first = [row["attacks"][first][0] for row in found.rows]
-    tried_again = [row["attacks"][second][0] for row in found.rows if row["attacks"][second]]
-    total = sum(row["hits"] for row in found.rows)
-    assert 0 < sum(after_first) < 60 and total < sum(after_first) and 0 == sum(tried_again) == total
-
-
-def test_noise_alone_is_exposed_by_the_worst_of_ten(points, tmp_path):
-    found, _ = finished(Noisy(), points, few(), tmp_path)
-    named = claims.records(found)[:4]
-    assert [record.what.split(", ")[-1] for record in named] == 2 * [
-        "average of 10 draws",
-        "worst of 10 draws",
-    ]
-    clean, clean_worst, average, worst = (record.value for record in named)
-    assert (
-        average > 0.25 and worst < average / 3 and worst <= clean_worst < clean and average < clean
-    )
-
-
-def test_one_lucky_draw_does_not_spare_an_image_from_later_attacks(points, tmp_path):
-    found, _ = finished(Noisy(), points, few(), tmp_path)
-    first, second = (name for name, _ in few().runs())
-    spared = [row for row in found.rows if row["attacks"][second] is None]
-    lucky = [
-        row
-        for row in found.rows
-        if 0 < row["attacks"][first][0] < 10 and row["attacks"]["none"][0] > 0
-    ]
-    assert lucky and all(row["attacks"][second] is not None for row in lucky)
-    assert all(min(e[0] for e in row["attacks"].values() if e) == 0 for row in spared)
-
-
-def test_the_number_that_counts_is_not_the_one_that_selected(points, tmp_path):
-    """Choosing the least of several noisy counts is itself luck; the chosen perturbation is judged with other noise."""
-    many = replace(
-        few(), attacks=tuple(Attack("margin", step) for step in range(1, 9)), epsilon=0.0
-    )
-    found, _ = finished(Noisy(), points, many, tmp_path)
-    least = sum(min(e[0] for e in row["attacks"].values() if e) for row in found.rows) / 600
-    judged, clean = (sum(row[key] for row in found.rows) / 600 for key in ("hits", "clean"))
-    assert least < clean - 0.1 and judged == pytest.approx(
-        clean, abs=0.05
-    )  # a budget of nothing changes nothing
-
-
-def contents(folder) -> dict:
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.glob("*"))
-        if not path.name.startswith(".")
-    }
-
-
-def test_a_killed_run_ends_as_an_unbroken_one(points, tmp_path):
-    model = Noisy()
-    protocol = few()
-    _, progress = finished(model, points, protocol, tmp_path / "whole", batch=25)
-    assert [p.images for p in progress] == [0, 0, 25, 25, 25, 50, 50, 50, 60] and progress[
-        -1
-    ].total == 60
-    for stop in range(1, len(progress)):
-        folder = tmp_path / str(stop)
-        run = robustness.run(model, *points, protocol, folder, OWN, batch=25)
-        assert [next(run) for _ in range(stop)] == progress[:stop]
-        run.close()
-        assert len(robustness.read(folder).rows) == min(
-            60, 25 * math.ceil(stop / 3)
-        )  # what is done is kept
-        finished(model, points, protocol, folder, batch=25)
-        assert contents(folder) == contents(tmp_path / "whole")
-
-
-def test_a_run_killed_between_two_files_ends_as_an_unbroken_one(points, tmp_path, monkeypatch):
-    finished(Noisy(), points, few(), tmp_path / "whole", batch=25)
-    write = files.write
-    for stop in range(1, 8):
-        left = [stop]
-
-        def failing(path, content, left=left):
-            left[0] -= path.name == robustness.ROWS
-            if not left[0]:
-                raise OSError("no space left on device")
-            write(path, content)
-
-        folder = tmp_path / str(stop)
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-            patch.setattr(files, "write", failing)
-            finished(Noisy(), points, few(), folder, batch=25)
-        finished(Noisy(), points, few(), folder, batch=25)
-        assert contents(folder) == contents(tmp_path / "whole")
-
-
-def test_a_folder_of_other_settings_is_refused(points, tmp_path):
-    finished(Linear(), points, few(), tmp_path)
-    other = (
-        (few(6), {}, "protocol"),
-        (few(), dict(seed=1), "seed"),
-        (few(), dict(batch=7), "batch"),
-    )
-    for protocol, options, named in other:
-        with pytest.raises(ValueError, match=f"{named}.* differ; name another folder"):
-            finished(Linear(), points, protocol, tmp_path, **options)
-    with pytest.raises(ValueError, match=r"\['images', 'n'\] differ"):
-        finished(Linear(), (points[0][:9], points[1][:9]), few(), tmp_path)
-    run = robustness.run(Linear(), *points, few(), tmp_path / "new", OWN)
-    next(run)
-    with pytest.raises(RuntimeError, match="another run holds its lock"):
-        finished(Linear(), points, few(), tmp_path / "new")
-    run.close()
-
-
-class Odd(Linear):
-    """A model with something wrong, from the call `since` on."""
-
-    def __init__(self, wrong, since=0):
-        super().__init__()
-        self.wrong = wrong
-        self.left = since
-
-    def forward(self, x):
-        self.left -= 1
-        return super().forward(x) if self.left >= 0 else self.wrong(super().forward(x))
-
-
-BAD_MODELS = [
-    (lambda f: f.softmax(1), ValueError, "expected logits, got rows of probabilities"),
-    (lambda f: f.detach(), TypeError, "logits without a gradient"),
-    (lambda f: f * torch.nan, FloatingPointError, "became NaN and cannot be judged"),
-    (
-        lambda f: (f - f.detach()).sqrt() + f.detach(),
-        FloatingPointError,
-        "became non-finite at step 0",
-    ),
-]
-
-
-@pytest.mark.parametrize("wrong, error, said", BAD_MODELS)
-def test_classifiers_that_cannot_be_attacked(points, tmp_path, wrong, error, said):
-    with pytest.raises(error, match=said):
-        finished(Odd(wrong), points, few(), tmp_path)
-
-
-def test_what_was_done_before_a_failure_is_kept(points, tmp_path):
-    failing = Odd(
-        lambda f: f * torch.nan, since=10
-    )  # two judge, six attack, one judges, one calibrates
-    with pytest.raises(FloatingPointError):
-        finished(failing, points, few(), tmp_path / "part")
-    rows = robustness.read(tmp_path / "part").rows
-    assert len(rows) == 60 and all(
-        set(row["attacks"]) == {"none", few().runs()[0][0]} for row in rows
-    )
-    finished(Linear(), points, few(), tmp_path / "part")
-    finished(Linear(), points, few(), tmp_path / "whole")
-    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (dict(x=lambda x: 2 * x - 1), r"model space \[-1,1\]; pass units.to_pixel"),
-        (dict(x=lambda x: 255 * x), r"look like \[0,255\]; divide by 255"),
-        (dict(y=lambda y: y + 3), "expected labels between 0 and 2"),
-        (dict(epsilon=8), "did you mean 8/255"),
-        (dict(epsilon=-0.1), "expected an attack budget >= 0"),
-        (dict(norm="l1"), "expected norm 'linf' or 'l2'"),
-        (dict(batch=0), "at least one image at once"),
-    ],
+# What `protocols.honest` listed for every classifier of digits before classifiers declared anything, in the order of FIELDS.
+DETERMINISTIC = (
+    ("margin", 100, "apgd", "exact", False, 1, 5, None, "image"),
+    ("DLR", 100, "apgd", "exact", False, 1, 5, None, "image"),
+    ("scaled CE", 100, "apgd", "exact", False, 1, 5, None, "image"),
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_written(points, tmp_path, change, said):
-    x = change.get("x", lambda x: x)(points[0])
-    y = change.get("y", lambda y: y)(points[1])
-    protocol = replace(few(), **{k: v for k, v in change.items() if k in ("epsilon", "norm")})
-    with pytest.raises(ValueError, match=said):
-        list(
-            robustness.run(
-                Linear(), x, y, protocol, tmp_path / "new", OWN, batch=change.get("batch", 8)
-            )
-        )
-    assert not (tmp_path / "new").exists()
+RANDOM = (
+    ("margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image"),
+    ("DLR", 100, "apgd", "exact", False, 1, 1, None, "image"),
+    ("scaled CE", 100, "pgd", "exact", True, 1, 1, 0.1, "image"),
+)
+PURIFIED = (
+    ("margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image"),
+    ("DLR", 100, "pgd", "bpda", True, 1, 1, 0.1, "image"),
+    ("scaled CE", 100, "apgd", "exact", False, 1, 1, None, "image"),
+)
+HONEST = {
+    "cnn": DETERMINISTIC,
+    "adversarial": DETERMINISTIC,
+    "dc": RANDOM,
+    "contrastive": RANDOM,
+    "adversarial-dc": RANDOM,
+    "vote": RANDOM,  # had no protocol before
+    "rdc1": PURIFIED,
+    "rdc5": PURIFIED,
+    "rdc-released": PURIFIED,
+    "rdc-contrastive": PURIFIED,
+    "lm-cnn": PURIFIED,
+    "diffpure": (
+        ("margin", 100, "pgd", "exact", True, 4, 1, 0.1, "image"),
+        ("DLR", 100, "pgd", "bpda", True, 1, 1, 0.1, "image"),
+        ("scaled CE", 100, "apgd", "exact", False, 1, 1, None, "image"),
+    ),
+    "idc": (
+        ("margin", 100, "pgd", "exact", True, 4, 1, 0.1, "image"),
+        ("DLR", 100, "apgd", "exact", False, 1, 1, None, "image"),
+        ("scaled CE", 100, "pgd", "exact", True, 4, 1, 0.1, "image"),
+    ),
+}
+RDC = (("DLR", 100, "apgd", "bpda", True, 1, 5, None, "random"),)
+MADRY = (("CE", 20, "pgd", "exact", False, 1, 1, 0.25, "random"),)
+PAPER = {
+    "cnn": MADRY,
+    "adversarial": MADRY,
+    "dc": RDC,
+    "contrastive": MADRY,
+    "adversarial-dc": MADRY,
+    "vote": RDC,  # had no protocol before
+    "rdc1": RDC,
+    "rdc5": RDC,
+    "rdc-released": RDC,
+    "rdc-contrastive": RDC,
+    "lm-cnn": RDC,
+    "diffpure": (
+        ("CE", 100, "apgd", "exact", True, 20, 1, None, "random"),
+        ("DLR", 100, "apgd", "exact", True, 20, 1, None, "random"),
+    ),
+    "idc": (
+        ("CE of softmax", 20, "pgd", "exact", False, 1, 1, 0.25, "random"),
+        ("CE of softmax", 1, "pgd", "exact", False, 1, 1, 1.0, "image"),
+    ),
+}
+
+
+class Toy(Classifier):
+    """Logits of the first pixels, with noise where it is random, by two gradients where it is purified."""
+
+    image_shape = SHAPE
+    calls = 1
+
+    def __init__(self, num_classes=3, random=True, purified=False, eot=1):
+        super().__init__()
+        self.num_classes = num_classes
+        self.random = random
+        self.purified = purified
+        self.eot = eot
+
+    def sample_noise(self, images, generator):
+        if not self.random:
+            return ()
+        # class by class: more images would change the noise of each
+        return torch.randn((self.num_classes, images), generator=generator).movedim(1, 0)
+
+    def logits(self, x, noise):
+        scores = x.flatten(1)[:, : self.num_classes]
+        return scores + noise if self.random else scores
+
+    def gradients(self):
+        other = Toy(self.num_classes, self.random, self.purified)
+        return {"exact": self, "bpda": other} if self.purified else {"exact": self}
+
+
+def in_full(protocol: Protocol) -> tuple:
+    return tuple(tuple(asdict(attack).values()) for attack in protocol.attacks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a protocol is
+# Which attacks
 
 
-def test_the_repr_of_a_protocol_is_everything_that_was_chosen(points, tmp_path):
-    protocol = protocols.paper("diffpure", "l2", 0.5)
-    scope = dict(Protocol=Protocol, Attack=Attack)
-    assert eval(repr(protocol), scope) == protocol and protocol.source.endswith(".")
-    found, _ = finished(Linear(), points, few(), tmp_path)
-    assert found.protocol == few() and found.settings["chosen"] == repr(few())
+def test_the_lists_above_are_about_every_classifier_and_field():
+    assert set(HONEST) == set(PAPER) == set(zoo.names("digits"))
+    assert FIELDS == tuple(asdict(Attack("margin")))
 
 
-@pytest.mark.parametrize("name", protocols.PAPERS)
+@pytest.mark.parametrize("name", zoo.names("digits"))
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 1.0)])
+def test_the_honest_protocol_of_every_classifier_is_what_it_always_was(name, norm, epsilon):
+    protocol = protocols.honest(zoo.classifier("digits", name), norm, epsilon)
+    assert in_full(protocol) == HONEST[name]
+    assert (protocol.key, protocol.norm, protocol.epsilon) == ("honest-1", norm, epsilon)
+    assert protocol.draws == 10
+
+
+@pytest.mark.parametrize("name", zoo.names("digits"))
+def test_the_protocol_of_every_paper_is_what_it_always_was(name):
+    entry = zoo.entry_of("digits", name)
+    protocol = protocols.paper(entry.paper, "l2", 0.5)
+    assert in_full(protocol) == PAPER[name]
+    assert (protocol.name, protocol.version) == (f"paper-{entry.paper}", 1)
+    assert (protocol.norm, protocol.epsilon, protocol.draws) == ("l2", 0.5, 10)
+
+
+@pytest.mark.parametrize("name", zoo.names("digits"))
 def test_the_honest_protocol_has_what_it_promises(name):
-    paper = protocols.paper(name, "linf", 0.1)
-    honest = protocols.honest(name, "linf", 0.1)
+    classifier = zoo.classifier("digits", name)
+    paper = protocols.paper(zoo.entry_of("digits", name).paper, "linf", 0.1)
+    honest = protocols.honest(classifier, "linf", 0.1)
     listed = honest.attacks
-    assert honest.draws == 10 and {"margin", "DLR", "scaled CE"} == {
-        attack.loss for attack in listed
-    }
+    assert honest.draws == 10
+    assert {attack.loss for attack in listed} == {"margin", "DLR", "scaled CE"}
     assert all(attack.steps >= 100 for attack in listed) and len(honest.runs()) >= 3
-    assert all(attack.method == ("pgd" if attack.fresh else "apgd") for attack in listed), (
-        "a lucky draw is no ascent"
-    )
-    if name in protocols.PURIFIED:
-        assert {attack.exact for attack in listed} == {True, False}
-    if name not in protocols.DETERMINISTIC:
-        assert {attack.fresh for attack in listed} == {True, False}
+    for attack in listed:
+        assert attack.method == ("pgd" if attack.fresh else "apgd"), "a lucky draw is no ascent"
+    gradients = set(classifier.gradients()) or {"exact"}
+    assert {attack.gradient for attack in listed} == gradients
+    noises = {False} if classifier.deterministic else {True, False}
+    assert {attack.fresh for attack in listed} == noises
+    assert max(attack.draws for attack in listed) == classifier.eot
     assert paper.source != honest.source and len(paper.source.split()) > 5
-    assert not any(
-        attack.loss == "DLR" for attack in protocols.honest(name, "linf", 0.1, classes=2).attacks
+
+
+KINDS = {
+    "deterministic": (Toy(random=False), DETERMINISTIC),
+    "held": (Held.seeded(Toy()), DETERMINISTIC),
+    "somebody's, deterministic": (Foreign(torch.nn.Flatten(), 4, SHAPE), DETERMINISTIC),
+    "random": (Toy(), RANDOM),
+    "somebody's, hidden noise": (Foreign(torch.nn.Flatten(), 4, SHAPE, "hidden"), RANDOM),
+    "votes": (MajorityVote(Toy(), 3), RANDOM),
+    "purified": (Toy(purified=True), PURIFIED),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_honest_protocol_follows_what_a_classifier_declares_and_no_name(kind):
+    classifier, listed = KINDS[kind]
+    assert in_full(protocols.honest(classifier, "linf", 0.1)) == listed
+
+
+@pytest.mark.parametrize("purified", [False, True])
+def test_a_classifier_declares_how_many_draws_are_averaged(purified):
+    listed = protocols.honest(Toy(purified=purified, eot=6), "linf", 0.1).attacks
+    draws = [attack.draws for attack in listed]
+    assert draws == ([6, 1, 1] if purified else [6, 1, 6])
+
+
+@pytest.mark.parametrize("options", [{}, dict(random=False), dict(purified=True)])
+def test_two_classes_have_no_ratio_and_get_the_margin_again(options):
+    two = protocols.honest(Toy(2, **options), "linf", 0.1).attacks
+    three = protocols.honest(Toy(3, **options), "linf", 0.1).attacks
+    in_place = tuple(
+        replace(attack, loss="margin") if attack.loss == "DLR" else attack for attack in three
     )
+    assert two == tuple(dict.fromkeys(in_place))
+    assert not any(attack.loss == "DLR" for attack in two)
 
 
-def test_names_and_choices_that_do_not_exist():
-    for make in (protocols.paper, protocols.honest):
-        with pytest.raises(ValueError, match="got 'vote'"):
-            make("vote", "linf", 0.1)
-    with pytest.raises(
-        ValueError, match="expected at least 3 classes, as the paper's protocol for rdc5"
-    ):
-        protocols.paper("rdc5", "linf", 0.1, classes=2)
-    for options, said in (
-        (dict(loss="margins"), "expected a loss of"),
-        (dict(draws=4, fresh=False), "one draw of fixed noise"),
-        (dict(steps=0), "at least one step"),
-        (dict(step=0.1), "none for apgd"),
-        (dict(method="pgd"), "expected a step size for pgd"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            Attack(**{"loss": "margin", **options})
-    with pytest.raises(ValueError, match="got one twice"):
-        Protocol("honest", "dc", "linf", 0.1, (Attack("margin"), Attack("margin")), "a test")
-
-
-def test_cost_is_counted(points, tmp_path):
-    class Counting(Linear):
-        seen = 0
-
-        def forward(self, x):
-            self.seen += len(x)
-            return super().forward(x)
-
-    model = Counting()
-    protocol = Protocol(
-        "honest",
-        "dc",
-        "linf",
-        0.05,
-        (Attack("margin", 7), Attack("DLR", 3, restarts=2), Attack("scaled CE", 2, draws=3)),
-        "a test",
-    )
-    found, _ = finished(model, points, protocol, tmp_path)
-    assert sum(row["calls"] for row in found.rows) == model.seen
-    assert claims.records(found)[0].settings["classifier calls per image"] == round(
-        model.seen / 60, 1
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The interval of an average
-
-
-def test_the_interval_of_an_average_covers_and_that_of_pooled_draws_does_not():
-    rng = torch.Generator().manual_seed(0)
-    covered = pooled = 0
-    for _ in range(400):
-        own = (
-            torch.rand(50, generator=rng) < 0.6
-        ).double()  # what each image's draws have in common
-        hits = (torch.rand(50, 10, generator=rng) < (0.1 + 0.8 * own)[:, None]).sum(1).tolist()
-        low, high = intervals.mean_interval([hit / 10 for hit in hits], 10)
-        covered += low <= 0.58 <= high
-        low, high = intervals.interval(sum(hits), 500)
-        pooled += low <= 0.58 <= high
-    assert covered >= 0.93 * 400 and pooled < 0.8 * 400
-
-
-def test_the_interval_of_an_average_at_its_ends():
-    assert intervals.mean_interval([1.0] * 30, 10) == (
-        pytest.approx(intervals.interval(30, 30)[0]),
-        1.0,
-    )
-    assert intervals.mean_interval([0.0] * 30, 10) == (
-        0.0,
-        pytest.approx(intervals.interval(0, 30)[1]),
-    )
-    low, high = intervals.mean_interval([0.5] * 30, 10)  # no image differs: at most all draws count
-    assert (low, high) == pytest.approx(intervals.interval(150, 300)) and low < 0.5 < high
-    assert intervals.mean_interval([0.4], 10)[0] < 0.4
-    with pytest.raises(ValueError, match="divide hits by draws"):
-        intervals.mean_interval([4.0], 10)
-
-
-def test_an_unfinished_run_has_no_records(points, tmp_path):
-    run = robustness.run(Linear(), *points, few(), tmp_path, OWN, batch=30)
-    next(run)
-    run.close()
-    with pytest.raises(ValueError, match="got 0 of 60 images; the same command goes on"):
-        claims.records(robustness.read(tmp_path))
-
-
-def test_damaged_folders_get_a_sentence(points, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="found no settings.json; `diffclass evaluate --attack"
-    ):
-        robustness.read(tmp_path)
-    finished(Linear(), points, few(), tmp_path)
-    rows = tmp_path / "rows.jsonl"
-    deltas = tmp_path / "deltas-0.safetensors"
-    whole = rows.read_text(), deltas.read_bytes()
-    for text in (
-        whole[0].replace('"hits"', '"hit"', 1),
-        whole[0].split("\n", 1)[1],
-        "[]\n" + whole[0],
-    ):
-        rows.write_text(text)
-        with pytest.raises(ValueError, match="line 1 of .* is not the row of image 0"):
-            robustness.read(tmp_path)
-    rows.write_text(whole[0])
-    deltas.write_bytes(whole[1][:-50])
-    with pytest.raises(ValueError, match="cut short"):
-        robustness.read(tmp_path)
-    deltas.write_bytes(whole[1])
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps({"levels": settings["seed"]}))
-    with pytest.raises(ValueError, match="to be that of an attack, got one without"):
-        robustness.read(tmp_path)
-
-
-def test_perturbations_are_split_into_files_of_bounded_size(points, tmp_path, monkeypatch):
-    finished(Linear(), points, few(), tmp_path / "one")
-    monkeypatch.setattr(robustness, "SHARD_BYTES", 8 * 25)  # 25 images of 4 numbers of 16 bits
-    found, _ = finished(Linear(), points, few(), tmp_path / "many", batch=16)
-    again, _ = finished(Linear(), points, few(), tmp_path / "whole", batch=16)
-    assert sorted(p.name for p in (tmp_path / "many").glob("d*")) == [
-        f"deltas-{i}.safetensors" for i in range(3)
-    ]
-    assert torch.equal(found.deltas, again.deltas) and len(found.deltas) == 60
-
-
-def grows(stored) -> bool:
-    """Whether what is stored of random perturbations is anywhere longer than they are, or loses a thousandth."""
-    deltas = 0.1 * (2 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 1)
-    kept = stored(deltas)
-    assert kept.dtype == deltas.dtype and torch.equal(kept, kept.half().float())
-    return bool((kept.abs() > deltas.abs()).any()) or float((kept - deltas).abs().max()) > 1e-4
-
-
-def test_what_is_stored_of_a_perturbation_is_never_longer():
-    assert (
-        not grows(robustness.storable)
-        and float(robustness.storable(torch.tensor([8 / 255]))) <= 8 / 255
-    )
-    assert grows(lambda deltas: deltas.half().float())  # the twin that only rounds
+def test_an_attack_climbs_the_gradient_that_it_names():
+    purified = Toy(purified=True)
+    random = Toy()
+    votes = MajorityVote(random, 3)
+    exact = Attack("margin")
+    bpda = Attack("margin", gradient="bpda")
+    assert exact.climbed(purified) is purified
+    assert bpda.climbed(purified) is not purified
+    assert exact.climbed(random) is random and bpda.climbed(random) is random
+    assert votes.gradients() == {} and exact.climbed(votes).scale == "nats"
+    assert votes.scale == "votes"
 
 
 def convex_rivals(start: str) -> float:
     """Robust accuracy that APGD on the margin leaves of a linear classifier of six classes, from one start."""
-    made = torch.Generator().manual_seed(3)
-    weights = torch.randn(6, 12, generator=made)
-    x = torch.rand(300, 1, 3, 4, generator=made)
-    model = torch.nn.Module()
-    model.num_classes = 6
-    model.image_shape = (1, 3, 4)
-    model.forward = lambda z: z.flatten(1) @ weights.T
-    y = model.forward(x).argmax(1)
-    noise, first = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    *_, last = Attack("margin", 20, start=start).frames(model, x, y, 0.1, "linf", noise, first)
+    drawn = torch.Generator().manual_seed(3)
+    weights = torch.randn(6, 12, generator=drawn)
+    x = torch.rand(300, 1, 3, 4, generator=drawn)
+    linear = torch.nn.Linear(12, 6, bias=False)
+    linear.weight.data = weights
+    model = Foreign(torch.nn.Sequential(torch.nn.Flatten(), linear), 6, (1, 3, 4))
+    y = model(x).argmax(1)
+    noise = AttackNoise(0, 0, 0, torch.arange(300))
+    *_, last = Attack("margin", 20, start=start).frames(model, x, y, 0.1, "linf", noise)
     return float((~last.fooled).double().mean())
 
 
 def test_the_first_run_starts_at_the_image_and_the_others_at_random():
     """A convex margin has a peak for every rival, and a random start may climb the wrong one."""
     listed = (Attack("margin", restarts=3), Attack("CE", start="random"))
-    protocol = Protocol("honest", "dc", "linf", 0.1, listed, "ours")
-    assert [attack.start for _, attack in protocol.runs()] == [
-        "image",
-        "random",
-        "random",
-        "random",
-    ]
+    protocol = Protocol("honest", "linf", 0.1, listed)
+    starts = [attack.start for attack in protocol.runs()]
+    assert starts == ["image", "random", "random", "random"]
+    assert all(attack.restarts == 1 for attack in protocol.runs())
     assert convex_rivals("image") < convex_rivals("random")
-    with pytest.raises(
-        ValueError, match="expected an attack to start at the 'image' or at 'random', got 'zero'"
-    ):
+    with pytest.raises(ValueError, match=r"expected a start of \('image', 'random'\).*got 'zero'"):
         Attack("margin", start="zero")
 
 
-def test_the_line_of_an_attack_is_the_least_of_its_runs(points, tmp_path):
-    """CE of one step with random starts: what the first run leaves, a later one fells."""
-    attack = Attack("CE", 1, "pgd", step=0.6, restarts=6, fresh=False)
-    protocol = Protocol("honest", "cnn", "linf", 0.08, (attack,), "a test")
-    found, _ = finished(Linear(), points, protocol, tmp_path)
-    left = [
-        min(seen[0] for name, seen in row["attacks"].items() if seen and name != "none")
-        for row in found.rows
-    ]
-    first = [row["attacks"][protocol.runs()[0][0]][0] for row in found.rows]
-    (line,) = (record for record in claims.records(found) if "only" in record.what)
-    assert (
-        "6 restarts" in line.what
-        and line.value * 60 == pytest.approx(sum(left))
-        and sum(left) < sum(first)
+def test_the_calls_of_an_attack_are_its_steps_and_draws():
+    assert Attack("margin", 7).calls == 8
+    assert Attack("DLR", 3, restarts=2).calls == 4
+    assert Attack("scaled CE", 2, draws=3).calls == 10
+    assert sum(attack.calls for attack in protocols.honest(Toy(), "l2", 1.0).runs()) == 304
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise of an attack
+
+
+def rows(count: int) -> torch.Tensor:
+    return torch.arange(count)
+
+
+def test_held_noise_is_one_for_all_images_and_steps():
+    for kept in (rows(3), torch.tensor([40])):
+        held = AttackNoise(5, 2, 1, kept).source(Toy(), fresh=False)
+        assert torch.equal(held, Toy().sample_noise(1, generator_of(5, "held noise")))
+
+
+def test_fresh_noise_is_an_images_own_at_every_step_and_draw():
+    """Neither how many images there are nor which of them survive changes the noise of an image."""
+    toy = Toy()
+    whole = AttackNoise(5, 2, 1, rows(BLOCK)).source(toy, fresh=True)
+    first = AttackNoise(5, 2, 1, rows(3)).source(toy, fresh=True)
+    some = AttackNoise(5, 2, 1, torch.tensor([7, 60])).source(toy, fresh=True)
+    drawn = whole(4, 0)
+    assert torch.equal(first(4, 0), drawn[:3]) and torch.equal(some(4, 0), drawn[[7, 60]])
+    assert torch.equal(drawn, toy.sample_noise(BLOCK, generator_of(5, "attack", 2, 4, 0, 1)))
+    others = (
+        whole(5, 0),
+        whole(4, 1),
+        AttackNoise(6, 2, 1, rows(BLOCK)).source(toy, fresh=True)(4, 0),
+        AttackNoise(5, 3, 1, rows(BLOCK)).source(toy, fresh=True)(4, 0),
+        AttackNoise(5, 2, 0, rows(BLOCK)).source(toy, fresh=True)(4, 0),
     )
+    assert all(not bool((drawn == other).any()) for other in others)
+
+
+def test_the_view_is_calibrated_on_noise_that_no_step_has(monkeypatch):
+    asked = []
+    calibrated = attacks.AttackView.calibrated
+
+    def watched(classifier, x, noise=()):
+        asked.append(noise)
+        return calibrated(classifier, x, noise)
+
+    monkeypatch.setattr(attacks.AttackView, "calibrated", watched)
+    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2])
+    noise = AttackNoise(0, 0, 0, rows(3))
+    list(Attack("scaled CE", 4, "pgd", step=0.1).frames(Toy(), x, y, 0.1, "linf", noise))
+    (drawn,) = asked
+    steps = [noise.source(Toy(), fresh=True)(step, 0) for step in range(5)]
+    assert drawn.shape == (3, 3) and not any(torch.equal(drawn, step) for step in steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
+
+
+def every_protocol() -> list[Protocol]:
+    listed = [protocols.paper(name, "l2", 0.5) for name in protocols.PAPERS]
+    listed += [protocols.honest(classifier, "linf", 8 / 255) for classifier, _ in KINDS.values()]
+    return [*listed, protocols.single(Attack("margin", 7, "pgd", step=0.1), "linf", 0.1)]
+
+
+@pytest.mark.parametrize("protocol", every_protocol(), ids=lambda protocol: protocol.name)
+def test_the_identity_of_a_protocol_is_everything_that_was_chosen(protocol):
+    content = json.loads(json.dumps(protocol.as_json(), allow_nan=False))
+    assert set(content) == {"name", "norm", "epsilon", "attacks", "version", "draws"}
+    assert all(tuple(attack) == FIELDS for attack in content["attacks"])
+    assert Protocol.of_json(content) == protocol
+    assert protocol.source.endswith(".") and protocol.key == f"{protocol.name}-1"
+
+
+CHANGES = {
+    "name": "paper-rdc",
+    "norm": "l2",
+    "epsilon": 0.2,
+    "version": 2,
+    "draws": 11,
+    "attacks": (Attack("margin"), Attack("DLR")),
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_another_value_of_any_field_is_another_identity(field):
+    protocol = protocols.honest(Toy(), "linf", 0.1)
+    other = replace(protocol, **{field: CHANGES[field]})
+    assert other.as_json() != protocol.as_json()
+    assert Protocol.of_json(other.as_json()) == other != protocol
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("norm"),
+        lambda content: content.pop("attacks"),
+        lambda content: content.update(defence="dc"),
+        lambda content: content.update(attacks=None),
+        lambda content: content["attacks"][0].update(exact=True),
+        lambda content: content["attacks"][0].pop("loss"),
+    ],
+)
+def test_the_fields_of_something_else_get_a_sentence(change):
+    content = protocols.honest(Toy(), "linf", 0.1).as_json()
+    change(content)
+    with pytest.raises(ValueError, match="expected the fields of a protocol, got others"):
+        Protocol.of_json(content)
+
+
+def test_names_and_choices_that_do_not_exist():
+    with pytest.raises(ValueError, match="expected a paper's protocol of rdc, .*, got 'vote'"):
+        protocols.paper("vote", "linf", 0.1)
+    with pytest.raises(
+        ValueError, match="expected at least 3 classes, as the protocol of rdc uses the DLR loss"
+    ):
+        protocols.paper("rdc", "linf", 0.1, classes=2)
+    assert protocols.paper("madry", "linf", 0.1, classes=2).attacks
+    for options, said in (
+        (dict(loss="margins"), "expected a loss of"),
+        (dict(method="cg"), "expected the attack to be one of 'pgd', 'apgd'.*got 'cg'"),
+        (dict(gradient="straight"), "a gradient of .*'exact', 'bpda'"),
+        (dict(draws=4, fresh=False), "one draw of held noise"),
+        (dict(steps=0), "at least one step"),
+        (dict(restarts=0), "at least one step, draw and restart"),
+        (dict(step=0.1), "no step size for apgd, got 0.1"),
+        (dict(method="pgd"), "expected a step size for pgd, got None"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Attack(**{"loss": "margin", **options})
+    with pytest.raises(ValueError, match="got one twice"):
+        Protocol("honest", "linf", 0.1, (Attack("margin"), Attack("margin")))
+    with pytest.raises(ValueError, match="expected at least one attack in the protocol 'honest'"):
+        Protocol("honest", "linf", 0.1, ())
+
+
+def test_attacks_in_words():
+    assert str(Attack("DLR", gradient="bpda")) == "apgd DLR 100, BPDA, fresh noise"
+    assert str(Attack("CE", 20, "pgd", draws=4, step=0.1)) == "pgd CE 20, exact, fresh noise x4"
+    assert str(Attack("margin", fresh=False)) == "apgd margin 100, exact, held noise"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A claim's protocol is the one that its name has in the library
+
+
+def test_a_named_protocol_is_the_librarys_own():
+    toy = Toy()
+    known = (
+        protocols.honest(toy, "l2", 0.3),
+        protocols.paper("madry", "linf", 0.1),
+        protocols.single(Attack("margin", 3), "l2", 0.2),
+    )
+    for protocol in known:
+        assert claims.named_protocol(toy, "madry", protocol) == protocol
+        shorter = replace(protocol, attacks=(Attack("DLR", 1),))
+        same = claims.named_protocol(toy, "madry", shorter) == shorter
+        assert same == (protocol.name == "single")
+    assert claims.named_protocol(toy, "madry", replace(known[2], draws=1)).draws == 10
+
+
+@pytest.mark.parametrize("change", [dict(version=2), dict(name="paper-rdc"), dict(name="best")])
+def test_a_protocol_that_the_library_does_not_know_cannot_be_judged_by(change):
+    claimed = replace(protocols.honest(Toy(), "linf", 0.1), **change)
+    with pytest.raises(ValueError, match=f"got {claimed.key}; this library cannot judge by it"):
+        claims.named_protocol(Toy(), "madry", claimed)
+
+
+def test_every_table_asks_for_protocols_that_exist():
+    for entry in zoo.classifiers.ENTRIES.values():
+        assert entry.paper in protocols.PAPERS
+        named = {column.protocol(entry) for column in tables.COLUMNS}
+        assert named == {None, f"paper-{entry.paper}", "honest"}
+        assert named - {None} <= set(protocols.SOURCES)

@@ -153,10 +153,11 @@ def test_full_is_the_bayes_classifier():
     x = points(5, "imbalanced")
     prior = [0.8, 0.15, 0.05]
     noises = torch.randn(len(LEVELS), 1, *x.shape, generator=seeded(7), dtype=torch.float64)
-    model = BayesClassifier(plane().denoiser, NoiseBank(LEVELS, noises), prior=prior)
+    model = BayesClassifier(plane().denoiser, LEVELS, prior=prior)
     question = racing.Question(model.denoiser, LEVELS, model.weighting, model.log_prior)
+    logits = model(x, noises.movedim(2, 0))
     assert torch.allclose(
-        racing.answer(racing.full(question, x, seeded(7))).estimates, -model(x), rtol=1e-10
+        racing.answer(racing.full(question, x, seeded(7))).estimates, -logits, rtol=1e-10
     )
 
 

@@ -7,9 +7,23 @@ import pytest
 import torch
 from diffclass.classifiers import racing
 from diffclass.course.scenes.digits import DigitScene
-from diffclass.course.scenes.racing import ALPHA, LEVELS, RaceScene, limit
+from diffclass.course.scenes.racing import ALPHA, LEVELS, RACE, RaceScene, limit
 from diffclass.denoisers.base import Denoiser
 from diffclass.zoo import networks
+
+
+class Conditional(Denoiser):
+    """The heads of a network, asked one by one."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+        self.num_classes = heads.num_classes
+        self.image_shape = heads.image_shape
+        self.sigma_range = heads.sigma_range
+
+    def estimate(self, x_sigma, sigma, classes):
+        return self.heads.estimate(x_sigma, sigma, classes)
 
 
 @pytest.fixture(scope="module")
@@ -17,26 +31,17 @@ def scene():
     return RaceScene(DigitScene(networks.load_digits_denoiser()))
 
 
+@pytest.fixture(scope="module")
+def conditional(scene):
+    return RaceScene(DigitScene(Conditional(scene.question.denoiser)))
+
+
 @pytest.mark.parametrize("strategy", RaceScene.STRATEGIES)
-def test_bills_of_a_network_with_heads_are_those_of_a_conditional_one(scene, strategy):
-    """The heads of the student, asked one by one: the meter then counts what the scene works out."""
-
-    class Conditional(Denoiser):
-        def __init__(self, heads):
-            super().__init__()
-            self.heads = heads
-            self.num_classes = heads.num_classes
-            self.image_shape = heads.image_shape
-            self.sigma_range = heads.sigma_range
-
-        def estimate(self, x_sigma, sigma, classes):
-            return self.heads.estimate(x_sigma, sigma, classes)
-
-    other = RaceScene.__new__(RaceScene)
-    question = racing.Question(Conditional(scene.question.denoiser), scene.question.levels)
-    other.__dict__.update(scene.__dict__, _known={}, question=question)
+def test_bills_of_a_network_with_heads_are_those_of_a_conditional_one(scene, conditional, strategy):
+    """The meter of a conditional network counts what the scene works out for one with heads."""
+    assert scene.question.denoiser.one_call and not conditional.question.denoiser.one_call
     ours = scene.run(3, strategy, 8.0)
-    counted = other.run(3, strategy, 8.0)
+    counted = conditional.run(3, strategy, 8.0)
     both = range(
         min(len(ours), len(counted))
     )  # a race counts its budget in evaluations, so one may end later
@@ -50,7 +55,7 @@ def test_bills_of_a_network_with_heads_are_those_of_a_conditional_one(scene, str
 def test_a_class_above_the_line_is_out(scene):
     seen = 0
     for index in range(8):
-        film = scene.run(index, RaceScene.STRATEGIES[0], 6.0)
+        film = scene.run(index, RACE, 6.0)
         line = limit(torch.arange(1, len(film) + 1, dtype=torch.float64), 6.0, 10)
         for moment, at in zip(film, line, strict=True):
             assert not bool((moment.alive & (moment.lead > at + 0.01)).any())
@@ -75,9 +80,9 @@ def test_a_frame_shows_the_answer_of_the_library(scene):
     rule = partial(racing.normal_mixture, alpha=ALPHA, scale=8.0)
     generator = torch.Generator().manual_seed(1)
     found = racing.answer(
-        racing.race(scene.question, x, generator, scene.guess.share, rule, LEVELS)
+        racing.race(scene.question, x, generator, scene.pilot.share, rule, LEVELS)
     )
-    frame = scene.at(5, RaceScene.STRATEGIES[0], 8.0, scene.whole)
+    frame = scene.at(5, RACE, 8.0, scene.whole)
     posterior = torch.softmax((-found.estimates[0]).masked_fill(~found.alive[0], -math.inf), 0)
     shown = torch.tensor(frame["panels"][2]["values"], dtype=torch.float64)
     assert (
@@ -89,6 +94,6 @@ def test_a_frame_shows_the_answer_of_the_library(scene):
 
 def test_a_race_that_one_draw_decides_can_be_drawn(scene):
     """Under an absurdly bold assumption all but the leader are often out at once."""
-    index = next(i for i in range(60) if len(scene.run(i, RaceScene.STRATEGIES[0], 0.1)) == 1)
-    frame = scene.at(index, RaceScene.STRATEGIES[0], 0.1, 10)
+    index = next(i for i in range(60) if len(scene.run(i, RACE, 0.1)) == 1)
+    frame = scene.at(index, RACE, 0.1, 10)
     assert frame["panels"][3]["values"][:2] == [10, 10] and len(frame["panels"][1]["x"]) == 2

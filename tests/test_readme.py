@@ -1,80 +1,224 @@
-"""Every number that the README prints is in a record."""
+"""Every number that the README prints is in a record, by the function that builds its tables."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffclass.evaluation import claims
+import pytest
+from diffclass import zoo
+from diffclass.evaluation import claims, tables
+from diffclass.storage import results
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "assets" / "records"
-NAMES = {
-    "cnn": "plain CNN",
-    "adversarial": "CNN, adversarially trained",
-    "dc": "diffusion classifier",
-    "contrastive": "diffusion classifier, contrastive",
-    "adversarial-dc": "diffusion classifier, adversarially trained",
-    "rdc1": "RDC, 1 step",
-    "rdc5": "RDC, 5 steps",
-    "rdc-released": "RDC as released",
-    "rdc-contrastive": "RDC, 5 steps, contrastive",
-    "lm-cnn": "likelihood maximisation, plain CNN",
-    "diffpure": "DiffPure, plain CNN",
-    "idc": "IDC",
+TABLES = (("digits", "linf"), ("digits", "l2"), ("cifar10", "linf"))
+# What the README printed before its tables were built from the registry.
+PRINTED = {
+    ("digits", "linf"): (
+        "| plain CNN | 99.2 [98, 100] (400) |  | 70.2 [66, 75] (400) | 68.2 [63, 73] (400) |  |",
+        "| diffusion classifier | 99.1 [96, 100] (128) | 98.4 [94, 100] (128) | 40.8 [32, 50] (64) | 34.3 [28, 41] (128) "
+        "| 7.0 [3, 13] (128) |",
+        "| RDC as released | 97.8 [94, 100] (32) | 90.6 [75, 98] (32) |  | 85.9 [76, 93] (32) | 62.5 [44, 79] (32) |",
+        "| IDC | 97.8 [97, 99] (400) | 87.0 [83, 90] (400) | 82.3 [79, 86] (400) | 67.9 [60, 75] (128) "
+        "| 36.7 [28, 46] (128) |",
+    ),
+    ("digits", "l2"): (
+        "| diffusion classifier | 99.7 [98, 100] (64) | 98.4 [92, 100] (64) |  | 0.0 [0, 6] (64) | 0.0 [0, 6] (64) |",
+        "| IDC | 97.8 [97, 99] (400) | 87.0 [83, 90] (400) | 49.2 [45, 54] (400) | 6.5 [3, 11] (128) | 3.1 [1, 8] (128) |",
+    ),
+    ("cifar10", "linf"): (
+        "| CNN, adversarially trained | 57.0 [51, 63] (256) |  | 31.2 [26, 37] (256) | 27.7 [22, 34] (256) |  |",
+        "| IDC | 60.9 [52, 69] (128) | 54.7 [46, 64] (128) | 12.0 [7, 19] (128) | 6.2 [1, 21] (32) | 6.2 [1, 21] (32) |",
+    ),
 }
+ORDER = (
+    "cnn",
+    "adversarial",
+    "dc",
+    "contrastive",
+    "adversarial-dc",
+    "rdc1",
+    "rdc5",
+    "rdc-released",
+    "rdc-contrastive",
+    "lm-cnn",
+    "diffpure",
+    "idc",
+)
 
 
-def cell(record) -> str:
-    return (
-        ""
-        if record is None
-        else (
-            f"{100 * record.value:.1f} [{100 * record.low:.0f}, {100 * record.high:.0f}] "
-            f"({record.n})"
-        )
+def shown(world: str, norm: str) -> list[str]:
+    """The lines of a table in the README, titles and rule included."""
+    after = (ROOT / "README.md").read_text(encoding="utf-8").split(f"<!-- {world} {norm} -->\n")[1]
+    lines = after.splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    return lines[:end]
+
+
+@pytest.mark.parametrize("world, norm", TABLES)
+def test_the_tables_of_robust_accuracies_are_those_of_the_records(world, norm):
+    wanted = tables.robust_table(world, norm)
+    got = shown(world, norm)
+    # the titles are for `diffclass readme --check`; here it is about the numbers
+    assert got[2:] == wanted[2:], f"the README's table of {world}, {norm} should be:\n" + "\n".join(
+        wanted
     )
+    assert got[1] == wanted[1] and len(got) > 6
 
 
-def table(world: str, norm: str) -> list[str]:
-    """The lines of the README's table of a world: a defence each, as its runs' records have it."""
-    found = {}
-    for path in sorted(RUNS.glob(f"{world}-attacks/*/{claims.FILE}")):
-        for record in claims.kept(path.parent):
-            protocol = record.settings["protocol"]
-            if protocol["norm"] == norm and ": only " not in record.what:
-                key = "clean" if record.what.startswith("clean") else protocol["name"]
-                name = protocol["defence"], key, "worst of" in record.what
-                if (
-                    name not in found or found[name].n < record.n
-                ):  # both protocols measure clean images
-                    found[name] = record
-    lines = []
-    for name, words in NAMES.items():
-        of = {
-            key: found.get((name, *key))
-            for key in (
-                ("clean", False),
-                ("clean", True),
-                ("paper", False),
-                ("honest", False),
-                ("honest", True),
-            )
-        }
-        if any(of.values()):
-            lines.append(
-                f"| {words} | " + " | ".join(cell(record) for record in of.values()) + " |"
-            )
-    return lines
-
-
-def test_the_tables_of_robust_accuracies_are_those_of_the_records():
-    text = (ROOT / "README.md").read_text()
-    for world, norm in (("digits", "linf"), ("digits", "l2"), ("cifar10", "linf")):
-        shown = text.split(f"<!-- {world} {norm} -->")[1].split("\n\n")[0].strip().splitlines()[2:]
-        assert shown == table(world, norm), (
-            f"the README's table of {world}, {norm} should be:\n" + "\n".join(table(world, norm))
-        )
+@pytest.mark.parametrize("world, norm", TABLES)
+def test_the_printed_numbers_are_what_they_always_were(world, norm):
+    assert set(PRINTED[world, norm]) <= set(tables.robust_table(world, norm))
 
 
 def test_a_number_that_was_changed_would_be_noticed():
-    line = table("digits", "linf")[0]
-    assert line in (ROOT / "README.md").read_text()
-    assert line.replace("[", "[1") not in (ROOT / "README.md").read_text()
+    line = tables.robust_table("digits", "linf")[2]
+    assert line in shown("digits", "linf")
+    assert line.replace("[", "[1") not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_rows_are_those_of_the_registry_in_its_order():
+    rows = tables.robust_rows("digits", "linf")
+    assert tuple(row.entry.name for row in rows) == ORDER
+    for row in rows:
+        assert row.entry is zoo.entry_of("digits", row.entry.name)
+        assert [record.classifier for record in row.records if record] == (
+            [row.entry.name] * sum(record is not None for record in row.records)
+        )
+    for world, norm in TABLES[1:]:
+        names = [row.entry.name for row in tables.robust_rows(world, norm)]
+        assert names == [name for name in ORDER if name in names]
+        assert len(tables.robust_table(world, norm)) == 2 + len(names)
+
+
+def test_the_titles_of_a_table():
+    first, rule, *_ = tables.robust_table("digits", "linf")
+    assert first == (
+        "| Classifier | clean | clean, worst of 10 | paper's protocol | honest | honest, worst of 10 |"
+    )
+    assert rule == "|---|---|---|---|---|---|"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which record is shown
+
+
+def record(correct: int, n: int = 20, **changes):
+    """A record of the plain diffusion classifier under its honest protocol."""
+    protocol = dict(name="honest", norm="linf", epsilon=0.1, version=1)
+    protocol |= changes.pop("protocol", {})
+    own = dict(
+        world="digits",
+        classifier="dc",
+        source="a test",
+        attack=f"{protocol['name']}-{protocol['version']}",
+        statistic="mean",
+        settings=dict(protocol=protocol, draws=changes.pop("draws", 10)),
+    )
+    return results.accuracy_record(correct, n, **{**own, **changes})
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A function that puts records into a run's folder of an assets folder of its own."""
+    monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path))
+
+    def kept(name, *listed):
+        folder = tmp_path / "records" / "digits-attacks" / name
+        folder.mkdir(parents=True)
+        claims.keep(folder, listed)
+
+    return kept
+
+
+def cells(norm="linf") -> dict[str, list[str]]:
+    """The cells of every row of the table of digits."""
+    return {
+        row.entry.name: [tables.cell(record) for record in row.records]
+        for row in tables.robust_rows("digits", norm)
+    }
+
+
+def test_a_folder_without_records_has_no_rows(shelf):
+    assert tables.robust_rows("digits", "linf") == [] and tables.folders("digits") == []
+    assert len(tables.robust_table("digits", "linf")) == 2
+
+
+def test_every_statistic_has_its_column(shelf):
+    clean = dict(attack=None)
+    paper = dict(protocol=dict(name="paper-rdc"))
+    shelf(
+        "a",
+        record(19, **clean),
+        record(17, statistic="worst", **clean),
+        record(12, **paper),
+        record(11, statistic="worst", **paper),
+        record(8),
+        record(3, statistic="worst"),
+        record(5, part="pgd CE 20"),
+    )
+    line = ["95.0", "85.0", "60.0", "40.0", "15.0"]
+    assert [text.split(" ")[0] for text in cells()["dc"]] == line
+    assert list(cells()) == ["dc"]
+
+
+def test_a_deterministic_classifier_has_no_worst(shelf):
+    shelf("a", record(13, classifier="cnn", statistic="single", draws=1))
+    assert cells() == {"cnn": ["", "", "", "65.0 [41, 85] (20)", ""]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(protocol=dict(epsilon=0.05)),
+        dict(protocol=dict(norm="l2", epsilon=1.0)),
+        dict(protocol=dict(name="single")),
+        dict(protocol=dict(name="paper-madry")),
+        dict(part="pgd CE 20"),
+        dict(statistic="worst", draws=5),
+        dict(metric="loss"),
+        dict(classifier="nobody's"),
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_is_not_the_number_of_a_column_is_not_shown(shelf, changes):
+    """Another budget, norm, protocol, part or number of draws is another number."""
+    metric = changes.pop("metric", "accuracy")
+    shelf("a", replace(record(5, **changes), metric=metric))
+    assert cells() == {}
+
+
+def test_of_several_records_the_newest_protocol_and_the_most_images_are_shown(shelf):
+    second = dict(protocol=dict(version=2))
+    shelf("a", record(5, 20), record(10, 400, attack=None))
+    shelf("b", record(80, 400), record(5, 20, attack=None))
+    assert cells()["dc"][3] == "20.0 [16, 24] (400)"
+    shelf("c", record(1, 10, **second), record(9, 10, attack=None, **second))
+    assert cells()["dc"][3] == "10.0 [0, 45] (10)"
+    assert cells()["dc"][0] == "2.5 [1, 5] (400)"  # clean images know no protocol
+
+
+def test_the_two_norms_have_tables_of_their_own(shelf):
+    shelf("a", record(5), record(10, protocol=dict(norm="l2", epsilon=1.0)))
+    assert cells("linf")["dc"][3].startswith("25.0")
+    assert cells("l2")["dc"][3].startswith("50.0")
+
+
+def test_a_classifiers_own_paper_is_that_of_its_entry(shelf):
+    madry = dict(protocol=dict(name="paper-madry"))
+    shelf("a", record(7, classifier="cnn", **madry), record(7, classifier="dc", **madry))
+    assert {name: row[2][:4] for name, row in cells().items()} == {"cnn": "35.0"}
+
+
+def test_tables_of_nothing_that_exists():
+    for call, said in (
+        (lambda: tables.robust_table("mnist", "linf"), "the world"),
+        (lambda: tables.robust_table("digits", "l1"), "the norm"),
+        (lambda: tables.folders("mnist"), "the world"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_a_cell():
+    assert tables.cell(None) == ""
+    assert tables.cell(record(5)) == "25.0 [9, 49] (20)"
+    assert asdict(record(5))["value"] == 0.25

@@ -1,14 +1,22 @@
-"""The training loop: it learns, it copies a teacher, and a run cut anywhere ends where an unbroken one does."""
+"""Losses and the training loop: it learns, it copies a teacher, a run cut anywhere ends where an unbroken one does."""
 
 import itertools
 import math
+import subprocess
 
 import pytest
 import safetensors.torch
+import test_cnn
+import test_idc
 import torch
+from diffclass import data, units
+from diffclass.classifiers.base import Held
+from diffclass.classifiers.idc import TranslationClassifier
 from diffclass.denoisers import network
+from diffclass.evaluation import accuracies
 from diffclass.training import loop, losses
 from diffclass.training.loop import Training
+from torch import nn
 
 SHAPE = (1, 8, 8)
 
@@ -102,25 +110,7 @@ class Offsets(network.MultiHeadDenoiser):
         return self.offsets[None, list(classes), None, None, None].expand(len(x_sigma), -1, *SHAPE)
 
 
-def check_contrastive_evidence(loss=losses.contrastive_loss):
-    """Where the logits are flat, the mean over drawn levels is the ELBO's integral of sigma^-3 in closed form."""
-    low = 0.2
-    high = 0.8
-    denoiser = Offsets([0.1, 0.3, 0.2])
-    with torch.no_grad():
-        value = loss(low, high, temperature=1e9, denoising=0.5)(
-            denoiser,
-            torch.zeros(200_000, *SHAPE),
-            torch.zeros(200_000).long(),
-            torch.Generator().manual_seed(0),
-        )
-    integral = (low**-2 - high**-2) / 2
-    wanted = math.log(2) + 0.5 * integral * (0.1**2 + 0.2**2) / 2
-    assert abs(float(value) / wanted - 1) < 2e-3, (float(value), wanted)
-
-
-def test_the_contrastive_loss_estimates_the_elbo():
-    check_contrastive_evidence()
+def test_the_contrastive_loss_draws_levels_evenly_in_ln_sigma():
     asked = Offsets([0.0, 0.0, 0.0])
     losses.contrastive_loss(0.2, 4.0)(
         asked,
@@ -194,23 +184,6 @@ def test_heads_learn_the_class_without_a_teacher():
     assert float((errors.argmin(1) == labels).float().mean()) > 0.9
 
 
-def check_denoising_loss(loss=losses.denoising_loss):
-    """EDM's weight 1 / c_out^2 on the pixel mean: the loss of an untrained network, D = c_skip x, in closed form."""
-    denoiser = tiny()
-    images = 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        value = float(
-            loss(denoiser, images, torch.zeros(4000).long(), torch.Generator().manual_seed(2))
-        )
-    assert abs(value - 1) < 0.02, (
-        value
-    )  # data of deviation 0.5: every level's loss is exactly one in expectation
-
-
-def test_the_loss_of_an_untrained_network_is_one():
-    check_denoising_loss()
-
-
 def test_training_levels_are_log_normal_and_kept_in_range():
     sigma = losses.draw_sigma(200_000, torch.Generator().manual_seed(0))
     assert (
@@ -236,6 +209,108 @@ def test_a_tenth_of_the_labels_is_withheld(monkeypatch):
     share = float((seen[0] == 2).float().mean())
     assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 4000)
     assert torch.equal(seen[0][seen[0] != 2], labels[seen[0] != 2]) and torch.equal(seen[1], labels)
+
+
+def check_translation_loss(loss_of):
+    """The loss image by image, recomputed from the translator's own estimates; both branches occur."""
+    translator = test_idc.alive(seed=2)
+    images = units.to_model(data.digits().train_images[:200])
+    labels = torch.arange(200) % 3
+    got = float(loss_of(0.2)(translator, images, labels, torch.Generator().manual_seed(5)))
+    generator = torch.Generator().manual_seed(5)
+    t = torch.randint(4, (200,), generator=generator)
+    eps = torch.randn(images.shape, generator=generator)
+    targets = units.to_model(translator.labels)
+    total = 0.0
+    pushed = 0
+    for i, c in enumerate(labels.tolist()):
+        at = int(t[i])
+        one = slice(i, i + 1)
+        estimate = translator(
+            translator.bridge.forward(targets[c : c + 1], images[one], at, eps[one]), at
+        )[0]
+        step = float(translator.bridge.shares[at]) - (
+            float(translator.bridge.shares[at - 1]) if at else 0.0
+        )
+        d = [float((targets[c] + step * (p - targets[c]) - estimate).abs().mean()) for p in targets]
+        wrong = min(v for k, v in enumerate(d) if k != c)
+        total += d[c] - 0.2 * wrong * (d[c] > wrong)
+        pushed += d[c] > wrong
+    assert 20 < pushed < 180
+    assert got == pytest.approx(total / 200, rel=1e-5)
+
+
+def test_the_translation_loss_is_the_released_one():
+    check_translation_loss(losses.translation_loss)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        lambda inter: losses.translation_loss(0.0),
+        lambda inter: losses.translation_loss(-inter),
+    ],
+)
+def test_translation_loss_twins_are_rejected(twin):
+    with pytest.raises(AssertionError):
+        check_translation_loss(twin)
+
+
+def test_training_learns_to_translate():
+    world = data.digits()
+    three = world.train_labels < 3
+    images = units.to_model(world.train_images[three])
+    labels = world.train_labels[three]
+    trained = Training(
+        test_idc.tiny(width=32, blocks=2),
+        images,
+        labels,
+        loss=losses.translation_loss(),
+        steps=150,
+        batch=64,
+        rate=4e-3,
+        ema=0.9,
+    )
+    frames = list(trained)
+    assert sum(f.loss for f in frames[-10:]) < 0.6 * sum(f.loss for f in frames[:10])
+    test, answers = (v[world.test_labels < 3] for v in (world.test_images, world.test_labels))
+    classifier = Held.seeded(TranslationClassifier(trained.average.eval()))
+    assert accuracies.accuracy(classifier, test, answers) > 0.85 * len(test)
+
+
+def test_moved_images_are_crops_of_the_padded_ones():
+    x, _ = test_cnn.some((3, 6, 5), 40)
+    got = losses.moved(x, 2, torch.Generator().manual_seed(7))
+    padded = nn.functional.pad(x, [2] * 4)
+    used = set()
+    for image, wide in zip(got, padded, strict=True):
+        places = {
+            (r, c)
+            for r in range(5)
+            for c in range(5)
+            if torch.equal(image, wide[:, r : r + 6, c : c + 5])
+        }
+        assert len(places) == 1
+        used |= places
+    assert len(used) > 15 and {r for r, _ in used} == {c for _, c in used} == set(range(5))
+    assert torch.equal(got, losses.moved(x, 2, torch.Generator().manual_seed(7)))
+    assert torch.equal(losses.moved(x, 0, torch.Generator()), x)
+
+
+def test_the_classification_loss_is_cross_entropy_on_moved_images(generator):
+    classifier = test_cnn.tiny()
+    x, y = test_cnn.some()
+    plain = losses.classification_loss()(classifier, x, y, generator)
+    by_hand = -classifier(x).log_softmax(1)[torch.arange(6), y].mean()
+    assert torch.allclose(plain, by_hand, atol=1e-6)
+    cropped = losses.classification_loss(2)(classifier, x, y, torch.Generator().manual_seed(7))
+    moved = losses.moved(x, 2, torch.Generator().manual_seed(7))
+    by_hand = -classifier(moved).log_softmax(1)[torch.arange(6), y].mean()
+    assert torch.allclose(cropped, by_hand, atol=1e-6) and not torch.allclose(cropped, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 def test_the_average_is_an_exponential_moving_average():
@@ -361,3 +436,51 @@ def test_weights_in_place_of_a_checkpoint_get_a_sentence(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match="run.safetensors"):
         run(checkpoint=path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the run
+
+
+def test_a_curve_counts_a_repeated_point_once(tmp_path):
+    checkpoint = tmp_path / "deep" / "w.safetensors"
+    curve = loop.Curve(checkpoint)
+    assert curve.points() == []
+    for step, correct in ((2, 5), (4, 6), (4, 7)):
+        curve.add(loop.Progress(step, 40, 10 * step, 1.04, torch.tensor(0.0)), correct=correct)
+    assert curve.points() == [
+        dict(images=20, seconds=1.0, correct=5),
+        dict(images=40, seconds=1.0, correct=7),
+    ]
+    checkpoint.touch()
+    assert loop.Curve(checkpoint).points() == curve.points()
+    checkpoint.unlink()
+    assert loop.Curve(checkpoint).points() == [], "a new run begins a new curve"
+    milestones = [
+        step
+        for step in range(1, 41)
+        if loop.Progress(step, 40, 0, 0, torch.tensor(0.0)).is_milestone
+    ]
+    assert milestones == list(range(2, 41, 2))
+
+
+def test_the_commit_is_that_of_the_checkout_or_none(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments],
+            check=True,
+            capture_output=True,
+        )
+
+    monkeypatch.setattr(
+        loop, "__file__", str(tmp_path / "lib" / "diffclass" / "training" / "loop.py")
+    )
+    assert loop.commit() is None
+    git("init")
+    assert loop.commit() is None  # no commit yet
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-m", "a")
+    clean = loop.commit()
+    (tmp_path / "file").write_text("b")
+    assert len(clean) == 12 and loop.commit() == clean + "+"

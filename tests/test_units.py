@@ -4,12 +4,20 @@ import math
 
 import pytest
 import torch
+import twins
 from diffclass import units
 
 IMAGES = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def check_lengths_double(to_model=units.to_model, sigma_to_model=units.sigma_to_model):
+@twins.rejected(
+    {
+        "sigma not doubled": dict(sigma_to_model=lambda sigma: sigma),
+        "sigma halved": dict(sigma_to_model=units.sigma_to_pixel),
+        "images not shifted": dict(to_model=lambda x: 2 * x),
+    }
+)
+def test_lengths_double(to_model=units.to_model, sigma_to_model=units.sigma_to_model):
     """A perturbation of length s in pixels has length `sigma_to_model(s)` in model space; 0 and 1 become -1 and 1."""
     step = torch.full_like(IMAGES, 0.25 / math.sqrt(IMAGES[0].numel()))  # length 0.25
     moved = (to_model(IMAGES + step) - to_model(IMAGES)).flatten(1).norm(dim=1)
@@ -17,8 +25,7 @@ def check_lengths_double(to_model=units.to_model, sigma_to_model=units.sigma_to_
     assert to_model(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1.0, 0.0, 1.0]
 
 
-def test_lengths_double_and_the_map_inverts():
-    check_lengths_double()
+def test_the_map_inverts():
     assert torch.allclose(units.to_pixel(units.to_model(IMAGES)), IMAGES, atol=1e-7)
     assert units.sigma_to_pixel(units.sigma_to_model(0.37)) == 0.37
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffclass import attacks, data, intervals
-from diffclass.classifiers import idc
+from diffclass.certify import certificates, counting
+from diffclass.classifiers.base import Held
+from diffclass.classifiers.noised import NoisedBayesClassifier
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures, widgets
 from diffclass.course.scenes.digits import DigitScene
 from diffclass.course.scenes.explorer import ExplorerScene
@@ -41,7 +44,7 @@ HEROES = {
     "explorer": widgets.explorer,
     "racing": widgets.racing_hero,
     "photos": photos,
-    "translation": lambda _: widgets.translation_hero(idc.load_digits_translator()),
+    "translation": lambda _: widgets.translation_hero(networks.load_translator()),
     "audit": lambda _: widgets.audit_hero(),
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,
@@ -131,6 +134,16 @@ def test_dragging_the_cursor_is_moving_the_slider(name, student):
     assert any(panel.get("cursor") == pytest.approx(1.5) for panel in hero.stage.frame["panels"])
 
 
+@pytest.mark.parametrize(
+    ("name", "control", "dragged", "wanted"),
+    [("forward", "t", 300.4, 300), ("elbo", "steps", 30.9, 32), ("racing", "spent", 61.2, 62)],
+)
+def test_the_cursor_moves_a_slider_with_whole_steps(name, control, dragged, wanted, student):
+    hero = HEROES[name](student)
+    hero.stage.cursor = dragged
+    assert hero.controls[control].value == wanted
+
+
 def test_a_click_on_a_class_shows_its_curve(student):
     hero = widgets.digit_hero(student)
     third = int(np.argsort(hero.stage.frame["panels"][3]["values"])[0])
@@ -144,7 +157,8 @@ def test_a_click_on_a_class_shows_its_curve(student):
 
 def test_bars_of_the_digit_hero_are_the_posterior_of_the_classifier(student):
     hero = widgets.digit_hero(student, index=7)
-    share = networks.digit_classifier(student).posterior(data.digits().test_images[7:8])[0]
+    classifier = Held.seeded(networks.digit_classifier(student))
+    share = classifier.posterior(data.digits().test_images[7:8])[0]
     np.testing.assert_allclose(hero.stage.frame["panels"][3]["values"], share.detach(), atol=1e-4)
 
 
@@ -212,6 +226,16 @@ def test_certificate_is_that_of_its_votes_and_stays_below_the_attack(certified):
     assert scene.smallest_smoothed is None or scene.certificate.radius < scene.smallest_smoothed
     spoken = scene.at(0, 0.2, 200)["note"]
     assert "n=200" in spoken and "alpha=0.001" in spoken and "sigma=0.2" in spoken
+
+
+def test_the_votes_are_those_of_the_smoothed_classifier_of_the_library(certified, student):
+    scene, _ = certified
+    smoothed = Smoothed(NoisedBayesClassifier(student, 0.2))
+    *_, (_, votes) = counting.draw_votes(
+        smoothed, scene.x, estimation=200, seed=scene.seed, picture=scene.index
+    )
+    assert scene.counts.tolist() == list(votes.estimation)
+    assert scene.certificate == certificates.smoothing_radius(votes, 0.001)
 
 
 def test_another_digit_or_sigma_puts_old_results_away(student):
@@ -298,7 +322,7 @@ def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
     np.testing.assert_allclose(hero.stage.frame["panels"][2]["values"], share, atol=1e-4)
     curve = scene.losses(20)
     torch.testing.assert_close(
-        scene.classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3
+        scene.bayes_classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3
     )
 
 

@@ -1,16 +1,51 @@
-"""Defences by name: what they are made of, what they promise, and what is missing said in one sentence."""
+"""The two tables: what each name is built of, what it promises, and what is missing said in one sentence."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import data, zoo
-from diffclass.classifiers import cnn, idc
-from diffclass.classifiers.purified import Defended, LikelihoodMaximisation, Purification
+from diffclass import attacks, data, zoo
+from diffclass.classifiers import cnn
+from diffclass.classifiers.base import Held, draw, parts
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.idc import TranslationClassifier
+from diffclass.classifiers.purified import (
+    LikelihoodMaximisation,
+    Purification,
+    PurifiedClassifier,
+)
 from diffclass.classifiers.votes import MajorityVote
+from diffclass.data import cifar
+from diffclass.data.worlds import world_of
+from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.evaluation.protocols import Attack
 from diffclass.storage import assets
+from diffclass.zoo import attacks as attack_table
+from diffclass.zoo import classifiers as classifier_table
 from diffclass.zoo import networks
+from diffclass.zoo.attacks import AttackEntry
+from diffclass.zoo.classifiers import Entry
 from torch.nn.functional import one_hot
+
+DIGITS = (
+    "cnn",
+    "adversarial",
+    "dc",
+    "contrastive",
+    "adversarial-dc",
+    "vote",
+    "rdc1",
+    "rdc5",
+    "rdc-released",
+    "rdc-contrastive",
+    "lm-cnn",
+    "diffpure",
+    "idc",
+)
+PLANE = ("dc", "vote", "rdc1", "rdc5", "rdc-released")
+DETERMINISTIC = ("cnn", "adversarial")
+PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +56,14 @@ def folder(tmp_path_factory):
         networks.STUDENT,
         networks.HARDENED["digits"],
         networks.CONTRASTIVE["digits"],
-        idc.FILES["digits"][0],
+        networks.TRANSLATORS["digits"][0],
     ]
     for name in names:
         shutil.copy(assets.folder() / name, target)
-    for name in cnn.FILES["digits"].values():
+    baselines = networks.BASELINES["digits"].values()
+    for name in baselines:
         cnn.save(cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name)
-    assets.record([*names, *cnn.FILES["digits"].values()], target)
+    assets.record([*names, *baselines], target)
     return target
 
 
@@ -43,29 +79,59 @@ def digits():
     return world.test_images[:6], world.test_labels[:6]
 
 
-@pytest.mark.parametrize("name", zoo.NAMES["digits"])
-def test_every_defence_of_digits_keeps_the_contract(network_folder, digits, name):
-    defence = zoo.defence("digits", name)
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the table
+
+
+def test_the_names_of_every_world():
+    assert zoo.names("digits") == zoo.names("digits:noise-3") == DIGITS
+    assert zoo.names("cifar10") == zoo.names("gallery") == zoo.names("CIFAR10") == DIGITS
+    for law in data.plane.PLANE_LAWS:
+        assert zoo.names(f"plane:{law}") == PLANE
+    assert tuple(classifier_table.ENTRIES) == DIGITS
+    assert tuple(attack_table.ENTRIES) == ("pgd", "apgd")
+
+
+def test_every_entry_tells_the_reader_what_it_is():
+    for name, entry in classifier_table.ENTRIES.items():
+        assert entry.name == name and entry.title and entry.source
+        assert entry.sentence.endswith(".") and len(entry.sentence.split()) > 5
+    for table in (classifier_table.ENTRIES, attack_table.ENTRIES):
+        assert len({entry.sentence for entry in table.values()}) == len(table)
+    assert len({entry.title for entry in classifier_table.ENTRIES.values()}) == len(DIGITS)
+
+
+def test_an_entry_is_asked_for_in_any_case():
+    assert zoo.entry_of("digits", "RDC1") is classifier_table.ENTRIES["rdc1"]
+    assert zoo.attack("APGD") is attack_table.ENTRIES["apgd"]
+    assert zoo.attack("pgd").run is attacks.pgd and zoo.attack("apgd").run is attacks.apgd
+    assert zoo.attack("pgd").step_size and not zoo.attack("apgd").step_size
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_every_classifier_of_digits_keeps_its_promises(network_folder, digits, name):
+    classifier = zoo.classifier("digits", name)
+    x = digits[0]
+    assert classifier.num_classes == 10 and tuple(classifier.image_shape) == (1, 8, 8)
+    assert classifier.deterministic == (name in DETERMINISTIC)
+    assert classifier.complaints(x) == [] and not classifier.training
+    noise = draw(classifier, 6, 0, "one")
     with torch.no_grad():
-        logits = defence(digits[0])
-        again = defence(digits[0])
-    assert (
-        logits.shape == (6, 10)
-        and defence.num_classes == 10
-        and tuple(defence.image_shape) == (1, 8, 8)
-    )
-    assert defence.deterministic == (name != "vote") and (
-        torch.equal(logits, again) or name == "vote"
-    )
-    if name in ("cnn", "adversarial", "vote"):
-        assert not hasattr(defence, "with_fresh_noise")
-        with pytest.raises(ValueError, match=f"expected no generator for {name}"):
-            zoo.defence("digits", name, fresh=torch.Generator())
-    else:
-        random = zoo.defence("digits", name, fresh=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            assert not random.deterministic and not torch.equal(random(digits[0]), logits)
-            assert not torch.equal(zoo.defence("digits", name, seed=1)(digits[0]), logits)
+        logits = classifier(x, noise)
+        assert logits.shape == (6, 10) and torch.equal(classifier(x, noise), logits)
+    if name in DETERMINISTIC:
+        assert noise == ()
+        with pytest.raises(ValueError, match=r"expected noise of shape \(\) for ConvClassifier"):
+            classifier(x, torch.zeros(6))
+        return
+    if name == "vote":  # of easy digits all votes agree, whatever the noise
+        assert torch.equal(logits.sum(1), torch.full((6,), 11.0))
+        return
+    with torch.no_grad():
+        assert not torch.equal(classifier(x, draw(classifier, 6, 0, "other")), logits)
+        held = Held.seeded(classifier, 0)(x)
+        assert torch.equal(held, Held.seeded(zoo.classifier("digits", name), 0)(x))
+        assert not torch.equal(held, Held.seeded(classifier, 1)(x))
 
 
 @pytest.mark.parametrize("name", ["lm-cnn", "rdc1", "rdc5", "rdc-released", "diffpure"])
@@ -73,56 +139,86 @@ def test_exact_gradients_and_those_of_the_identity_have_the_same_values(
     network_folder, digits, name
 ):
     x = digits[0][:2].clone().requires_grad_()
-    exact = zoo.defence("digits", name)
-    identity = zoo.defence("digits", name, exact=False)
-    slopes = [torch.autograd.grad(made(x).square().sum(), x)[0] for made in (exact, identity)]
-    torch.testing.assert_close(exact(x), identity(x))
+    classifier = zoo.classifier("digits", name)
+    noise = draw(classifier, 2, 0, "a test")
+    by_name = classifier.gradients()
+    assert set(by_name) == {"exact", "bpda"}
+    exact = by_name["exact"](x, noise)
+    identity = by_name["bpda"](x, noise)
+    torch.testing.assert_close(exact, identity)
+    torch.testing.assert_close(classifier(x, noise), exact)
+    slopes = [torch.autograd.grad(logits.square().sum(), x)[0] for logits in (exact, identity)]
     assert not torch.allclose(*slopes, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", ["cnn", "dc", "vote", "idc"])
+def test_other_classifiers_have_one_gradient_or_none(network_folder, name):
+    by_name = zoo.classifier("digits", name).gradients()
+    assert set(by_name) == (set() if name == "vote" else {"exact"})
+
+
 def test_the_parts_are_those_of_the_names(network_folder):
-    made = {name: zoo.defence("digits", name) for name in zoo.NAMES["digits"]}
-    assert {name for name, one in made.items() if isinstance(one, Defended)} == {
-        "lm-cnn",
-        "rdc1",
-        "rdc5",
-        "rdc-released",
-        "rdc-contrastive",
-        "diffpure",
+    built = {name: zoo.classifier("digits", name) for name in zoo.names("digits")}
+    of_kind = {
+        kind: {name for name, one in built.items() if isinstance(one, kind)}
+        for kind in (PurifiedClassifier, BayesClassifier, cnn.ConvClassifier, TranslationClassifier)
     }
-    assert [made[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")] == [
-        1,
-        5,
-        5,
-        5,
-    ]
-    assert made["rdc5"].purifier.budget == zoo.budget("digits", "linf") == 0.1
-    assert made["rdc-released"].purifier.budget is None and isinstance(
-        made["diffpure"].purifier, Purification
-    )
-    assert isinstance(made["lm-cnn"].purifier, LikelihoodMaximisation)
-    assert isinstance(made["lm-cnn"].classifier, cnn.ConvClassifier)
-    assert isinstance(made["vote"], MajorityVote) and not made["vote"].classifier.deterministic
+    assert of_kind[PurifiedClassifier] == set(PURIFIED)
+    assert of_kind[BayesClassifier] == {"dc", "contrastive", "adversarial-dc"}
+    assert of_kind[cnn.ConvClassifier] == set(DETERMINISTIC)
+    assert of_kind[TranslationClassifier] == {"idc"}
+    steps = [built[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")]
+    assert steps == [1, 5, 5, 5]
+    assert built["rdc5"].purifier.budget == world_of("digits").budget("linf") == 0.1
+    assert built["rdc-released"].purifier.budget is None
+    assert isinstance(built["diffpure"].purifier, Purification)
+    assert isinstance(built["diffpure"].classifier, cnn.ConvClassifier)
+    assert isinstance(built["lm-cnn"].purifier, LikelihoodMaximisation)
+    assert isinstance(built["lm-cnn"].classifier, cnn.ConvClassifier)
+    assert isinstance(built["rdc-contrastive"].classifier, BayesClassifier)
+    assert isinstance(built["vote"], MajorityVote) and built["vote"].votes == classifier_table.VOTES
+    assert not built["vote"].mean.classifier.deterministic
     for pair, weight in (
         (("cnn", "adversarial"), "enter.weight"),
         (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
         (("dc", "contrastive"), "denoiser.network.enter.weight"),
     ):
-        assert not torch.equal(*(made[name].state_dict()[weight] for name in pair))
+        assert not torch.equal(*(built[name].state_dict()[weight] for name in pair))
+    for pair, weight in (
+        (("lm-cnn", "cnn"), "enter.weight"),
+        (("diffpure", "cnn"), "enter.weight"),
+        (("rdc5", "dc"), "denoiser.network.enter.weight"),
+        (("rdc-contrastive", "contrastive"), "denoiser.network.enter.weight"),
+    ):
+        whole, behind = (built[name] for name in pair)
+        assert torch.equal(whole.classifier.state_dict()[weight], behind.state_dict()[weight])
 
 
-def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(network_folder):
-    made = zoo.defence("digits", "rdc5", seed=3)
-    plain = zoo.defence("digits", "dc", seed=3)
-    assert made.purifier.seed != 3 and torch.equal(made.classifier.bank.noise, plain.bank.noise)
+def test_how_many_draws_an_honest_attack_averages(network_folder):
+    eot = {name: zoo.classifier("digits", name).eot for name in zoo.names("digits")}
+    assert {name for name, draws in eot.items() if draws != 1} == {"idc", "diffpure"}
+    assert eot["idc"] == eot["diffpure"] == 4
 
 
-def test_checkpoints_name_every_file_that_is_read(network_folder):
+@pytest.mark.parametrize("name", ["rdc5", "rdc-contrastive"])
+def test_the_purifier_does_not_repeat_the_noise_of_the_classifier(network_folder, name):
+    classifier = zoo.classifier("digits", name)
+    for noise in (Held.seeded(classifier, 3).noise, draw(classifier, 2, 3, "a test")):
+        purifier, behind = noise
+        levels, eps = purifier
+        assert eps.shape[1:] == (5, 1, 8, 8) and behind.shape[1:] == (16, 1, 1, 8, 8)
+        values = torch.cat([part.flatten() for part in parts((levels, eps, behind))])
+        assert len(values.unique()) == len(values)
+
+
+def test_checkpoints_name_every_file_that_is_read(network_folder, monkeypatch):
     wanted = {
         "dc": [networks.STUDENT],
         "vote": [networks.STUDENT],
         "rdc1": [networks.STUDENT],
-        "idc": [idc.FILES["digits"][0]],
+        "rdc5": [networks.STUDENT],
+        "rdc-released": [networks.STUDENT],
+        "idc": [networks.TRANSLATORS["digits"][0]],
         "adversarial-dc": [networks.HARDENED["digits"]],
         "cnn": ["digits-cnn.safetensors"],
         "adversarial": ["digits-adversarial.safetensors"],
@@ -131,11 +227,19 @@ def test_checkpoints_name_every_file_that_is_read(network_folder):
         "contrastive": [networks.CONTRASTIVE["digits"]],
         "rdc-contrastive": [networks.STUDENT, networks.CONTRASTIVE["digits"]],
     }
+    assert set(wanted) == set(zoo.names("digits"))
+    read = []
+    trained = networks.trained
+    monkeypatch.setattr(networks, "trained", lambda file: read.append(file) or trained(file))
     for name, files in wanted.items():
-        found = zoo.checkpoints("digits", name)
-        assert sorted(found) == sorted(files)
-        assert found == {file: assets.fingerprint(file) for file in files}
-    assert zoo.checkpoints("plane:moons", "dc") == {}
+        listed = zoo.checkpoints("digits", name)
+        assert list(listed) == sorted(files)
+        assert listed == {file: assets.fingerprint(file) for file in files}
+        read.clear()
+        zoo.classifier("digits", name)
+        assert set(read) == set(files)
+    for name in zoo.names("plane:moons"):
+        assert zoo.checkpoints("plane:moons", name) == {}
 
 
 def test_missing_weights_are_one_sentence_with_the_command(tmp_path, network_folder, monkeypatch):
@@ -143,53 +247,222 @@ def test_missing_weights_are_one_sentence_with_the_command(tmp_path, network_fol
     for name, command in (
         ("cnn", "--method cnn"),
         ("adversarial", "--method adversarial"),
+        ("adversarial-dc", "--method adversarial-dc"),
         ("idc", "--method idc"),
         ("contrastive", "--method contrastive"),
     ):
         with pytest.raises(
             FileNotFoundError, match=f"train them with `diffclass train digits {command}`"
         ):
-            zoo.defence("digits", name)
-    with pytest.raises(FileNotFoundError, match="diffclass train digits"):
-        zoo.defence("digits", "dc")
+            zoo.classifier("digits", name)
+    for name in ("dc", "vote", "rdc1", "lm-cnn"):
+        with pytest.raises(FileNotFoundError, match="train them with `diffclass train digits`"):
+            zoo.classifier("digits", name)
 
 
 def test_photographs_without_an_unconditional_denoiser(monkeypatch):
     """The prototype has no null class: purifiers take the contrastive network, and say so where there is none."""
-    assert zoo.defence("cifar10", "dc").image_shape == (3, 32, 32)
+    assert zoo.classifier("cifar10", "dc").image_shape == (3, 32, 32)
+    assert set(zoo.checkpoints("cifar10", "rdc1")) == {
+        "cifar10-prototype.safetensors",
+        "cifar10-contrastive.safetensors",
+    }
     monkeypatch.setattr(networks, "CONTRASTIVE", {"cifar10": "cifar10-missing.safetensors"})
     with pytest.raises(ValueError, match="trained without a null class"):
-        zoo.defence("cifar10", "rdc1")
+        zoo.classifier("cifar10", "rdc1")
     with pytest.raises(
-        FileNotFoundError, match="train them with `diffclass train cifar10 --method contrastive`"
+        FileNotFoundError, match="got none; train them with `diffclass train cifar10 --method"
     ):
-        zoo.defence("cifar10", "contrastive")
+        zoo.classifier("cifar10", "contrastive")
 
 
-@pytest.mark.parametrize("name", zoo.NAMES["plane"])
+@pytest.mark.parametrize("name", zoo.names("plane:moons"))
 def test_the_plane_has_the_exact_denoiser(name):
-    defence = zoo.defence("plane:moons", name)
-    x, y = zoo.images("plane:moons", 8, seed=4)
-    assert len(x) == 8 and not torch.equal(x, zoo.images("plane:moons", 8)[0])
+    classifier = zoo.classifier("plane:moons", name)
+    place = world_of("plane:moons")
+    x, y = place.test(8, seed=4)
+    assert len(x) == 8 and not torch.equal(x, place.test(8)[0])
     with torch.no_grad():
-        scores = defence(x)
-    assert scores.shape == (8, defence.num_classes) and bool(torch.isfinite(scores).all())
-    assert (
-        name.startswith("rdc") or int((scores.argmax(1) == y).sum()) >= 7
-    )  # one band of likelihood misleads here
+        scores = Held.seeded(classifier)(x)
+    assert scores.shape == (8, classifier.num_classes) and bool(torch.isfinite(scores).all())
+    denoisers = [part for part in classifier.modules() if isinstance(part, MixtureDenoiser)]
+    assert denoisers and list(classifier.parameters()) == []
+    # one band of likelihood misleads here
+    assert name.startswith("rdc") or int((scores.argmax(1) == y).sum()) >= 7
     if name == "vote":
-        assert torch.equal(scores.sum(1), torch.full((8,), float(zoo.VOTES)))
+        votes = float(classifier_table.VOTES)
+        assert torch.equal(scores.sum(1), torch.full((8,), votes))
         assert float((scores * one_hot(y, 2)).sum()) > 40
 
 
 def test_names_that_do_not_exist():
     for call, said in (
-        (lambda: zoo.defence("digits", "ddc"), "expected the defence of digits to be one of 'dc'"),
-        (lambda: zoo.defence("plane:moons", "idc"), "the defence of plane"),
-        (lambda: zoo.defence("mnist", "dc"), "the world"),
-        (lambda: zoo.defence("plane:suns", "dc"), "the law of the plane"),
-        (lambda: zoo.defence("digits:moons", "dc"), "without a law"),
-        (lambda: zoo.budget("digits", "l1"), "the norm"),
+        (lambda: zoo.classifier("digits", "ddc"), "the classifier of digits to be one of 'cnn'"),
+        (lambda: zoo.classifier("plane:moons", "idc"), "the classifier of plane"),
+        (lambda: zoo.checkpoints("digits", "ddc"), "the classifier of digits"),
+        (lambda: zoo.entry_of("plane:moons", "cnn"), "the classifier of plane"),
+        (lambda: zoo.classifier("mnist", "dc"), "the world"),
+        (lambda: zoo.names("mnist"), "the world"),
+        (lambda: zoo.classifier("plane:suns", "dc"), "the law of the plane"),
+        (lambda: zoo.names("plane"), "the law of the plane"),
+        (lambda: zoo.classifier("digits:moons", "dc"), "alone or with one of"),
+        (lambda: world_of("digits").budget("l1"), "the norm"),
+        (lambda: zoo.attack("fgsm"), "expected the attack to be one of 'pgd', 'apgd', got 'fgsm'"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An entry of one's own
+
+
+def of_weights(kind: str) -> dict[str, str] | None:
+    """What an entry of digits alone says of its weights."""
+    return {} if kind == "digits" else None
+
+
+def entry(**changes) -> Entry:
+    """An entry that is complete."""
+    own = dict(
+        name="mine",
+        title="mine",
+        sentence="A network of one's own.",
+        source="a test",
+        paper="madry",
+        build=lambda parts: cnn.ConvClassifier(parts.world.image_shape, 10, widths=(8, 8)),
+        weights=of_weights,
+    )
+    return Entry(**(own | changes))
+
+
+def attack_entry(**changes) -> AttackEntry:
+    """An attack that is complete."""
+    own = dict(
+        name="mine",
+        run=attacks.apgd,
+        needs="gradient",
+        norms=("linf",),
+        source="a test",
+        sentence="An attack of one's own.",
+    )
+    return AttackEntry(**(own | changes))
+
+
+@pytest.fixture
+def own_tables(monkeypatch):
+    """Both tables as they are, to which a test may add."""
+    monkeypatch.setattr(classifier_table, "ENTRIES", dict(classifier_table.ENTRIES))
+    monkeypatch.setattr(attack_table, "ENTRIES", dict(attack_table.ENTRIES))
+
+
+def test_a_registered_classifier_is_there_by_name(own_tables, digits):
+    zoo.register(entry())
+    assert zoo.names("digits") == (*DIGITS, "mine") and zoo.names("cifar10") == DIGITS
+    classifier = zoo.classifier("digits", "mine")
+    assert classifier(digits[0]).shape == (6, 10) and not classifier.training
+    assert zoo.checkpoints("digits", "mine") == {}
+
+
+@pytest.mark.parametrize("field", ["name", "title", "sentence", "source", "paper"])
+def test_an_entry_without_words_gets_a_sentence(field):
+    with pytest.raises(
+        ValueError, match=f"^expected an entry with a {field}, got the entry .*\\.$"
+    ):
+        entry(**{field: ""})
+
+
+@pytest.mark.parametrize("field", ["build", "weights"])
+@pytest.mark.parametrize("value", [None, {"denoiser": "digits-student.safetensors"}])
+def test_an_entry_without_its_functions_gets_a_sentence(field, value):
+    with pytest.raises(
+        ValueError, match=f"^expected {field} of the entry 'mine' to be a function, got .*\\.$"
+    ):
+        entry(**{field: value})
+
+
+def test_two_entries_of_one_name_get_a_sentence(own_tables):
+    before = dict(classifier_table.ENTRIES)
+    with pytest.raises(ValueError, match="expected a new name for a classifier, got 'dc', which"):
+        zoo.register(entry(name="dc"))
+    with pytest.raises(ValueError, match="expected a new name for an attack, got 'pgd', which"):
+        attack_table.register(attack_entry(name="pgd"))
+    assert classifier_table.ENTRIES == before
+
+
+@pytest.mark.parametrize("name", ["DC", "Idc"])
+def test_names_that_differ_in_their_case_alone_are_one(own_tables, name):
+    """They are asked for in any case, so one would hide the other."""
+    with pytest.raises(ValueError, match=f"expected a new name for a classifier, got '{name}'"):
+        zoo.register(entry(name=name))
+    with pytest.raises(ValueError, match="expected a new name for an attack, got 'PGD'"):
+        attack_table.register(attack_entry(name="PGD"))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(run=None), "the attack 'mine' to have a function that runs it, got None"),
+        (dict(run="apgd"), "the attack 'mine' to have a function that runs it, got 'apgd'"),
+        (dict(source=""), "an attack with a name, a source and a sentence"),
+        (dict(sentence=""), "an attack with a name, a source and a sentence"),
+        (dict(name=""), "an attack with a name, a source and a sentence"),
+        (dict(needs="luck"), "the attack 'mine' to need one of gradient, logits .* got 'luck'"),
+        (dict(norms=()), r"the attack 'mine' .* to name its norms, got 'gradient' and \(\)"),
+    ],
+)
+def test_an_attack_that_lacks_something_gets_a_sentence(changes, said):
+    with pytest.raises(ValueError, match=f"^expected {said}.*\\.$"):
+        attack_entry(**changes)
+
+
+def test_a_registered_attack_can_be_named_by_a_protocol(own_tables):
+    with pytest.raises(ValueError, match="got 'mine'"):
+        Attack("margin", method="mine")
+    attack_table.register(attack_entry())
+    assert Attack("margin", method="mine").step is None
+    attack_table.register(replace(attack_entry(), name="stepwise", step_size=True))
+    with pytest.raises(ValueError, match="expected a step size for stepwise, got None"):
+        Attack("margin", method="stepwise")
+    assert Attack("margin", method="stepwise", step=0.5).step == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The worlds
+
+
+def test_what_a_world_says_of_its_pictures():
+    for name, kind, shape, classes in (
+        ("digits", "digits", (1, 8, 8), 10),
+        ("digits:blur-2", "digits", (1, 8, 8), 10),
+        ("cifar10", "cifar10", (3, 32, 32), 10),
+        ("gallery", "cifar10", (3, 32, 32), 10),
+        ("plane:moons", "plane", (2, 1, 1), 2),
+    ):
+        place = world_of(name)
+        assert (place.kind, place.name, place.image_shape) == (kind, name, shape)
+        assert len(place.class_names) == classes
+        assert (place.law is not None) == (kind == "plane")
+    assert world_of("cifar10").class_names == cifar.CIFAR10_CLASSES
+    assert world_of("digits").class_names == tuple("0123456789")
+    assert world_of("Plane:Moons").name == "plane:moons"
+
+
+def test_budgets_are_in_pixels():
+    wanted = {"digits": (0.1, 1.0), "cifar10": (8 / 255, 0.5), "plane:moons": (0.05, 0.05)}
+    for name, budgets in wanted.items():
+        place = world_of(name)
+        assert (place.budget("linf"), place.budget("L2")) == budgets
+
+
+def test_the_first_test_images_are_taken_and_points_are_drawn():
+    x, y = world_of("digits").test(7, seed=5)
+    assert torch.equal(x, data.digits().test_images[:7])
+    assert torch.equal(y, data.digits().test_labels[:7])
+    assert len(world_of("digits").test()[0]) == 400
+    place = world_of("plane:moons")
+    assert len(place.test()[0]) == 1000
+    assert torch.equal(place.test(9, 3)[0], place.test(9, 3)[0])
+    assert not torch.equal(place.test(9, 3)[0], place.test(9, 4)[0])
+    images, labels = world_of("gallery").test(5)
+    assert images.shape == (5, 3, 32, 32) and labels.shape == (5,)

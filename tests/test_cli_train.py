@@ -1,4 +1,4 @@
-"""`diffclass train WORLD --method cnn|adversarial`: trains, pauses, resumes, and refuses what does not apply."""
+"""`diffclass train WORLD --method M`: trains, pauses, resumes, and refuses what does not apply."""
 
 import json
 from dataclasses import replace
@@ -9,6 +9,7 @@ from diffclass import cli, data
 from diffclass.classifiers import cnn
 from diffclass.data import cifar
 from diffclass.storage import assets
+from diffclass.zoo import networks
 from typer.testing import CliRunner
 
 TINY = ["--widths", "8,16", "--batch", "16", "--measured", "4", "--seed", "1"]
@@ -45,8 +46,10 @@ def test_train_writes_network_card_and_checksum(tmp_path, world, method):
     done = run("--json", "train", world, "--method", method.upper(), "--steps", 2, *TINY)
     assert done.exit_code == 0 and "loss" in done.stderr, done.stderr
     (model,) = json.loads(done.stdout)["models"]
-    classifier, card = cnn.load(assets.verified(cnn.FILES[world][method]))
-    assert model == dict(file=str(tmp_path / "assets" / cnn.FILES[world][method]), card=card)
+    classifier, card = cnn.load(assets.verified(networks.BASELINES[world][method]))
+    assert model == dict(
+        file=str(tmp_path / "assets" / networks.BASELINES[world][method]), card=card
+    )
     assert (
         classifier.widths == (8, 16)
         and classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
@@ -57,6 +60,7 @@ def test_train_writes_network_card_and_checksum(tmp_path, world, method):
         and card["images_seen"] == 32
     )
     assert (card["recipe"]["inner"] is None) == (method == "cnn") and card["accuracy"]["n"] == 4
+    assert card["settings"]["config"]["widths"] == [8, 16]
     assert card["command"] == f"diffclass train {world} --method {method}"
     assert not list((tmp_path / "assets" / "checkpoints").iterdir())
 
@@ -67,7 +71,7 @@ def test_train_says_both_accuracies(tmp_path):
     )
     assert done.exit_code == 0 and done.stdout.count("of 8, 95 % Clopper-Pearson") == 2
     assert "at most" in done.stdout and "under PGD-20 in linf 0.1, 16 images in" in done.stdout
-    assert not (tmp_path / "assets" / cnn.FILES["digits"]["cnn"]).exists()
+    assert not (tmp_path / "assets" / networks.BASELINES["digits"]["cnn"]).exists()
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -75,7 +79,7 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
     tmp_path, interrupt, as_json
 ):
     """Ctrl-C during the second step of four, beside the checkpoint of another network."""
-    name = cnn.FILES["digits"]["adversarial"]
+    name = networks.BASELINES["digits"]["adversarial"]
     out = tmp_path / "out"
     command = [
         *["--json"] * as_json,
@@ -90,7 +94,7 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
     ]
     assert run(*command, tmp_path / "unbroken").exit_code == 0
     (out / "checkpoints").mkdir(parents=True)
-    (out / "checkpoints" / cnn.FILES["cifar10"]["cnn"]).write_text("of another run")
+    (out / "checkpoints" / networks.BASELINES["cifar10"]["cnn"]).write_text("of another run")
     begun = interrupt()
     done = run(*command, out)
     assert done.exit_code == 130 and one_sentence(done, str(out / "checkpoints" / name), "resumes")
@@ -100,15 +104,22 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
         cnn.load(folder / name)[0].state_dict() for folder in (out, tmp_path / "unbroken")
     )
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert [p.name for p in (out / "checkpoints").iterdir()] == [cnn.FILES["cifar10"]["cnn"]]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [
+        networks.BASELINES["cifar10"]["cnn"]
+    ]
 
 
 def test_minutes_pause_and_the_same_command_goes_on(tmp_path):
     command = ["--json", "train", "digits", "--method", "cnn", "--steps", 200, *TINY]
     done = run(*command, "--minutes", 0.01)
-    kept = tmp_path / "assets" / "checkpoints" / cnn.FILES["digits"]["cnn"]
+    kept = tmp_path / "assets" / "checkpoints" / networks.BASELINES["digits"]["cnn"]
     assert done.exit_code == 0 and json.loads(done.stdout)["paused"] == str(kept) and kept.exists()
     assert run(*command).exit_code == 0 and not kept.exists()
+
+
+def test_a_longer_run_says_how_fast_it_is():
+    done = run("train", "digits", "--method", "cnn", "--steps", 12, *TINY)
+    assert done.exit_code == 0 and "% of the matrix peak" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,8 @@ def test_minutes_pause_and_the_same_command_goes_on(tmp_path):
         (("digits", "--method", "idc", "--teacher-only"), ("--teacher-only", "--method idc")),
         (("digits", "--method", "gan"), ("'cnn'", "'adversarial'", "'gan'")),
         (("mars", "--method", "cnn"), ("'digits'", "'cifar10'", "'mars'")),
+        (("mars",), ("--method diffusion", "'digits'", "'cifar10'", "'mars'")),
+        (("digits", "--method", "idc-small"), ("--method idc-small", "'cifar10'", "'digits'")),
         (("digits", "--method", "cnn", "--widths", "wide"), ("multiples of 4", "'wide'")),
     ],
 )

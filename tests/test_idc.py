@@ -1,4 +1,4 @@
-"""IDC: labels, bridge and inter-class loss against closed forms, each formula beside twins that must fail; training."""
+"""IDC: labels, bridge and inter-class offsets against closed forms, each formula beside twins that must fail; the classifier."""
 
 import itertools
 import json
@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffclass import attacks, data, units
 from diffclass.classifiers import bridges, idc
+from diffclass.classifiers.base import Fresh, Held
 from diffclass.classifiers.bridges import Bridge
 from diffclass.classifiers.idc import TranslationClassifier
-from diffclass.storage import assets, results
-from diffclass.training import losses, translators
-from diffclass.training.loop import Training
+from diffclass.evaluation import accuracies
+from diffclass.storage import assets
+from diffclass.zoo import networks
 
 SHAPE = (1, 8, 8)
 CIFAR = (3, 32, 32)
@@ -288,7 +289,7 @@ def test_step_lists():
         assert bridges.released_steps(steps) == [*ramp, 1, 0]
 
 
-# -- inter-class loss -------------------------------------------------------------------------------------------------
+# -- inter-class offsets ----------------------------------------------------------------------------------------------
 
 
 def check_offsets(bridge):
@@ -353,51 +354,6 @@ def test_the_offset_of_the_true_label_is_the_way_back():
         assert torch.allclose(own, bridge.forward(labels, y, t, eps) - labels, rtol=0, atol=1e-12)
 
 
-def check_loss(loss_of):
-    """The loss image by image, recomputed from the translator's own estimates; both branches occur."""
-    translator = alive(seed=2)
-    images = units.to_model(data.digits().train_images[:200])
-    labels = torch.arange(200) % 3
-    got = float(loss_of(0.2)(translator, images, labels, torch.Generator().manual_seed(5)))
-    generator = torch.Generator().manual_seed(5)
-    t = torch.randint(4, (200,), generator=generator)
-    eps = torch.randn(images.shape, generator=generator)
-    targets = units.to_model(translator.labels)
-    total = 0.0
-    pushed = 0
-    for i, c in enumerate(labels.tolist()):
-        at = int(t[i])
-        one = slice(i, i + 1)
-        estimate = translator(
-            translator.bridge.forward(targets[c : c + 1], images[one], at, eps[one]), at
-        )[0]
-        step = float(translator.bridge.shares[at]) - (
-            float(translator.bridge.shares[at - 1]) if at else 0.0
-        )
-        d = [float((targets[c] + step * (p - targets[c]) - estimate).abs().mean()) for p in targets]
-        wrong = min(v for k, v in enumerate(d) if k != c)
-        total += d[c] - 0.2 * wrong * (d[c] > wrong)
-        pushed += d[c] > wrong
-    assert 20 < pushed < 180
-    assert got == pytest.approx(total / 200, rel=1e-5)
-
-
-def test_loss_is_the_released_one():
-    check_loss(losses.translation_loss)
-
-
-@pytest.mark.parametrize(
-    "twin",
-    [
-        lambda inter: losses.translation_loss(0.0),
-        lambda inter: losses.translation_loss(-inter),
-    ],
-)
-def test_loss_twins_are_rejected(twin):
-    with pytest.raises(AssertionError):
-        check_loss(twin)
-
-
 # -- network ----------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +392,7 @@ def test_untrained_weights_come_from_the_seed_alone():
 def test_logits_are_distances_of_the_translation_written_out_by_hand():
     translator = alive()
     bridge = Bridge(4)
-    classifier = TranslationClassifier(translator, seed=7)
+    classifier = Held.seeded(TranslationClassifier(translator), 7)
     y = state = 2 * PICTURES - 1
     for i, t in enumerate([3, 2, 1, 0]):
         x0 = translator(state, t).clamp(-1, 1)
@@ -450,45 +406,44 @@ def test_logits_are_distances_of_the_translation_written_out_by_hand():
                 (1 - m_n) * x0
                 + m_n * y
                 + math.sqrt((dn - var) / dt) * (state - (1 - m_t) * x0 - m_t * y)
-                + math.sqrt(var) * classifier.noise[i]
+                + math.sqrt(var) * classifier.noise[0, i]
             )
     wanted = -((x0 + 1) / 2 - translator.labels[:, None]).abs().mean((2, 3, 4)).T / 0.1
     assert torch.allclose(classifier(PICTURES), wanted, atol=1e-5)
 
 
-def test_fixed_noise_is_deterministic_and_fresh_noise_is_not():
+def test_held_noise_is_deterministic_and_fresh_noise_is_not():
     classifier = TranslationClassifier(alive())
-    fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(0))
-    assert classifier.deterministic and not fresh.deterministic
-    assert torch.equal(classifier(PICTURES), classifier(PICTURES))
-    assert torch.allclose(classifier(PICTURES)[2:3], classifier(PICTURES[2:3]), atol=1e-6), (
+    held = Held.seeded(classifier)
+    fresh = Fresh(classifier, torch.Generator().manual_seed(0))
+    assert held.deterministic and not classifier.deterministic
+    assert torch.equal(held(PICTURES), held(PICTURES))
+    assert torch.allclose(held(PICTURES)[2:3], held(PICTURES[2:3]), atol=1e-6), (
         "one noise for every image"
     )
     assert not torch.equal(fresh(PICTURES), fresh(PICTURES))
-    again = classifier.with_fresh_noise(torch.Generator().manual_seed(0))
-    assert torch.equal(
-        again(PICTURES), classifier.with_fresh_noise(torch.Generator().manual_seed(0))(PICTURES)
-    )
+    again = [Fresh(classifier, torch.Generator().manual_seed(0))(PICTURES) for _ in range(2)]
+    assert torch.equal(*again)
     twice = fresh(PICTURES[:1].repeat(2, 1, 1, 1))
     assert not torch.equal(twice[0], twice[1]), "each image its own noise"
 
 
 def test_the_released_steps_spend_a_call_on_nothing():
-    classifier = TranslationClassifier(alive(), bridges.released_steps(), seed=3)
-    frames = list(classifier.walk(PICTURES))
+    classifier = TranslationClassifier(alive(), bridges.released_steps())
+    noise = classifier.sample_noise(1, torch.Generator().manual_seed(3))
+    frames = list(classifier.walk(PICTURES, noise))
     assert [f.t for f in frames] == [3, 1, 1, 0]
     assert torch.equal(frames[1].x_t, frames[2].x_t) and torch.equal(
         frames[1].estimate, frames[2].estimate
     )
     short = TranslationClassifier(alive(), [3, 1, 0])
-    short.noise = classifier.noise[[0, 2]]
-    assert torch.equal(short(PICTURES), classifier(PICTURES))
-    every = list(TranslationClassifier(alive(), seed=3).walk(PICTURES))
+    assert torch.equal(short(PICTURES, noise[:, [0, 2]]), classifier(PICTURES, noise))
+    every = list(TranslationClassifier(alive()).walk(PICTURES, noise))
     assert all(not torch.equal(a.x_t, b.x_t) for a, b in itertools.pairwise(every))
 
 
 def test_attacks_see_the_gradient_of_what_predicts():
-    classifier = TranslationClassifier(alive().double())
+    classifier = Held.seeded(TranslationClassifier(alive().double()))
     x = PICTURES[:2].double().clamp(0.2, 0.8)
     y = torch.tensor([0, 1])
     x.requires_grad_()
@@ -511,7 +466,7 @@ def test_attacks_see_the_gradient_of_what_predicts():
 def test_an_attack_library_takes_it_as_it_is():
     import torchattacks
 
-    classifier = TranslationClassifier(alive())
+    classifier = Held.seeded(TranslationClassifier(alive()))
     y = classifier(PICTURES).argmax(1)
     found = torchattacks.PGD(classifier, eps=0.2, alpha=0.05, steps=5, random_start=False)(
         PICTURES, y
@@ -599,16 +554,12 @@ def test_a_perfect_translation_has_a_share_of_one_third_in_the_released_head():
             r"expected a temperature > 0, got 0",
         ),
         (
-            lambda: TranslationClassifier(tiny())(2 * PICTURES - 1),
+            lambda: Held.seeded(TranslationClassifier(tiny()))(2 * PICTURES - 1),
             r"expected images in \[0,1\].*model space",
         ),
         (
-            lambda: TranslationClassifier(tiny())(torch.zeros(1, *CIFAR)),
+            lambda: Held.seeded(TranslationClassifier(tiny()))(torch.zeros(1, *CIFAR)),
             r"expected images of shape \[B,1,8,8\]",
-        ),
-        (
-            lambda: next(translators.train_translation("digits-gan.safetensors", None)),
-            r"got 'digits-gan",
         ),
     ],
 )
@@ -618,7 +569,7 @@ def test_errors_are_one_sentence(action, sentence):
     assert str(caught.value).count("\n") == 0
 
 
-# -- weights and training ---------------------------------------------------------------------------------------------
+# -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_translator_comes_back(tmp_path):
@@ -628,7 +579,8 @@ def test_a_saved_translator_comes_back(tmp_path):
     assert card == {"name": "t"} and loaded.bridge == Bridge(5)
     assert torch.equal(loaded.labels, translator.labels)
     assert torch.equal(
-        TranslationClassifier(loaded)(PICTURES), TranslationClassifier(translator)(PICTURES)
+        Held.seeded(TranslationClassifier(loaded))(PICTURES),
+        Held.seeded(TranslationClassifier(translator))(PICTURES),
     )
 
 
@@ -649,81 +601,31 @@ def test_a_damaged_or_foreign_file_is_told(tmp_path):
         idc.load_translator(tmp_path / "none.safetensors")
 
 
-def test_training_learns_to_translate():
-    world = data.digits()
-    three = world.train_labels < 3
-    images = units.to_model(world.train_images[three])
-    labels = world.train_labels[three]
-    run = Training(
-        tiny(width=32, blocks=2),
-        images,
-        labels,
-        loss=losses.translation_loss(),
-        steps=150,
-        batch=64,
-        rate=4e-3,
-        ema=0.9,
-    )
-    frames = list(run)
-    assert sum(f.loss for f in frames[-10:]) < 0.6 * sum(f.loss for f in frames[:10])
-    test, answers = (v[world.test_labels < 3] for v in (world.test_images, world.test_labels))
-    classifier = TranslationClassifier(run.average.eval())
-    assert translators.correct_of(classifier, test, answers) > 0.85 * len(test)
-
-
-@pytest.mark.parametrize("cut", [1, 3])
-def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(cut, tmp_path):
-    name = idc.FILES["digits"][0]
-    unbroken = list(translators.train_translation(name, tmp_path / "whole", steps=4))
-    for progress in translators.train_translation(name, tmp_path / "cut", steps=4):
-        if progress.step == cut:
-            break
-    resumed = list(translators.train_translation(name, tmp_path / "cut", steps=4))
-    assert [p.step for p in resumed] == list(range(cut + 1, 5)) and len(unbroken) == 4
-    one, other = (idc.load_translator(tmp_path / folder / name) for folder in ("whole", "cut"))
-    assert all(torch.equal(v, other[0].state_dict()[n]) for n, v in one[0].state_dict().items())
-    card = one[1]
-    assert (
-        card["accuracy"]["n"] == 400
-        and card["images_seen"] == 4 * 128
-        and card["recipe"]["labels"] == "Hadamard"
-    )
-    assert name in (tmp_path / "cut" / "SHA256SUMS").read_text()
-    assert not (tmp_path / "cut" / "checkpoints" / name).exists()
-
-
 # -- what is in assets/ -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def digits_translator():
-    return idc.load_digits_translator()
+    return networks.load_translator()
 
 
 def test_the_shipped_network_is_as_accurate_as_its_card_says(digits_translator):
     world = data.digits()
-    card = idc.load_translator(assets.verified(idc.FILES["digits"][0]))[1]
+    card = idc.load_translator(assets.verified(networks.TRANSLATORS["digits"][0]))[1]
     classifier = TranslationClassifier(digits_translator)
-    correct = translators.correct_of(classifier, world.test_images, world.test_labels)
+    held = Held.seeded(classifier)
+    correct = accuracies.accuracy(held, world.test_images, world.test_labels)
     assert (
         correct >= 0.97 * 400 and abs(correct - card["accuracy"]["correct"]) <= 1
     )  # rounding may turn one
-    fresh = classifier.with_fresh_noise(torch.Generator().manual_seed(9))
-    assert translators.correct_of(fresh, world.test_images, world.test_labels) >= 0.95 * 400
+    fresh = Fresh(classifier, torch.Generator().manual_seed(9))
+    assert accuracies.accuracy(fresh, world.test_images, world.test_labels) >= 0.95 * 400
 
 
 def test_its_estimates_move_from_step_to_step_and_labels_stay_orthogonal(digits_translator):
     check_centred(digits_translator.labels)
-    frames = list(TranslationClassifier(digits_translator).walk(data.digits().test_images[:100]))
+    classifier = TranslationClassifier(digits_translator)
+    noise = classifier.sample_noise(1, torch.Generator().manual_seed(0))
+    frames = list(classifier.walk(data.digits().test_images[:100], noise))
     lead = [f.distances.topk(2, largest=False).values.diff(dim=1).mean() for f in frames]
     assert float(lead[-1]) > float(lead[0]), "distances grow apart"
-
-
-def test_the_ablations_are_on_record():
-    records = results.read(assets.folder() / "records" / "idc-digits.jsonl")
-    found = {r.what.removeprefix("IDC on digits, ").partition(":")[0] for r in records}
-    assert found == set(translators.ABLATIONS)
-    assert all(
-        r.n in (100, 400) and r.seed is not None and r.settings["steps"] >= 300 for r in records
-    )
-    assert all("upper bound" in r.what for r in records if "attack" in r.settings)

@@ -155,14 +155,14 @@ def persistence(monkeypatch):
 
     def persistent(parts):
         """The parts as EDM has them: torch's containers are pickled as they are, all else with its source code."""
-        found = {}
+        kept = {}
         for name, part in parts.items():
             if isinstance(part, torch.nn.ModuleDict):
-                found[name] = torch.nn.ModuleDict()
-                found[name].__dict__["_modules"] = persistent(part._modules)
+                kept[name] = torch.nn.ModuleDict()
+                kept[name].__dict__["_modules"] = persistent(part._modules)
             elif part is not None:
-                found[name] = Persistent(part)
-        return found
+                kept[name] = Persistent(part)
+        return kept
 
     return Persistent
 

@@ -1,0 +1,109 @@
+"""The interval of an average: it covers, ends where Clopper and Pearson's does, and is not that of pooled draws."""
+
+import math
+
+import pytest
+import torch
+from diffclass import intervals
+from scipy import stats
+from twins import rejected
+
+
+def coverage(interval) -> float:
+    """How often an interval of (values, draws) holds the truth, 0.58, of images whose draws have much in common."""
+    rng = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        own = (torch.rand(50, generator=rng) < 0.6).double()  # what an image's draws have in common
+        hits = (torch.rand(50, 10, generator=rng) < (0.1 + 0.8 * own)[:, None]).sum(1).tolist()
+        low, high = interval([hit / 10 for hit in hits], 10)
+        covered += low <= 0.58 <= high
+    return covered / 400
+
+
+def pooled(values, draws):
+    """The twin that takes every draw for an image of its own."""
+    return intervals.interval(round(sum(values) * draws), len(values) * draws)
+
+
+def test_the_interval_of_an_average_covers_and_that_of_pooled_draws_does_not():
+    assert coverage(intervals.mean_interval) >= 0.93
+    assert coverage(pooled) < 0.8
+
+
+def test_the_interval_of_an_average_at_its_ends():
+    assert intervals.mean_interval([1.0] * 30, 10) == (
+        pytest.approx(intervals.interval(30, 30)[0]),
+        1.0,
+    )
+    assert intervals.mean_interval([0.0] * 30, 10) == (
+        0.0,
+        pytest.approx(intervals.interval(0, 30)[1]),
+    )
+    low, high = intervals.mean_interval([0.5] * 30, 10)  # no image differs: at most all draws count
+    assert (low, high) == pytest.approx(intervals.interval(150, 300)) and low < 0.5 < high
+    assert intervals.mean_interval([0.4], 10)[0] < 0.4
+
+
+def of_count(p: float, count: float, level: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval of p count hits of `count`, which need not be whole."""
+    tail = (1 - level) / 2
+    hits = p * count
+    low = stats.beta.ppf(tail, hits, count - hits + 1)
+    return float(low), float(stats.beta.ppf(1 - tail, hits + 1, count - hits))
+
+
+def with_variance_over(divisor):
+    """The formula of `mean_interval` with another divisor of the sum of squares."""
+
+    def twin(values, draws, level=0.95):
+        n = len(values)
+        p = math.fsum(values) / n
+        variance = math.fsum((value - p) ** 2 for value in values) / divisor(n)
+        return of_count(p, min(p * (1 - p) / (variance / n), n * draws), level)
+
+    return twin
+
+
+def with_variance_of_an_image(values, draws, level=0.95):
+    """The twin that forgets to divide the variance by the number of images."""
+    p = math.fsum(values) / len(values)
+    variance = math.fsum((value - p) ** 2 for value in values) / (len(values) - 1)
+    return of_count(p, p * (1 - p) / variance, level)
+
+
+def of_all_images(values, draws, level=0.95):
+    """The twin that counts every image whole, however much its draws differ."""
+    return of_count(math.fsum(values) / len(values), len(values), level)
+
+
+@rejected(
+    {
+        "n instead of n - 1": dict(mean_interval=with_variance_over(lambda n: n)),
+        "n - 2 instead of n - 1": dict(mean_interval=with_variance_over(lambda n: n - 2)),
+        "the variance of one image": dict(mean_interval=with_variance_of_an_image),
+        "every image whole": dict(mean_interval=of_all_images),
+        "pooled draws": dict(mean_interval=lambda values, draws, level=0.95: pooled(values, draws)),
+    }
+)
+def test_the_interval_of_an_average_is_clopper_and_pearsons_of_as_many_images(
+    mean_interval=intervals.mean_interval,
+):
+    """Of values of 0 and 1 these are n - 1 images; of values that differ less, as many more as the variance is smaller."""
+    for hits, n in ((3, 10), (10, 20), (1, 5)):
+        values = [1.0] * hits + [0.0] * (n - hits)
+        for level in (0.95, 0.9):
+            wanted = of_count(hits / n, n - 1, level)
+            assert mean_interval(values, 10, level) == pytest.approx(wanted)
+    # 0.4 and 0.8 by turns: p = 0.6, variance 0.04 n / (n - 1), so p (1 - p) (n - 1) / 0.04 = 6 (n - 1) images
+    assert mean_interval([0.4, 0.8] * 6, 10) == pytest.approx(of_count(0.6, 66, 0.95))
+    # draws of two: no more than 2 n of them
+    assert mean_interval([0.5, 0.5, 0.5, 0.5, 0.5, 1.0], 2) == pytest.approx(
+        of_count(7 / 12, 12, 0.95)
+    )
+
+
+def test_what_are_no_shares_gets_a_sentence():
+    for values in ([4.0], [-0.1, 0.5], []):
+        with pytest.raises(ValueError, match="divide hits by draws"):
+            intervals.mean_interval(values, 10)

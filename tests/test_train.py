@@ -1,0 +1,494 @@
+"""The recipes and the one function that trains them: pauses, resumes, measures, writes a card, in one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from diffclass import data, intervals
+from diffclass.classifiers import cnn, idc
+from diffclass.classifiers.base import Held
+from diffclass.data.worlds import BUDGETS, images_of
+from diffclass.denoisers import network
+from diffclass.evaluation import accuracies
+from diffclass.storage import assets, weights
+from diffclass.training import losses, measures, recipes
+from diffclass.training.hardening import Inner, adversarial_loss
+from diffclass.training.recipes import RECIPES, Recipe
+from diffclass.training.train import remaining, train, training_of
+from diffclass.zoo import networks
+from typer.testing import CliRunner
+
+TINY = ["--widths", "16,32", "--batch", "4", "--measured", "2", "--seed", "1"]
+TEACHER = networks.MODELS["cifar10"]["teacher"]
+STUDENT = networks.MODELS["cifar10"]["student"]
+CNN = networks.BASELINES["digits"]["cnn"]
+ADVERSARIAL = networks.BASELINES["digits"]["adversarial"]
+IDC = networks.TRANSLATORS["digits"][0]
+NOT_OURS = ("prototype", "edm")  # denoisers of photographs that other commands made
+# What makes a world of 40 pictures of 16x16 pixels out of CIFAR-10, in this process or another
+SMALL = """
+import torch
+from diffclass.data import cifar
+def small(split="test", limit=None, download=False, progress=True):
+    generator = torch.Generator().manual_seed(3 if split == "train" else 4)
+    labels = torch.arange(40) % 10
+    images = torch.rand((40, 3, 16, 16), generator=generator) * 0.2 + labels[:, None, None, None] / 15
+    return images[:limit], labels[:limit]
+cifar.cifar10 = small
+"""
+
+
+@pytest.fixture
+def small_cifar():
+    from diffclass.data import cifar
+
+    before = cifar.cifar10
+    exec(SMALL, {})
+    yield
+    cifar.cifar10 = before
+
+
+def diffclass(*arguments):
+    from diffclass import cli
+
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def weights_in(path) -> dict:
+    return weights.load_weights(path)[0]
+
+
+def same_weights(one, other) -> bool:
+    mine, yours = weights_in(one), weights_in(other)
+    return set(mine) == set(yours) and all(torch.equal(mine[n], yours[n]) for n in mine)
+
+
+@pytest.fixture
+def teacher(small_cifar, tmp_path):
+    """A folder with a teacher of four steps, and what the command said."""
+    done = diffclass(
+        "--json", "train", "cifar10", "--steps", 4, "--teacher-only", "--out", tmp_path, *TINY
+    )
+    assert done.exit_code == 0, done.stderr
+    return tmp_path, json.loads(done.stdout)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_network_that_the_course_trains_has_a_recipe():
+    trained = [
+        networks.MODELS["digits"].values(),
+        [file for name, file in networks.MODELS["cifar10"].items() if name not in NOT_OURS],
+        networks.HARDENED.values(),
+        *(files.values() for files in networks.BASELINES.values()),
+        *networks.TRANSLATORS.values(),
+    ]
+    assert sorted(file for files in trained for file in files) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_known_by_the_command_that_the_zoo_names(name):
+    recipe = RECIPES[name]
+    assert recipe.command == networks.command_for(name)
+    assert name.startswith(recipe.world) and name in recipes.files_of(recipe.world, recipe.method)
+    assert recipe.world in recipes.worlds_of(recipe.method) and recipe.method in recipes.methods()
+    json.dumps(recipe.says)
+
+
+def test_what_a_network_needs_is_trained_before_it():
+    names = list(RECIPES)
+    for name, recipe in RECIPES.items():
+        if recipe.needs:
+            assert names.index(recipe.needs) < names.index(name)
+            assert RECIPES[recipe.needs].world == recipe.world
+            assert recipe.needs in (recipe.says["teacher"], recipe.says["start"])
+    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 4
+
+
+def test_recipes_are_what_the_papers_say():
+    """Wong et al. 2020 take one step of 1.25 eps; the inner budget is the one that the card measures."""
+    for name, recipe in RECIPES.items():
+        inner = recipe.says.get("recipe", recipe.says.get("hardening", {})).get("inner")
+        assert (recipe.method in ("adversarial", "adversarial-dc")) == (inner is not None), name
+        if inner:
+            assert inner["epsilon"] == BUDGETS[recipe.world]["linf"]
+            assert inner["steps"] * inner["stride"] >= 1.25
+            assert inner["steps"] > 1 or inner["stride"] == 1.25
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_those_of_the_cards_in_assets(name):
+    """The network of CIFAR-10 that learned from attacked images was stopped sooner, as its card says."""
+    if not assets.parts(name, assets.checksums()):
+        pytest.skip(f"expected {name} in assets/, which is yet to be trained.")
+    settings = weights.card(assets.folder() / name)["settings"]
+    recipe = RECIPES[name]
+    same = {"batch", "rate", "ema", "mirror"} & set(settings)
+    if name != networks.BASELINES["cifar10"]["adversarial"]:
+        same |= {"steps"}
+    assert {key: settings[key] for key in same} == {key: getattr(recipe, key) for key in same}
+
+
+def test_both_networks_are_made_unless_only_the_last_was_interrupted(tmp_path):
+    files = recipes.files_of("digits", "diffusion")
+    assert files == [networks.TEACHER, networks.STUDENT] == remaining(files, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / networks.STUDENT).touch()
+    assert remaining(files, tmp_path) == files, "there is no teacher to copy"
+    (tmp_path / networks.TEACHER).touch()
+    assert remaining(files, tmp_path) == [networks.STUDENT]
+    (tmp_path / "checkpoints" / networks.TEACHER).touch()
+    assert remaining(files, tmp_path) == files
+    assert remaining([CNN], tmp_path) == [CNN]
+
+
+# -- every method, from beginning to end ------------------------------------------------------------------------------
+
+RUNS = {
+    networks.TEACHER: dict(steps=4, batch=8, widths=(16,)),
+    networks.CONTRASTIVE["digits"]: dict(steps=4, batch=8, widths=(16,)),
+    CNN: dict(steps=4, batch=16, widths=(8, 16)),
+    ADVERSARIAL: dict(steps=4, batch=16, widths=(8, 16)),
+    IDC: dict(steps=4, batch=16),
+}
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(name, cut, tmp_path):
+    options = RUNS[name] | dict(measured=10, seed=2)
+    unbroken = list(train(name, tmp_path / "whole", **options))
+    for progress in train(name, tmp_path / "cut", **options):
+        if progress.step == cut:
+            break
+    resumed = list(train(name, tmp_path / "cut", **options))
+    assert [p.step for p in resumed] == list(range(cut + 1, 5)) and len(unbroken) == 4
+    assert same_weights(tmp_path / "whole" / name, tmp_path / "cut" / name)
+    assert name in (tmp_path / "cut" / "SHA256SUMS").read_text()
+    assert not list((tmp_path / "cut" / "checkpoints").iterdir())
+    card = weights.card(tmp_path / "whole" / name)
+    recipe = RECIPES[name]
+    assert card["name"] == name and card["command"] == recipe.command
+    assert card["images_seen"] == 4 * options["batch"] and card["accuracy"]["n"] == 10
+    assert card["settings"]["seed"] == 2 and card["settings"]["config"]
+    assert "digits" in card["data"] and card["precision"] == "fp32" and card["seconds"] >= 0
+    again = weights.card(tmp_path / "cut" / name)
+    timeless = [
+        {key: value for key, value in one.items() if key not in ("seconds", "curve")}
+        for one in (card, again)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_watched_run_keeps_its_points_in_the_card(tmp_path):
+    list(train(ADVERSARIAL, tmp_path, steps=4, batch=16, widths=(8, 16), measured=10))
+    card = cnn.load(tmp_path / ADVERSARIAL)[1]
+    assert [point["images"] for point in card["curve"]] == [16, 32, 48, 64]
+    for point in card["curve"]:
+        assert 0 <= point["survived"] <= point["correct"] <= point["n"] == 200
+        assert point["attack_steps"] == 10
+    hit = card["accuracy_under_attack"]
+    assert hit["n"] == 10 and hit["bound"].startswith("upper bound")
+    assert card["recipe"]["inner"] == dict(epsilon=0.1, steps=7, stride=0.25)
+    assert card["settings"]["config"] == dict(network="ConvClassifier", widths=[8, 16])
+
+
+def test_a_translator_is_measured_on_all_digits_with_both_noises(tmp_path):
+    list(train(IDC, tmp_path, steps=4))
+    translator, card = idc.load_translator(tmp_path / IDC)
+    assert card["accuracy"]["n"] == card["accuracy_fresh_noise"]["n"] == 400
+    assert card["images_seen"] == 4 * 128 and card["recipe"]["labels"] == "Hadamard"
+    assert card["curve"] == [] and card["flops"] > 1e7
+    held = Held.seeded(idc.TranslationClassifier(translator))
+    assert card["accuracy"]["correct"] == accuracies.accuracy(held, *images_of("digits", "test"))
+
+
+def test_minutes_pause_with_a_checkpoint(small_cifar, tmp_path):
+    options = dict(batch=4, widths=(16, 32), minutes=1e-9, measured=2)
+    run = train(TEACHER, tmp_path, steps=4, **options)
+    assert [p.step for p in run] == [1]
+    assert (tmp_path / "checkpoints" / TEACHER).exists()
+    assert not (tmp_path / TEACHER).exists()
+    run = train(CNN, tmp_path, steps=3, batch=8, widths=(8, 16), minutes=1e-9, measured=2)
+    assert [p.step for p in run] == [1]
+    assert (tmp_path / "checkpoints" / CNN).exists() and not (tmp_path / CNN).exists()
+
+
+def test_a_resume_with_other_settings_is_refused(small_cifar, tmp_path):
+    options = dict(batch=4, widths=(16, 32), minutes=1e-9, measured=2)
+    list(train(TEACHER, tmp_path, steps=4, **options))
+    with pytest.raises(ValueError, match=r"\['steps'\] differ; delete it to start afresh"):
+        list(train(TEACHER, tmp_path, steps=5, **options))
+    with pytest.raises(ValueError, match="holds another architecture"):
+        list(train(TEACHER, tmp_path, steps=4, **{**options, "widths": (16, 16)}))
+
+
+def test_a_network_without_a_recipe_gets_a_sentence(tmp_path):
+    with pytest.raises(
+        ValueError, match="expected one of .*digits-cnn.* to train, got 'digits-gan.safetensors'"
+    ):
+        next(train("digits-gan.safetensors", tmp_path))
+
+
+def test_widths_that_do_not_apply_get_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"expected no widths for DigitNet, got \(16, 32\); they"):
+        next(train(IDC, tmp_path, widths=(16, 32)))
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.classification_loss(), adversarial_loss(Inner(0.1, 2, 0.75))]
+)
+def test_training_learns_the_digits(loss):
+    recipe = replace(
+        RECIPES[CNN], steps=60, batch=64, rate=8e-3, ema=0.9, loss=recipes.from_data(loss)
+    )
+    run = training_of(recipe, seed=0, widths=(8, 16))
+    frames = list(run)
+    assert sum(f.loss for f in frames[-10:]) < 0.5 * sum(f.loss for f in frames[:10])
+    world = data.digits()
+    correct = accuracies.accuracy(run.average, world.test_images, world.test_labels)
+    assert correct > 0.75 * 400
+
+
+# -- a recipe of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_new_recipe_is_one_entry(tmp_path, monkeypatch):
+    """Another method of digits, made of the parts that are there, is trained by the same function and command."""
+    name = "digits-narrow.safetensors"
+    recipe: Recipe = replace(
+        recipes.plain("digits", widths=(4, 8), steps=2, batch=4, rate=1e-3, attacked=4),
+        method="narrow",
+    )
+    monkeypatch.setitem(RECIPES, name, recipe)
+    done = diffclass("train", "digits", "--method", "narrow", "--measured", 4, "--out", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    classifier, card = cnn.load(tmp_path / name)
+    assert classifier.widths == (4, 8)
+    assert card["command"] == "diffclass train digits --method narrow"
+    done = diffclass("train", "cifar10", "--method", "narrow", "--out", tmp_path)
+    assert done.exit_code == 2 and "'digits'" in done.stderr
+
+
+# -- denoisers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_was_done(teacher):
+    folder, said = teacher
+    denoiser, card = network.load_denoiser(folder / TEACHER)
+    assert said["models"][0]["card"] == card
+    assert (
+        card["images_seen"] == 16 and card["settings"]["batch"] == 4 and card["accuracy"]["n"] == 2
+    )
+    assert card["precision"] == "bf16" and card["settings"]["config"]["widths"] == [16, 32]
+    assert denoiser.has_null and denoiser.image_shape == (3, 16, 16)
+    assert assets.parts(TEACHER, os.listdir(folder)) and not list(
+        (folder / "checkpoints").iterdir()
+    )
+    stored = {
+        value.dtype
+        for value in safetensors.torch.load_file(folder / TEACHER).values()
+        if value.is_floating_point()
+    }
+    assert stored == {torch.float16}
+
+
+def test_a_contrastive_network_is_trained_without_a_teacher_and_watched(small_cifar, tmp_path):
+    options = ["--steps", 3, "--out", tmp_path, "--widths", "16", *TINY[2:]]
+    done = diffclass("train", "cifar10", "--method", "contrastive", *options)
+    assert done.exit_code == 0, done.stderr
+    denoiser, card = network.load_denoiser(tmp_path / networks.CONTRASTIVE["cifar10"])
+    assert denoiser.one_call and denoiser.has_null and denoiser.network.config["width"] == 16
+    assert card["contrastive"] and card["command"] == "diffclass train cifar10 --method contrastive"
+    assert [(point["images"], point["n"]) for point in card["curve"]] == [
+        (4, 40),
+        (8, 40),
+        (12, 40),
+    ]
+
+
+def test_a_paused_run_goes_on_and_ends_where_an_unbroken_one_does(teacher, tmp_path_factory):
+    folder = teacher[0]
+    paused = tmp_path_factory.mktemp("paused")
+    command = ["train", "cifar10", "--steps", 4, "--teacher-only", "--out", paused, *TINY]
+    seen = 0
+    while not (paused / TEACHER).exists():
+        done = diffclass(
+            *command, "--minutes", 0.01
+        )  # 0.6 s: some steps, not all of them, on most machines
+        assert done.exit_code == 0, done.stderr
+        seen += 1
+    assert seen <= 4
+    assert same_weights(folder / TEACHER, paused / TEACHER)
+
+
+def test_the_student_copies_every_head_of_the_teacher(teacher):
+    folder, _ = teacher
+    done = diffclass("train", "cifar10", "--steps", 3, "--student-only", "--out", folder, *TINY)
+    assert done.exit_code == 0, done.stderr
+    student, card = network.load_denoiser(folder / STUDENT)
+    assert card["teacher"] == TEACHER and student.has_null
+    assert student(torch.zeros(1, 3, 16, 16), 1.0).shape == (1, 10, 3, 16, 16)
+
+
+def test_a_student_has_a_null_class_only_if_its_teacher_has(tmp_path):
+    teacher = network.build(
+        "ConditionalDenoiser", "DigitNet", 10, (1, 8, 8), has_null=False, width=16, blocks=1
+    )
+    network.save_denoiser(teacher, tmp_path / networks.TEACHER)
+    list(train(networks.STUDENT, tmp_path, steps=1, batch=4, widths=(16,), measured=2))
+    assert not network.load_denoiser(tmp_path / networks.STUDENT)[0].has_null
+
+
+def test_a_student_without_a_teacher_gets_a_sentence(small_cifar, tmp_path):
+    done = diffclass("train", "cifar10", "--student-only", "--out", tmp_path, *TINY)
+    assert done.exit_code == 2 and TEACHER in done.stderr
+
+
+def test_the_monitor_keeps_its_points_in_the_card(small_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setitem(RECIPES, TEACHER, replace(RECIPES[TEACHER], watched=2, compiled=False))
+    list(train(TEACHER, tmp_path, steps=3, batch=4, widths=(16, 32), measured=2))
+    curve = network.load_denoiser(tmp_path / TEACHER)[1]["curve"]
+    assert [p["images"] for p in curve] == [4, 8, 12] and all(
+        0 <= p["correct"] <= p["n"] == 2 for p in curve
+    )
+
+
+def test_a_hardened_network_goes_on_and_states_its_accuracy_under_attack(tmp_path, monkeypatch):
+    small = network.build("MultiHeadDenoiser", "DigitNet", 10, (1, 8, 8), width=16, blocks=1)
+    network.save_denoiser(small, tmp_path / networks.STUDENT)
+    name = networks.HARDENED["digits"]
+    attacked = measures.bayes_under_attack("digits", 16, "fp32", 0.1, attacked=8)
+    monkeypatch.setattr(measures, "CARD_STEPS", 2)
+    monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], measure=attacked))
+    with pytest.raises(
+        ValueError, match="expected no widths for a network that goes on from digits-student"
+    ):
+        next(train(name, tmp_path, widths=(16, 32)))
+    *_, last = train(name, tmp_path, steps=2, batch=8, measured=20)
+    assert last.step == 2
+    card = weights.card(tmp_path / name)
+    assert card["accuracy"]["n"] == 20 and card["settings"]["config"]["width"] == 16
+    assert card["accuracy_under_attack"]["n"] == 8 and card["hardening"]["inner"]["epsilon"] == 0.1
+    assert card["start"] == networks.STUDENT and "adversarial-dc" in card["command"]
+    assert "at most" in weights.card_line(card)
+    start = weights_in(tmp_path / networks.STUDENT)
+    end = weights_in(tmp_path / name)
+    moves = [float((start[key] - end[key]).abs().max()) for key in start]
+    assert 0 < max(moves) < 0.01, "near where it started"
+
+
+def test_a_network_to_start_from_is_needed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected weights at digits-student"):
+        next(train(networks.HARDENED["digits"], tmp_path))
+
+
+def test_two_processes_train_one_network(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(SMALL + "import sys\nfrom diffclass.cli import main\nmain()\n")
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["train", "cifar10", "--steps", "3", "--teacher-only", "--out", str(tmp_path / "o")]
+    done = subprocess.run(
+        [*launch, str(script), *command, *TINY],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = network.load_denoiser(tmp_path / "o" / TEACHER)[1]
+    assert card["processes"] == 2 and card["images_seen"] == 12
+
+
+@pytest.mark.parametrize("method, widths", [("idc", ("--widths", "32,32")), ("idc-small", ())])
+def test_idc_is_trained_on_photographs_by_the_same_command(small_cifar, tmp_path, method, widths):
+    options = ("--method", method, "--batch", 4, *widths, "--measured", 10, "--out", tmp_path)
+    done = diffclass("--json", "train", "cifar10", *options, "--steps", 3)
+    assert done.exit_code == 0, done.stderr
+    file = networks.TRANSLATORS["cifar10"][method == "idc-small"]
+    translator, card = idc.load_translator(tmp_path / file)
+    assert card["accuracy"]["n"] == 10
+    config = card["settings"]["config"]
+    assert (
+        config["widths"] == [32, 32] if widths else (config["width"], config["patch"]) == (128, 4)
+    )
+    assert (
+        "CIFAR-10" in card["data"]
+        and card["command"] == f"diffclass train cifar10 --method {method}"
+    )
+    assert translator.image_shape == (3, 16, 16) and translator.num_classes == 10
+    with torch.no_grad():
+        logits = Held.seeded(idc.TranslationClassifier(translator))(
+            torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        )
+    assert logits.shape == (2, 10) and bool(torch.isfinite(logits).all())
+
+
+# -- what is in assets/ -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The two trained networks of digits with their cards, by method."""
+    files = networks.BASELINES["digits"]
+    return {method: cnn.load(assets.verified(file)) for method, file in files.items()}
+
+
+@pytest.mark.parametrize("method", ["cnn", "adversarial"])
+def test_shipped_networks_are_as_accurate_as_their_cards_say(shipped, method):
+    classifier, card = shipped[method]
+    world = data.digits()
+    accuracy = card["accuracy"]
+    correct = accuracies.accuracy(classifier, world.test_images, world.test_labels)
+    assert (
+        correct >= 0.98 * 400 and abs(correct - accuracy["correct"]) <= 1
+    )  # rounding may turn one
+    assert card["name"] == networks.BASELINES["digits"][method] and card["commit"]
+    for stated in (accuracy, card["accuracy_under_attack"]):
+        assert stated["n"] == 400
+        assert (stated["low"], stated["high"]) == pytest.approx(
+            intervals.interval(stated["correct"], 400)
+        )
+
+
+def test_adversarial_training_holds_where_the_plain_network_falls(shipped):
+    """The bounds lie between what the two reach, and fail if the files are swapped."""
+    world = data.digits()
+    counts = {}
+    x = world.test_images[:100]
+    y = world.test_labels[:100]
+    for method, (classifier, card) in shipped.items():
+        counts[method] = measures.survivors(classifier, x, y, 0.1, 10)
+        assert card["accuracy_under_attack"]["epsilon"] == 0.1
+    assert counts["cnn"] < 80 < 85 < counts["adversarial"], counts
+
+
+@pytest.mark.parametrize("world", list(networks.BASELINES))
+def test_cards_say_what_adversarial_training_is_worth(world):
+    """More than chance, at the same budget, and not lost again on the way (catastrophic overfitting)."""
+    listed = assets.checksums()
+    files = networks.BASELINES[world]
+    if not all(assets.parts(file, listed) for file in files.values()):
+        pytest.skip(
+            f"expected both baselines of {world} in assets/; `diffclass train {world} --method cnn`."
+        )
+    plain, strong = (cnn.load(assets.verified(files[m]))[1] for m in ("cnn", "adversarial"))
+    weak = plain["accuracy_under_attack"]
+    firm = strong["accuracy_under_attack"]
+    assert (
+        weak["high"] < firm["low"]
+        and weak["epsilon"] == firm["epsilon"] == strong["recipe"]["inner"]["epsilon"]
+    )
+    assert weak["n"] == firm["n"] >= 400 and len(strong["curve"]) == 20
+    survived = [point["survived"] for point in strong["curve"]]
+    assert survived[-1] >= 0.8 * max(survived)
