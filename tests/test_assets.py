@@ -1,6 +1,9 @@
 """Checksums: a file that is missing, unlisted or changed is named; a file that is right is found."""
 
+import errno
 import hashlib
+import os
+import sys
 
 import pytest
 from diffclass.storage import assets
@@ -120,6 +123,39 @@ def test_a_damaged_list_gets_a_sentence(shelf, line):
     for use in (assets.checksums, lambda: assets.verified(name), lambda: assets.record([name])):
         with pytest.raises(ValueError, match=damaged):
             use()
+
+
+def test_a_full_disk_leaves_the_list_as_it_was(shelf, monkeypatch):
+    before = (shelf / assets.SUMS).read_bytes()
+    (shelf / "new.bin").write_bytes(b"new")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="SHA256SUMS"):
+        assets.record(["new.bin"])
+    assert (shelf / assets.SUMS).read_bytes() == before
+    assert sorted(os.listdir(shelf)) == [assets.SUMS, "net.safetensors", "new.bin"]
+
+
+@pytest.mark.parametrize("name", ["a\nb", " a", "a ", "a\r"])
+def test_a_name_that_no_line_can_hold_is_refused(shelf, name):
+    before = (shelf / assets.SUMS).read_bytes()
+    (shelf / name).write_bytes(b"?")
+    with pytest.raises(ValueError, match="expected a file name without line ends"):
+        assets.record([name])
+    assert (shelf / assets.SUMS).read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
+def test_names_that_are_no_utf8_keep_their_bytes(shelf):
+    odd = os.fsdecode(b"caf\xe9.bin")
+    (shelf / odd).write_bytes(b"?")
+    assets.record([odd])
+    assets.record(["net.safetensors"])
+    assert set(assets.checksums()) == {odd, "net.safetensors"}
+    assert b"  caf\xe9.bin\n" in (shelf / assets.SUMS).read_bytes()
 
 
 def test_an_empty_folder_lists_nothing(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """The command `diffclass`: pure JSON, exit codes, one sentence for every error, and nothing done that is lost."""
 
+import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from diffclass.classifiers.base import Held
 from diffclass.data import cifar
 from diffclass.denoisers import network
 from diffclass.evaluation import accuracies
-from diffclass.storage import assets, results
+from diffclass.storage import assets, files, results
 from diffclass.training import loop, recipes
 from diffclass.zoo import networks
 from typer.testing import CliRunner
@@ -188,7 +191,7 @@ def test_download_without_a_network_says_what_to_do(folder, monkeypatch):
         cifar.download_cifar10, "__defaults__", (None, "http://127.0.0.1:9/none.tar.gz", False)
     )
     done = run("download", "cifar10", "--json")
-    assert done.exit_code == 2 and one_sentence(done, "127.0.0.1:9", "by hand")
+    assert done.exit_code == cli.base.FAILED and one_sentence(done, "127.0.0.1:9", "by hand")
     assert document(done)["command"] == "download" and "by hand" in document(done)["error"]
 
 
@@ -257,6 +260,196 @@ def test_lab_without_the_course_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.files, "ROOT", tmp_path)
     done = run("lab")
     assert done.exit_code == 2 and one_sentence(done, "00_start_here.ipynb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The edge: failures of every kind
+
+
+def raised(monkeypatch, error):
+    """`diffclass list` with this error inside."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli.evaluation, "_attacks", fail)
+    return run("list", "--json")
+
+
+FAULT = "this is a fault of the program and not of what you asked: DIFFCLASS_TRACEBACK=1"
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (ValueError("expected a, got b; c"), 2, "expected a, got b; c."),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "x: No such file."),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: Permission denied."),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "x: File name too long."),
+        (
+            RuntimeError("Could not determine home directory."),
+            2,
+            "that begins with ~; write it out.",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 3, "x: No space left on device."),
+        (OSError("expected 3 bytes, wrote 2"), 3, "expected 3 bytes, wrote 2."),
+        (ConnectionError("expected a network, got none"), 3, "expected a network, got none."),
+        (files.Busy("expected to be alone"), 3, "expected to be alone."),
+        (FloatingPointError("the loss became NaN"), 3, "the loss became NaN."),
+        (ModuleNotFoundError("No module named 'scipy'"), 3, "No module named 'scipy'."),
+        (MemoryError(), 3, "memory ran out (MemoryError); ask for less at once"),
+        (
+            RuntimeError("[enforce fail at x] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            3,
+            "memory ran out ([enforce fail",
+        ),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 3, "the reader of the output left"),
+        (RuntimeError("a\n  b"), 3, f"RuntimeError: a b; {FAULT}"),
+        (KeyError("attacks"), 3, f"KeyError: 'attacks'; {FAULT}"),
+        (TypeError("int + str"), 3, f"TypeError: int + str; {FAULT}"),
+        (ZeroDivisionError(), 3, f"ZeroDivisionError: no reason given; {FAULT}"),
+        (RecursionError("x" * 1000), 3, f"RecursionError: {'x' * 300}...; {FAULT}"),
+        (EOFError(), 3, f"EOFError: no reason given; {FAULT}"),
+    ],
+)
+def test_every_failure_is_one_sentence_one_document_and_one_code(monkeypatch, error, code, words):
+    done = raised(monkeypatch, error)
+    assert done.exit_code == code and one_sentence(done, words)
+    assert document(done) == {
+        "command": "list",
+        "error": done.stderr.removeprefix("diffclass: ").rstrip("\n"),
+    }
+
+
+def test_the_traceback_is_shown_to_those_who_ask_for_it(monkeypatch):
+    monkeypatch.setenv("DIFFCLASS_TRACEBACK", "1")
+    monkeypatch.setattr(cli.evaluation, "_attacks", lambda: {}["attacks"])
+    done = CliRunner().invoke(cli.app, ["list", "--json"])
+    assert done.exit_code == 3 and document(done)["error"].startswith("KeyError: 'attacks'")
+    assert "Traceback" in done.stderr and "_attacks()" in done.stderr
+    assert one_sentence(done, FAULT)
+    monkeypatch.setenv("DIFFCLASS_TRACEBACK", "0")
+    assert "Traceback" not in run("list").stderr
+
+
+def test_an_answer_that_is_no_json_is_a_failure(monkeypatch):
+    monkeypatch.setattr(cli.evaluation, "_attacks", lambda: [dict(value=float("nan"))])
+    done = run("list", "--json")
+    assert done.exit_code == 3 and set(document(done)) == {"command", "error"}
+    assert "expected an answer of finite numbers" in document(done)["error"]
+
+
+def test_what_libraries_print_is_not_in_the_document(monkeypatch):
+    monkeypatch.setattr(cli.evaluation, "_attacks", lambda: print("a library speaks") or [])
+    done = run("list", "--json")
+    assert document(done)["attacks"] == [] and "a library speaks" in done.stderr
+    assert document(run("--version", "--json")) == {"version": __version__}
+    done = run("list", "--json", "--help")
+    assert document(done) == {} and "Usage" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",)])
+def test_an_output_that_is_full_or_gone_is_one_sentence(arguments):
+    """In a process of its own, as Python itself would complain once more at its end."""
+    command = [sys.executable, "-m", "diffclass", *arguments]
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (3, "diffclass: No space left on device.\n")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    sentence = "diffclass: the reader of the output left before its end.\n"
+    assert (done.returncode, done.stderr) == (3, sentence)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
+def test_names_that_are_no_utf8_are_shown_with_escapes(folder, picture, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    shutil.copy(picture, path)
+    done = run("classify", path, "--json")
+    assert done.exit_code == 0 and done.stdout.isascii()
+    assert document(done)["pictures"][0]["file"] == str(path)
+    command = [sys.executable, "-m", "diffclass", "classify", path, f"{path}.absent"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 2 and b"caf\\udce9.png: " in done.stdout
+    assert done.stderr.count(b"diffclass: ") == 1 and b"Traceback" not in done.stderr
+
+
+def test_a_batch_goes_on_after_a_failure_of_any_kind(folder, picture, tmp_path, monkeypatch):
+    from diffclass.data import pictures
+
+    load = pictures.load_picture
+    failures = [MemoryError(), RuntimeError("a strange file"), None, ValueError("no picture")]
+
+    def failing(*arguments):
+        error = failures.pop(0)
+        if error is not None:
+            raise error
+        return load(*arguments)
+
+    monkeypatch.setattr(pictures, "load_picture", failing)
+    done = run("classify", "--json", picture, picture, picture, picture)
+    assert done.exit_code == 3 and done.stderr.count("diffclass: ") == 3
+    verdicts = document(done)["pictures"]
+    assert ["error" in verdict for verdict in verdicts] == [True, True, False, True]
+    assert "fault of the program" in verdicts[1]["error"] and "error" not in document(done)
+
+
+def encoded(content) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pkl", "safetensors"])
+@pytest.mark.parametrize("kind", range(9))
+def test_convert_refuses_what_is_no_network(folder, tmp_path, kind, suffix):
+    import pickle
+
+    import torch
+
+    contents = [
+        b"",
+        b"not a file of tensors",
+        encoded(torch.zeros(3)),
+        encoded([1]),
+        encoded({1: torch.zeros(2)}),
+        encoded({"a": 3}),
+        encoded("words"),
+        pickle.dumps({"ema": 3}),
+        pickle.dumps(os.getcwd),
+    ]
+    source = tmp_path / f"x.{suffix}"
+    source.write_bytes(contents[kind])
+    done = run("convert", "--json", source, tmp_path / "o.safetensors")
+    assert done.exit_code == 2 and one_sentence(done, "expected") and document(done)["error"]
+    assert not (tmp_path / "o.safetensors").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_absurd_sizes_are_refused_before_memory_runs_out(folder):
+    done = run("evaluate", "--levels", 100_000_000, "--json")
+    assert done.exit_code == 2 and "'--levels'" in document(done)["error"]
+    done = run("train", "digits", "--minutes", "inf", "--json")
+    assert done.exit_code == 2 and "expected a finite number" in document(done)["error"]
+
+
+def test_a_home_that_does_not_exist_is_bad_input(folder, monkeypatch):
+    monkeypatch.setenv("DIFFCLASS_CACHE", "~nouser/x")
+    done = run("download", "cifar10", "--json")
+    assert done.exit_code == 2 and "begins with ~" in document(done)["error"]
+
+
+def test_training_on_a_full_disk_keeps_the_old_weights(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(os, "fsync", full_disk)
+    done = run("train", "digits", "--steps", 1, "--teacher-only", "--json")
+    assert done.exit_code == 3 and one_sentence(done, "No space left on device")
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after == before and not list(folder.rglob("*.part"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,11 +826,59 @@ def test_evaluate_the_plane_next_to_the_optimum(folder):
     )
 
 
-def test_an_evaluation_is_shown_even_if_its_record_cannot_be_written(folder, tmp_path):
-    done = run("--json", "evaluate", "--world", "plane:moons", "--limit", 20, "--record", tmp_path)
-    assert (
-        done.exit_code == 2 and document(done)["records"][0]["n"] == 20 and document(done)["error"]
-    )
+EVALUATION = ("--json", "evaluate", "--world", "plane:moons", "--limit", 20, "--record")
+
+
+def test_an_evaluation_is_shown_even_if_its_record_cannot_be_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", full_disk)
+    done = run(*EVALUATION, tmp_path / "r.jsonl")
+    assert done.exit_code == 3 and one_sentence(done, "r.jsonl: No space left on device")
+    assert document(done)["records"][0]["n"] == 20 and document(done)["error"]
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def full_disk(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"my only copy of these notes", "ends in b'my only copy of these notes'"),
+        (b"a line\nand another\n", "line 1 is no record"),
+        (b'{"mine": 1}\n', "line 1 is no record"),
+        (b'{"attack": nu', None),
+        (b"\n", None),
+        (b"", None),
+    ],
+)
+def test_a_file_that_is_not_ours_is_left_alone_before_anything_is_measured(
+    folder, tmp_path, monkeypatch, content, words
+):
+    """The reader's text stays to the byte; what is ours, or empty, is added to."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    asked = []
+    hits = accuracies.hits
+    monkeypatch.setattr(accuracies, "hits", lambda *a, **b: asked.append(1) or hits(*a, **b))
+    if words is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            done = run(*EVALUATION, path)
+        assert done.exit_code == 0 and asked
+        assert [record.n for record in results.read(path)] == [20, 20]
+    else:
+        done = run(*EVALUATION, path)
+        assert done.exit_code == 2 and one_sentence(done, words, "nothing was changed")
+        assert path.read_bytes() == content and not asked and "records" not in document(done)
+
+
+def test_places_that_cannot_hold_records_are_refused_before_anything_is_measured(folder, tmp_path):
+    (tmp_path / "file").touch()
+    assert one_sentence(run(*EVALUATION, tmp_path), "which is a folder")
+    assert one_sentence(run(*EVALUATION, os.devnull), "which is a device")
+    assert one_sentence(run(*EVALUATION, tmp_path / "file" / "r.jsonl"), "file: Not a directory")
+    assert not (tmp_path / "file").read_bytes()
 
 
 def test_an_interrupted_evaluation_exits_130(folder, monkeypatch):

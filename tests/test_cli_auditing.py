@@ -205,6 +205,32 @@ def test_perturbations_of_another_classifier_or_world_are_refused(stored):
     assert "expected perturbations of images of cifar10, got those of digits" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda settings: settings.update(protocol={}),
+        lambda settings: settings.update(protocol=None),
+        lambda settings: settings["protocol"].update(attacks=5),
+        lambda settings: settings.clear(),
+    ],
+)
+def test_a_run_whose_settings_are_damaged_is_bad_input(stored, change):
+    path = stored / "settings.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+    done = run("honest", "--records", stored, "--only", "36", "--json")
+    assert done.exit_code == 2 and json.loads(done.stdout)["error"].startswith("expected ")
+    path.write_text("[1]")
+    done = run("honest", "--records", stored, "--only", "36", "--json")
+    assert done.exit_code == 2 and "expected the settings of a run" in done.stderr
+
+
+def test_a_budget_is_a_fraction_too():
+    done = run("honest", "--only", "25", "--images", 4, "--epsilon", "8/255", "--json")
+    assert json.loads(done.stdout)["epsilon"] == 8 / 255
+
+
 def test_tampered_perturbations_are_red(stored):
     from safetensors.torch import load_file, save_file
 

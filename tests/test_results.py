@@ -1,5 +1,6 @@
 """Records survive a round trip and an interrupted write, and refuse what is not a result."""
 
+import errno
 import hashlib
 import json
 import math
@@ -148,6 +149,57 @@ def test_interrupted_write_loses_only_itself(tmp_path, cut):
     with pytest.warns(UserWarning, match="was removed"):
         accuracy(4).append(path)
     assert [r.value * 400 for r in results.read(path)] == pytest.approx([1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my only copy of these notes",
+        b'{"mine": 1}',
+        b"{",
+        b"notes\n",
+        b'{"attack": null}\n',
+        b"\xff\xfe\n",
+        b"[" * 100_000 + b"\n",
+        b"a\r\nb\r\n",
+    ],
+)
+def test_a_file_that_is_not_ours_keeps_every_byte(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    for before in (b"", line_of(accuracy(1))):
+        path.write_bytes(before + content)
+        with pytest.raises(ValueError, match="expected a file of records .* nothing was changed"):
+            accuracy(2).append(path)
+        assert path.read_bytes() == before + content
+
+
+def line_of(record) -> bytes:
+    return json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    accuracy(1).append(path)
+    before = path.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write = os.write
+    half = [lambda handle, data: write(handle, data[:20]), full]
+    for broken in half:
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(os, "write", broken)
+            accuracy(2).append(path)
+        assert path.read_bytes() == before
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(os, "write", broken)
+            accuracy(2).append(tmp_path / "new.jsonl")
+        assert not (tmp_path / "new.jsonl").exists()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="r.jsonl"):
+        patch.setattr(os, "fsync", full)
+        accuracy(2).append(path)
+    assert path.read_bytes() == before
 
 
 def test_missing_line_end_is_mended_without_loss(tmp_path, recwarn):

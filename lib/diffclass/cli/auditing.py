@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, Json, Seed, app
+from diffclass.cli.base import (
+    EXIT_CODES,
+    MANY_DRAWS,
+    MANY_PICTURES,
+    MANY_STEPS,
+    OK,
+    PROBLEM,
+    Epsilon,
+    Json,
+    Seed,
+    app,
+)
 
 WIDTH = 100  # of a line of evidence
 
@@ -31,8 +42,10 @@ def _stored(folder: Path | None, place, name: str):
     if folder is None:
         return None
     from diffclass.evaluation import runs
+    from diffclass.storage import files
 
-    run = runs.read(folder)
+    with files.reading(f"the run of an attack in {folder}"):
+        run = runs.read(folder)
     settings = run.settings
     if run.finished < settings["n"]:
         raise ValueError(
@@ -58,6 +71,11 @@ def _attack(name: str, norm: str):
     if norm not in entry.norms:
         raise ValueError(
             f"expected a norm of {', '.join(entry.norms)} for {entry.name}, got {norm!r}."
+        )
+    if entry.own_loss or entry.steps or entry.needs != "gradient":
+        raise ValueError(
+            "expected an attack that can be told its loss and its steps, such as pgd or apgd, got "
+            f"{entry.name}."
         )
     return entry.run
 
@@ -118,17 +136,20 @@ def audit(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="A classifier by name, such as dc, idc or diffpure.")],
     world: Annotated[str, typer.Option(help="digits, cifar10, or plane:moons.")] = "digits",
-    images: Annotated[int, typer.Option(min=1, help="The first test images.")] = 64,
+    images: Annotated[
+        int, typer.Option(min=1, max=MANY_PICTURES, help="The first test images.")
+    ] = 64,
     norm: Annotated[str, typer.Option(help="linf or l2")] = "linf",
-    epsilon: Annotated[
-        float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")
-    ] = None,
+    epsilon: Epsilon = None,
     attack: Annotated[str, typer.Option(help="An attack by name, such as apgd or pgd.")] = "apgd",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=MANY_STEPS, help="Steps of the attack.")] = 20,
     starts: Annotated[
-        int, typer.Option(min=1, help="Starts of the attack: the image, then random.")
+        int,
+        typer.Option(min=1, max=MANY_DRAWS, help="Starts of the attack: the image, then random."),
     ] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Gradients averaged a step (EOT).")] = 1,
+    draws: Annotated[
+        int, typer.Option(min=1, max=MANY_DRAWS, help="Gradients averaged a step (EOT).")
+    ] = 1,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="New noise at every call, not one that is held.")
     ] = False,

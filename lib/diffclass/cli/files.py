@@ -14,7 +14,6 @@ import typer
 
 from diffclass.cli.base import (
     EXIT_CODES,
-    FAILURES,
     OK,
     PROBLEM,
     ROOT,
@@ -22,6 +21,7 @@ from diffclass.cli.base import (
     Json,
     app,
     sentence_of,
+    show_traceback,
 )
 
 PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
@@ -51,7 +51,8 @@ def _check(
     """One line of the doctor: ok, problem (with something needed) or note, what is there or how to get it."""
     try:
         facts = look()
-    except FAILURES as error:
+    except Exception as error:
+        show_traceback(error)
         return dict(
             name=name,
             status="problem" if needed else "note",
@@ -123,6 +124,7 @@ def _asset_checks() -> list[dict]:
         words = f"checksum ok, {size_of(assets.parts(name, listed))} bytes"
         if path.suffix != ".safetensors":
             return words
+        weights.check_weights(path)
         return f"{words}, {weights.card_line(weights.card(path))}"
 
     def size_of(files: list[str]) -> int:
@@ -166,10 +168,10 @@ def doctor(ctx: typer.Context, json_wanted: Json = False):
         answer.say(group)
         try:
             answer.content[group] = look()
-        except ImportError as error:  # a package that the library itself stands on
-            answer.content[group] = [
-                dict(name=group, status="problem", detail=f"{error}. {SET_UP}")
-            ]
+        except Exception as error:  # such as a missing package that the library itself stands on
+            show_traceback(error)
+            detail = f"{sentence_of(error)} {SET_UP}"
+            answer.content[group] = [dict(name=group, status="problem", detail=detail)]
         for check in answer.content[group]:
             if check["status"] == "problem":
                 problems += 1
@@ -213,7 +215,7 @@ def convert(
 ):
     """Turn a network that others trained into weights of the course, without running the code inside its file."""
     from diffclass.denoisers import edm
-    from diffclass.storage import assets
+    from diffclass.storage import assets, files
     from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="convert")
@@ -222,7 +224,9 @@ def convert(
         raise ValueError(
             f"expected a name that ends in .safetensors to write to, got {out.name!r}."
         )
-    denoiser, card = edm.convert(source, out)
+    assets.check_name(out.name)
+    with files.reading(f"the tensors of a network in {source.name}"):
+        denoiser, card = edm.convert(source, out)
     assets.record([out.name], out.parent)
     ctx.obj.content |= dict(file=str(out), card=card)
     ctx.obj.say(

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from diffclass.cli.base import (
-    BAD_INPUT,
     EXIT_CODES,
-    FAILURES,
+    MANY_PICTURES,
+    MANY_STEPS,
     OK,
     Json,
     Seed,
     app,
+    finite,
     is_first,
     sentence_of,
     shown,
@@ -74,17 +75,21 @@ def train(
     ctx: typer.Context,
     world: Annotated[str, typer.Argument(help="What to train on: digits or cifar10.")],
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of each network, not the recipe's.")
+        int | None,
+        typer.Option(min=1, max=MANY_STEPS, help="Steps of each network, not the recipe's."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images a step, not the recipe's.")
+        int | None,
+        typer.Option(min=1, max=MANY_PICTURES, help="Images a step, not the recipe's."),
     ] = None,
     widths: Widths = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Pause each network after this time.")
+        float | None,
+        typer.Option(min=0.01, callback=finite, help="Pause each network after this time."),
     ] = None,
     measured: Annotated[
-        int | None, typer.Option(min=1, help="Test images behind the card's accuracy.")
+        int | None,
+        typer.Option(min=1, max=MANY_PICTURES, help="Test images behind the card's accuracy."),
     ] = None,
     teacher_only: Annotated[
         bool, typer.Option("--teacher-only", help="Do not train the student.")
@@ -186,7 +191,7 @@ def classify(
     from diffclass.zoo import networks
 
     answer = ctx.obj
-    failed = 0
+    code = OK
     answer.content |= dict(command="classify", pictures=[])
     world = units.chosen(world, list(networks.MODELS), "the world of the pictures")
     judge = judging.Judge(world, model)
@@ -194,14 +199,13 @@ def classify(
     for path in pictures:
         try:
             verdict = _judged(judge, path)
-        except FAILURES as error:
-            failed += 1
+        except Exception as error:  # whatever it is, the next picture may be right
+            code = max(code, answer.failed(error, about=path))
             verdict = dict(error=sentence_of(error))
-            print(f"diffclass: {path}: {verdict['error']}", file=sys.stderr, flush=True)
         else:
             answer.say(f"{path}: {judging.described(verdict)}")
         answer.content["pictures"].append(dict(file=path, **verdict))
-    raise typer.Exit(BAD_INPUT if failed else OK)
+    raise typer.Exit(code)
 
 
 def _judged(judge, path: str) -> dict:
@@ -226,7 +230,7 @@ def sample(
     ctx: typer.Context,
     world: Annotated[str, typer.Argument(help="What to draw: cifar10.")],
     model: Annotated[str | None, typer.Option(help="A network by name, such as prototype.")] = None,
-    per_class: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
+    per_class: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each class.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for the picture, not assets/.")] = None,
     seed: Seed = 0,
     json_wanted: Json = False,

@@ -11,6 +11,7 @@ from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, ROOT, Json, app
 
 PACKAGE = ROOT / "lib" / "diffclass"
 BLOCK = r"(<!-- {name} -->\n).*?(<!-- end -->)"
+TITLE_LINES = 2  # a table's head and its rule
 PLAN = r"(Rooms, bottom to top:\n\n).*?(\n\"\"\")"
 
 
@@ -85,7 +86,13 @@ def written() -> dict[Path, str]:
     text = refreshed(text, "rooms", room_table())
     text = refreshed(text, "classifiers", classifier_table())
     for world, norm in (("digits", "linf"), ("digits", "l2"), ("cifar10", "linf")):
-        text = refreshed(text, f"{world} {norm}", "\n".join(tables.robust_table(world, norm)))
+        table = tables.robust_table(world, norm)
+        if len(table) <= TITLE_LINES:
+            raise ValueError(
+                f"expected records of {world} ({norm}) for the README's table, got none; is DIFFCLASS_ASSETS set to another "
+                "folder?"
+            )
+        text = refreshed(text, f"{world} {norm}", "\n".join(table))
     package = PACKAGE / "__init__.py"
     docstring = re.sub(
         PLAN,

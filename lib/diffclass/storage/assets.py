@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from diffclass.storage import files
 from diffclass.storage.results import sha256_of
 
 SUMS = "SHA256SUMS"
@@ -30,9 +31,9 @@ def _listed(listing: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
     listed = {}
-    for line in filter(
-        str.strip, listing.read_text(encoding="utf-8", errors="replace").splitlines()
-    ):
+    # Names that are no UTF-8 keep their bytes, so that the list can be written again as it was.
+    text = listing.read_bytes().decode("utf-8", "surrogateescape")
+    for line in filter(str.strip, text.split("\n")):
         entry = re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*?)\s*", line)
         if not entry:
             raise ValueError(
@@ -70,9 +71,9 @@ def verified(name: str) -> Path:
     """
     path = folder() / name
     listed = checksums()
-    files = parts(name, listed)
-    missing = [part for part in files if not (folder() / part).exists()]
-    if missing or not files:
+    named = parts(name, listed)
+    missing = [part for part in named if not (folder() / part).exists()]
+    if missing or not named:
         instead = (
             f"no {missing[0]}" if missing else "the file only" if path.exists() else "no such file"
         )
@@ -83,7 +84,7 @@ def verified(name: str) -> Path:
             "check out the repository again"
             f"{f', or make it with `diffclass train {world}`' if dash else ''}."
         )
-    for part in files:
+    for part in named:
         got = sha256_of(folder() / part)
         if got != listed[part]:
             raise ValueError(
@@ -94,22 +95,31 @@ def verified(name: str) -> Path:
     return path
 
 
+def check_name(name: str) -> None:
+    """Raise a ValueError for a file name that a line of `SHA256SUMS` cannot hold."""
+    if name != name.strip() or "\n" in name or "\r" in name:
+        raise ValueError(
+            f"expected a file name without line ends and without spaces around it, got {name!r}; "
+            f"a line of {SUMS} could not hold it."
+        )
+
+
 def record(names: list[str], target: Path | None = None) -> None:
     """Write the checksums of `names` into `SHA256SUMS` of a folder, keeping the lines of other files.
 
-    Errors      FileNotFoundError for a name without a file; ValueError for a damaged list
+    Errors      FileNotFoundError for a name without a file; ValueError for a damaged list, or a name that no line can hold
     """
     target = target or folder()
     lines = _listed(target / SUMS)
     for name in names:
+        check_name(name)
         for old in parts(name, lines):
             del lines[old]
-        files = parts(name, os.listdir(target))
-        if not files:
+        present = parts(name, os.listdir(target))
+        if not present:
             raise FileNotFoundError(
                 f"expected {name} in {target} to record its checksum, found no such file."
             )
-        lines |= {file: sha256_of(target / file) for file in files}
-    (target / SUMS).write_text(
-        "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
-    )
+        lines |= {file: sha256_of(target / file) for file in present}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    files.write(target / SUMS, text.encode("utf-8", "surrogateescape"))

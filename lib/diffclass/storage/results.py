@@ -4,6 +4,7 @@ Every number that a notebook prints comes from a record or is computed in front 
 grows; an interrupted write costs at most the record that was being written.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
+from diffclass.storage import files
+
 SHARE = "share"  # the unit of accuracies: a number in [0,1], shown in percent
 
 
@@ -21,6 +24,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+BEGINNING = b'{"attack": '  # of every line that `Record.append` writes: its keys are sorted
 SCHEMA = 2  # of a line; another number is another meaning of the fields
 STATISTICS = ("single", "mean", "worst")  # of the draws of a random classifier
 
@@ -167,25 +171,48 @@ class Record:
         """Add the record to the file `path` as one line, written in one piece and flushed to the disk.
 
         Creates the folder. What an interrupted earlier write left at the end of the file is removed, with a warning.
+        Errors      those of `check_appendable`, and of `files.append`
         """
         path = Path(path)
+        line = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, sort_keys=True)
+        check_appendable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = (
-            json.dumps(asdict(self), allow_nan=False, ensure_ascii=False, sort_keys=True).encode()
-            + b"\n"
-        )
         _mend_end(path)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            written = os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if written != len(line):
-            raise OSError(
-                f"expected to write {len(line)} bytes to {path}, wrote {written}; is the disk full?"
-            )
+        files.append(path, line.encode() + b"\n")
         return path
+
+
+def check_appendable(path) -> None:
+    """Raise unless a record can be added to `path`: a new file, or one in which every line is a record.
+
+    Errors      ValueError for a file that holds anything else, which is left as it is, and for a folder or a device;
+                OSError for a place that cannot be written to
+    """
+    path = Path(path)
+    files.check_file(path)
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if nearest != path and not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+    if not path.exists():
+        return
+    *lines, tail = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            _parse(line)
+        except ValueError as error:
+            raise ValueError(
+                f"expected a file of records to add one to, got {path}, whose line {number} is no record ({error}); nothing "
+                "was changed: name another file."
+            ) from None
+    if tail and not _is_record(tail) and not tail.startswith(BEGINNING):
+        raise ValueError(
+            f"expected a file of records to add one to, got {path}, which ends in {tail[:40]!r}; nothing was changed: "
+            "name another file."
+        )
 
 
 def read(path) -> list[Record]:
@@ -260,13 +287,16 @@ def sha256_of(path) -> str:
 def _is_finite(value) -> bool:
     try:
         return math.isfinite(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
 def _parse(line: bytes) -> Record:
     """The record on a line. Errors: ValueError whose text is one sentence."""
-    content = json.loads(line.decode())  # both of their errors are ValueErrors
+    try:
+        content = json.loads(line.decode())  # both of their errors are ValueErrors
+    except RecursionError:
+        raise ValueError("expected the fields of a Record, got brackets without end.") from None
     if not isinstance(content, dict):
         raise ValueError(f"expected the fields of a Record, got {type(content).__name__}.")
     if content.get("schema") != SCHEMA:
@@ -283,22 +313,28 @@ def _parse(line: bytes) -> Record:
         raise ValueError(f"{error}.") from error
 
 
+def _is_record(line: bytes) -> bool:
+    try:
+        _parse(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _mend_end(path: Path) -> None:
-    """Make the file end with a line end: finish a complete last record, remove half of one."""
+    """Make a file of records end with a line end: finish a complete last record, remove half of one."""
     if not path.exists():
         return
     content = path.read_bytes()
-    if not content or content.endswith(b"\n"):
-        return
     start = content.rfind(b"\n") + 1
-    try:
-        _parse(content[start:])
-    except ValueError:
-        warnings.warn(
-            f"{path} ended in an interrupted write of {len(content) - start} bytes, which was removed.",
-            stacklevel=3,
-        )
-        os.truncate(path, start)
+    tail = content[start:]
+    if not tail:
         return
-    with open(path, "ab") as file:
-        file.write(b"\n")
+    if _is_record(tail):
+        files.append(path, b"\n")
+        return
+    files.mend(path, BEGINNING)
+    warnings.warn(
+        f"{path} ended in an interrupted write of {len(tail)} bytes, which was removed.",
+        stacklevel=3,
+    )

@@ -1,5 +1,6 @@
 """Draw the gallery: pictures that a network of the course generates."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from diffclass import units
 from diffclass.data.gallery import FILE
 from diffclass.denoisers import sampling
 from diffclass.denoisers.base import Denoiser
-from diffclass.storage import assets
+from diffclass.storage import assets, files
 
 # from where pixels are noise alone to below what eight bits show
 LEVELS = sampling.karras_levels(18, 0.02, 20.0)
@@ -45,5 +46,7 @@ def draw(
         f"Generated, not photographed: drawn by {by} with seed {seed}, a row for each class.",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(folder / FILE, pnginfo=note)
+    encoded = io.BytesIO()
+    Image.fromarray(sheet).save(encoded, format="PNG", pnginfo=note)
+    files.write(folder / FILE, encoded.getvalue())
     assets.record([FILE], folder)

@@ -18,10 +18,11 @@ from pathlib import Path
 import safetensors
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
+from diffclass.storage import files
 from diffclass.training.losses import Loss, denoising_loss
 
 
@@ -91,17 +92,13 @@ class Curve:
         self.path = checkpoint.with_name(f"{checkpoint.name}.curve.jsonl")
         if not checkpoint.exists():  # what is there is of a run that was given up
             self.path.unlink(missing_ok=True)
+        files.mend(self.path, b'{"images": ')
 
     def add(self, progress: "Progress", **point) -> None:
         """Keep what was measured after this step."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(
-                json.dumps(
-                    dict(images=progress.images, seconds=round(progress.seconds, 1), **point)
-                )
-                + "\n"
-            )
+        line = json.dumps(dict(images=progress.images, seconds=round(progress.seconds, 1), **point))
+        files.append(self.path, line.encode() + b"\n")
 
     def points(self) -> list[dict]:
         """What was measured so far; what a run that was cut short repeated counts once."""
@@ -287,13 +284,11 @@ class Training:
             tensors |= {f"optimiser.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
         header = json.dumps(dict(settings=self.settings, step=self.step, seconds=self.seconds))
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(".part")
-        save_file(
+        files.write_tensors(
+            self.checkpoint,
             {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()},
-            partial,
             {"run": header},
         )
-        partial.replace(self.checkpoint)
 
     def _resume(self) -> None:
         try:
