@@ -312,13 +312,15 @@ def declares_itself(classifier: Classifier, x: Tensor) -> None:
     assert classifier.deterministic == (not list(parts(noise))), (
         f"expected {named(classifier)} to be deterministic where it has no noise, got {classifier.deterministic}."
     )
-    logits = classifier(x, noise)
+    try:
+        logits = classifier(x, noise)
+    except FloatingPointError as error:
+        raise AssertionError(
+            f"expected finite logits from {named(classifier)}, got infinite ones or NaN: {error}"
+        ) from error
     assert tuple(logits.shape) == (len(x), classifier.num_classes) and logits.dtype == x.dtype, (
         f"expected logits [{len(x)},{classifier.num_classes}] of dtype {x.dtype} from {named(classifier)}, got "
         f"{list(logits.shape)} of {logits.dtype}."
-    )
-    assert bool(torch.isfinite(logits).all()), (
-        f"expected finite logits from {named(classifier)}, got infinite ones or NaN."
     )
 
 

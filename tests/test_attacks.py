@@ -450,6 +450,14 @@ def test_a_view_hands_the_noise_on():
             ValueError,
             "expected one label for each of 2 images",
         ),
+        (dict(epsilon=0.1, y=[0, 1]), TypeError, "expected labels as a torch.Tensor"),
+        (dict(epsilon=0.1, y=torch.tensor([True, False])), ValueError, "dtype bool"),
+        (dict(epsilon=0.1, y=torch.eye(2)), ValueError, r"one-hot .*: pass y.argmax\(1\)"),
+        (dict(epsilon=0.1, y=torch.tensor([0, 1]).int()), ValueError, r"pass y.long\(\)"),
+        (dict(epsilon=0.1, step_size=-0.01), ValueError, "expected a step size > 0, got -0.01"),
+        (dict(epsilon=0.1, step_size=0.0), ValueError, "expected a step size > 0, got 0"),
+        (dict(epsilon=0.1, step_size=2.0), ValueError, "got 2; did you mean 2/255"),
+        (dict(epsilon=0.1, step_size=0.3), ValueError, "a step size of at most 0.2, across"),
         (dict(epsilon=0.1, x=torch.full((2, *SHAPE), 200.0)), ValueError, "divide by 255"),
         (
             dict(epsilon=0.1, x=torch.zeros(2, 3, 4, 4)),
@@ -488,6 +496,118 @@ def test_a_gradient_that_breaks_gets_a_sentence_and_the_frames_stand():
             frames.append(frame)
     assert [f.step for f in frames] == [0, 1]
     assert all(bool(torch.isfinite(f.x).all() and torch.isfinite(f.logits).all()) for f in frames)
+
+
+def test_a_step_across_the_whole_budget_and_none_in_no_budget_pass():
+    x, y = images(2)
+    for epsilon, step in ((0.1, 0.2), (0.1, 0.001), (0.0, 0.0)):
+        *_, last = attacks.pgd(Linear(), x, y, epsilon, step_size=step, steps=4)
+        assert float(last.size.max()) <= epsilon + 1e-12
+    *_, last = attacks.pgd(Linear(), x, y, 0.1, step_size=0.25, steps=1)
+    assert torch.allclose(last.size, torch.tensor(0.1, dtype=x.dtype)), "the usual one of one step"
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])
+def test_a_momentum_that_cannot_be_meant_gets_a_sentence(momentum):
+    x, y = images(2)
+    with pytest.raises(ValueError, match="expected a momentum of at least 0 and below 1, got"):
+        next(attacks.apgd(Linear(), x, y, 0.1, momentum=momentum))
+
+
+def test_the_smallest_attack_is_asked_about_one_image_and_some_budget():
+    x, y = images(2)
+    with pytest.raises(ValueError, match="one image and at least one budget, got 2 images and 5"):
+        next(attacks.smallest_l2(Linear(), x, y))
+    with pytest.raises(ValueError, match="got 1 images and 0 budgets"):
+        next(attacks.smallest_l2(Linear(), x[:1], y[:1], budgets=()))
+
+
+class OneClass(Linear):
+    """One score between 0 and 1, as of a sigmoid."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def logits(self, x, noise):
+        """[B,1]."""
+        return super().logits(x, noise).sigmoid()
+
+
+@pytest.mark.parametrize("loss", [attacks.margin_loss, attacks.cross_entropy_loss])
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_one_class_cannot_be_robust(attack, loss):
+    """Its accuracy would be 1 under every attack."""
+    x, _ = images(2)
+    y = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="expected at least two classes, got 1: with one"):
+        next(attack(OneClass(), x, y, 0.1, loss=loss))
+    with pytest.raises(ValueError, match="expected at least two classes, got 1: with one"):
+        loss(torch.zeros(2, 1), y)
+
+
+class Normalising(nn.Module):
+    """A network with batch statistics, which a training mode moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.layer = nn.Linear(16, 3)
+
+    def forward(self, x):
+        """[B,1,4,4] -> [B,3]."""
+        return self.layer(self.norm(x).flatten(1))
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_a_classifier_in_training_mode_is_not_attacked(attack):
+    """Its statistics would move under the attack, and with them what is attacked."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Normalising()
+    x = images(4)[0].float()
+    y = torch.zeros(4, dtype=torch.long)
+    model = Foreign(network, 3, SHAPE)
+    before = network.norm.running_mean.clone()
+    for asked in (model, AttackView(model, 1.0), Held(model, ())):
+        with pytest.raises(ValueError, match="got one in training mode, .*; call .eval"):
+            next(attack(asked, x, y, 0.1))
+    assert torch.equal(network.norm.running_mean, before)
+    network.eval()
+    *_, last = attack(model, x, y, 0.1, steps=3)
+    assert torch.equal(network.norm.running_mean, before) and float(last.size.max()) > 0
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_attacks_run_under_no_grad_and_not_under_inference_mode(attack):
+    x, y = images(4)
+    *_, plain = attack(Linear(), x, y, 0.05, steps=3)
+    with torch.no_grad():
+        *_, last = attack(Linear(), x, y, 0.05, steps=3)
+    assert torch.equal(last.x, plain.x)
+    with (
+        torch.inference_mode(),
+        pytest.raises(TypeError, match=r"outside torch.inference_mode, under which there is none"),
+    ):
+        next(attack(Linear(), x, y, 0.05, steps=3))
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_infinite_logits_do_not_count_as_fooled(steps):
+    """An overflow makes some class the largest, where the classifier has none."""
+
+    class Overflowing(Linear):
+        def logits(self, x, noise):
+            """Infinite for one class once any pixel is below 0.44."""
+            dark = x.flatten(1).amin(1, keepdim=True) < 0.44
+            logits = super().logits(x, noise)
+            return torch.where(dark & torch.tensor([True, False]), math.inf, logits)
+
+    x, y = images(4)
+    frames = []
+    with pytest.raises(FloatingPointError, match="logits became infinite at step 1; the frames"):
+        for frame in attacks.pgd(Overflowing(), x, y, 0.2, steps=steps, step_size=0.15):
+            frames.append(frame)
+    assert [f.step for f in frames] == [0]
 
 
 @pytest.mark.parametrize("steps", [1, 10])
@@ -1116,7 +1236,7 @@ class Answers(nn.Module):
 
 def foreign(hide) -> Foreign:
     """What attacks are given of it."""
-    return Foreign(Answers(hide), 3, SHAPE)
+    return Foreign(Answers(hide), 3, SHAPE).eval()
 
 
 @pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
@@ -1124,6 +1244,7 @@ def foreign(hide) -> Foreign:
     "hide, error, sentence",
     [
         (lambda f: f.softmax(1), ValueError, "expected logits, got rows of probabilities"),
+        (lambda f: 100 * f.softmax(1), ValueError, "expected logits, got rows of percent"),
         (
             lambda f: f.detach(),
             TypeError,

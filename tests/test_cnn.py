@@ -11,7 +11,7 @@ from diffclass.storage import assets
 
 
 def tiny(seed: int = 0) -> ConvClassifier:
-    return ConvClassifier((1, 8, 8), 10, (8, 16), seed)
+    return ConvClassifier((1, 8, 8), 10, (8, 16), seed).eval()
 
 
 def some(shape=(1, 8, 8), count: int = 6, seed: int = 1):

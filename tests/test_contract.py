@@ -1,6 +1,7 @@
 """Every classifier keeps the contract, and every check of the contract rejects one that breaks it."""
 
 import functools
+import re
 
 import contract
 import pytest
@@ -8,7 +9,7 @@ import torch
 from contract import CHECKS
 from diffclass import attacks, data, noise, zoo
 from diffclass.attacks.views import Bent
-from diffclass.classifiers.base import Classifier, Fresh, Held
+from diffclass.classifiers.base import Classifier, Fresh, Held, check_logits, decided
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
 from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.foreign import Foreign
@@ -760,6 +761,12 @@ def test_noise_as_an_argument_is_the_modules_own():
     assert torch.equal(wrapped(points(), noise), module(points(), noise.double()))
 
 
+def linear_logits(x):
+    """Logits of points of the plane, of either sign. Shapes: [B,2,1,1] -> [B,3]."""
+    weights = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.3, -2.0]], dtype=x.dtype)
+    return x.flatten(1) @ weights.T
+
+
 class Answering(nn.Module):
     """Answers what a function of the pictures says."""
 
@@ -778,6 +785,8 @@ class Answering(nn.Module):
         (lambda x: (x.flatten(1), None), TypeError, "logits as a tensor, got tuple"),
         (lambda x: x.flatten(1), ValueError, r"logits of shape \[[16],3\], got \[[16], 2\]"),
         (lambda x: x.flatten(1)[1:, [0, 0, 1]], ValueError, r"got \[[05], 3\]"),
+        (lambda x: x.flatten(1)[:, [0, 0, 1]] > 0.5, TypeError, "floating-point dtype, got bool"),
+        (lambda x: 9 * x.flatten(1)[:, [0, 0, 1]].long(), TypeError, "dtype, got int64; counts"),
     ],
 )
 def test_what_is_not_logits_is_refused(answer, error, sentence, randomness):
@@ -796,6 +805,157 @@ def test_what_speaks_against_a_module_is_said(randomness):
     training, probabilities = wrapped.complaints(points())
     assert "got one in training mode" in training and "got rows of probabilities" in probabilities
     assert Foreign(Module().eval(), 3, PLANE, randomness).eval().complaints(points()) == []
+
+
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        (lambda f: f.softmax(1), r"got rows of probabilities \(none negative, each sum 1\)"),
+        (lambda f: f.softmax(1).half(), "got rows of probabilities"),
+        (lambda f: f.softmax(1).bfloat16(), "got rows of probabilities"),
+        (lambda f: 100 * f.softmax(1), "got rows of percent, or counts of 100 votes"),
+        (lambda f: (100 * f.softmax(1)).round(decimals=2), "got rows of percent"),
+        (
+            lambda f: (2 * f).abs().clamp(0, 1),
+            "and 1, as a sigmoid or a clamp to",
+        ),
+        (lambda f: (10 * f).sigmoid(), "as a sigmoid or a clamp to"),
+        (lambda f: f * torch.nan, "logits became NaN and cannot be judged, for 6 of 6 pictures"),
+        (lambda f: f / 0, "logits became infinite and cannot be judged"),
+        (lambda f: f.log(), "logits became NaN"),
+    ],
+)
+def test_scores_that_are_no_logits_are_named(answer, sentence):
+    wrapped = Foreign(Answering(lambda x: answer(linear_logits(x))).eval(), 3, PLANE)
+    (complaint,) = wrapped.complaints(points())
+    assert re.search(sentence, complaint), complaint
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda f: f,
+        lambda f: f.log_softmax(1),
+        lambda f: 0.2 + 0.1 * f.sigmoid(),  # cosines of embeddings look like this
+        lambda f: 50 * f.softmax(1) + 1,
+        lambda f: -f.square(),
+        lambda f: torch.stack([torch.zeros_like(f[:, 0]), f[:, 0], f[:, 1]], 1),
+    ],
+)
+def test_logits_of_any_size_are_not_complained_of(answer):
+    wrapped = Foreign(Answering(lambda x: answer(linear_logits(x))).eval(), 3, PLANE)
+    assert wrapped.complaints(points()) == []
+
+
+class OneClass(Honest):
+    """A single score, as of a sigmoid: every picture is of class 0, and no attack changes that."""
+
+    num_classes = 1
+
+    def logits(self, x, noise):
+        return super().logits(x, noise)[:, :1].sigmoid()
+
+
+def test_one_class_is_no_classifier():
+    x = points()
+    with pytest.raises(
+        ValueError, match=r"expected at least two classes, got 1: .* logits \[0, f\]"
+    ):
+        OneClass()(x, contract.noise_of(OneClass(), len(x)))
+    with pytest.raises(ValueError, match="expected at least two classes, got 1"):
+        Foreign(Module(), 1, PLANE)
+
+
+class Broken(Honest):
+    """One of its logits is a given number for some pictures."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def logits(self, x, noise):
+        logits = super().logits(x, noise).clone()
+        logits[2, 1] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_never_leave_a_classifier(value):
+    """Whoever asks, and however it is wrapped: argmax would make a class of them."""
+    broken = Broken(value)
+    x = points()
+    noise = contract.noise_of(broken, len(x))
+    kind = "NaN" if value != value else "infinite"
+    asked = {
+        "itself": lambda: broken(x, noise),
+        "its posterior": lambda: broken.posterior(x, noise),
+        "held": lambda: Held.seeded(broken)(x),
+        "fresh": lambda: Fresh(broken, contract.seeded(0))(x),
+        "a view": lambda: attacks.AttackView(broken, 1.0)(x, noise),
+        "decided": lambda: decided(broken.logits(x, noise)),
+    }
+    for what, ask in asked.items():
+        with pytest.raises(FloatingPointError, match="logits became"):
+            ask()
+            pytest.fail(what)
+    with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged, for 1 of 6"):
+        broken(x, noise)
+
+
+def test_finite_logits_are_returned_as_they_are():
+    logits = torch.tensor([[1e30, -1e30], [0.0, 1.0]])
+    assert check_logits(logits) is logits and decided(logits).tolist() == [0, 1]
+
+
+class Normalising(nn.Module):
+    """Somebody's module with batch statistics and a layer that drops."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2).double()
+        self.drop = nn.Dropout(0.5)
+        self.layer = nn.Linear(2, 3).double()
+
+    def forward(self, x):
+        return self.layer(self.drop(self.norm(x)).flatten(1))
+
+
+class Functional(Module):
+    """Somebody's module that drops by a function: none of its layers says so."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_a_training_mode_that_means_nothing_is_no_fault():
+    """Wrappers, classifiers, denoisers and layers without weights begin in training mode, and do not depend on it."""
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(2, 3).eval(), nn.Softplus())
+    for steady in (bayes(), exact(), Held.seeded(bayes()), Foreign(plain, 3, PLANE)):
+        assert steady.training
+        steady.check_mode()
+        assert Classifier.complaints(steady, points()) == []
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (Normalising(), "its module.norm|its module"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(2, 3)), r"its module\.1"),
+        (nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), r"its module\.1"),
+        (nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3)), r"its module\.0"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)), "its module"),
+        (Functional(), "its module"),
+    ],
+)
+def test_a_training_mode_that_means_something_is_refused(module, name):
+    wrapped = Foreign(module, 3, PLANE)
+    wrapped.module.train()
+    for asked in (wrapped, Held(wrapped, ()), attacks.AttackView(wrapped, 1.0)):
+        name_in_it = name if asked is wrapped else name.replace("its ", r"its \S*")
+        with pytest.raises(ValueError, match=rf"got one in training mode, .* \(({name_in_it})"):
+            asked.check_mode()
+    wrapped.module.eval()
+    wrapped.check_mode()
 
 
 @pytest.mark.parametrize(

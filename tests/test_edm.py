@@ -167,10 +167,13 @@ def persistence(monkeypatch):
     return Persistent
 
 
-def pickled(persistent, path, kind="EDMPrecond"):
-    """A released file: a wrapper that holds the network as its part `model`."""
+def pickled(persistent, path, kind="EDMPrecond", **said):
+    """A released file: a wrapper that holds the network as its part `model`, and says its scaling as attributes."""
     net = patterned(nets.SongUNet(**SMALL))
-    path.write_bytes(pickle.dumps(dict(ema=persistent(torch.nn.ModuleDict({"model": net}), kind))))
+    wrapper = torch.nn.ModuleDict({"model": net})
+    for name, value in said.items():
+        setattr(wrapper, name, value)
+    path.write_bytes(pickle.dumps(dict(ema=persistent(wrapper, kind))))
     return net
 
 
@@ -200,6 +203,80 @@ def test_files_that_ask_for_code_are_refused(persistence, tmp_path, monkeypatch)
     pickled(persistence, tmp_path / "vp.pkl", kind="VPPrecond")
     with pytest.raises(ValueError, match="scaled by VPPrecond, not by EDMPrecond"):
         edm.from_edm(tmp_path / "vp.pkl")
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [
+        (dict(sigma_data=1.0), r"expected a network scaled for sigma_data 0.5, got 1 in edm.pkl"),
+        (dict(sigma_min=90.0), r"got sigma_min 90 and sigma_max 80 in edm.pkl"),
+    ],
+)
+def test_a_pickle_of_another_scaling_is_refused(persistence, tmp_path, said, sentence):
+    pickled(persistence, tmp_path / "edm.pkl", **said)
+    with pytest.raises(ValueError, match=sentence):
+        edm.from_edm(tmp_path / "edm.pkl")
+
+
+def test_a_pickle_says_its_range(persistence, tmp_path):
+    """EDM's own say 0 to infinity, which is what they were trained at, and are asked where EDM samples."""
+    pickled(persistence, tmp_path / "edm.pkl", sigma_data=0.5, sigma_min=0, sigma_max=float("inf"))
+    assert edm.from_edm(tmp_path / "edm.pkl").sigma_range == edm.EDM_RANGE
+    pickled(persistence, tmp_path / "edm.pkl", sigma_min=0.02, sigma_max=50.0)
+    assert edm.from_edm(tmp_path / "edm.pkl").sigma_range == (0.02, 50.0)
+
+
+def test_a_state_dict_says_it_in_its_header(tmp_path):
+    net = patterned(nets.SongUNet(**SMALL))
+    path = tmp_path / "edm.safetensors"
+    save_file(released(net), path, {"sigma_data": "1.0"})
+    with pytest.raises(ValueError, match="sigma_data 0.5, got 1 in edm.safetensors"):
+        edm.from_edm(path)
+    save_file(released(net), path, {"sigma_data": "0.5", "sigma_min": "0.02"})
+    assert edm.from_edm(path).sigma_range == (0.02, 80.0)
+    save_file(released(net), path, {"sigma_data": "half"})
+    with pytest.raises(ValueError, match="is refused"):
+        edm.from_edm(path)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrappers_are_read(tmp_path, wrapper):
+    net = patterned(nets.SongUNet(**SMALL))
+    state = {f"{wrapper}{name}": value for name, value in released(net).items()}
+    save_file(state, tmp_path / "edm.safetensors")
+    assert torch.equal(outputs(edm.from_edm(tmp_path / "edm.safetensors").network), outputs(net))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda s: {n: v for n, v in s.items() if "map_layer1.bias" not in n}, "1 missing, 0 left"),
+        (
+            lambda s: {n: v * torch.nan for n, v in s.items()},
+            "expected finite weights of a SongUNet",
+        ),
+    ],
+)
+def test_lost_and_spoilt_weights_are_refused(tmp_path, change, sentence):
+    save_file(change(released(nets.SongUNet(**SMALL))), tmp_path / "edm.safetensors")
+    with pytest.raises(ValueError, match=sentence):
+        edm.from_edm(tmp_path / "edm.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ([torch.zeros(1)], "expected tensors by name in edm.pt, got a list"),
+        (torch.zeros(1), "expected tensors by name in edm.pt, got a Tensor"),
+        ({0: torch.zeros(1)}, "expected tensors by name in edm.pt, got a dict"),
+        ({"ema": {"w": torch.zeros(1)}, "step": 3}, "in edm.pt, got 'ema', 'step' too; save the"),
+        ({}, "got nothing too"),
+    ],
+)
+def test_checkpoints_that_are_no_state_dict_get_a_sentence(tmp_path, content, sentence):
+    torch.save(content, tmp_path / "edm.pt")
+    with pytest.raises(ValueError, match=sentence):
+        edm.from_edm(tmp_path / "edm.pt")
 
 
 @pytest.mark.parametrize("name", ["cut.pkl", "cut.safetensors", "cut.pt"])

@@ -1,5 +1,8 @@
 """Any picture file becomes an image of a world or one clear sentence, and a strange one is called strange."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +123,52 @@ def test_transparent_palette_and_sixteen_bits(tmp_path):
     assert torch.allclose(
         pictures.load_picture(tmp_path / "deep.png", COLOUR), torch.tensor(128 / 255)
     )
+
+
+def png(path, bits, samples, clear):
+    """A PNG of 8 equal rows of 8 pixels, grey or in colours, in which one value is declared transparent (tRNS).
+
+    Shapes      samples: 8 numbers, or 8 triples of them, each of `bits` bits; clear: a number or a triple
+    """
+
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    flat = np.ravel(samples)
+    together = "".join(f"{value:0{bits}b}" for value in flat)
+    row = int(together, 2).to_bytes(len(together) // 8, "big")
+    colour_type = 2 if np.ndim(clear) else 0
+    head = struct.pack(">IIBBBBB", 8, 8, bits, colour_type, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"tRNS", b"".join(struct.pack(">H", value) for value in np.ravel(clear)))
+        + chunk(b"IDAT", zlib.compress(8 * (b"\0" + row)))
+        + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_value_is_over_white_whatever_the_bits(tmp_path, bits):
+    """The declared value counts in the bits of the file; what it does not name stays."""
+    largest = 2**bits - 1
+    path = png(tmp_path / "clear.png", bits, [0] * 4 + [largest] * 4, 0)
+    image = pictures.load_picture(path, (3, 8, 8))
+    assert torch.equal(image, torch.ones_like(image)), "black is transparent, so all is white"
+    path = png(tmp_path / "kept.png", bits, [largest] * 4 + [0] * 4, largest)
+    image = pictures.load_picture(path, (3, 8, 8))
+    assert torch.equal(image[..., :4], torch.ones(1, 3, 8, 4)) and float(image[..., 4:].max()) == 0
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_is_over_white_whatever_the_bits(tmp_path, bits):
+    unit = (2**bits - 1) // 255
+    clear = (200 * unit, 100 * unit, 30 * unit)
+    path = png(tmp_path / "colour.png", bits, [clear] * 4 + [(0, 0, 0)] * 4, clear)
+    image = pictures.load_picture(path, (3, 8, 8))
+    assert torch.equal(image[..., :4], torch.ones(1, 3, 8, 4)) and float(image[..., 4:].max()) == 0
 
 
 def test_colour_becomes_grey(tmp_path):

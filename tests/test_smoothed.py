@@ -283,6 +283,9 @@ def test_smoothing_has_one_sigma():
         (lambda: Smoothed(HalfSpace(), -1.0), "got -1"),
         (lambda: Smoothed(HalfSpace(), math.inf), "got inf"),
         (lambda: Smoothed(HalfSpace(), math.nan), "got nan"),
+        (lambda: Smoothed(HalfSpace(), 64), "at most 1, got 64; did you mean 64/255"),
+        (lambda: Smoothed(HalfSpace(2.0)), "got 2; .* or 1, half of a noise in model units"),
+        (lambda: smoothed.NoisedCopies(HalfSpace(), 1.5, 4), "did you mean 1.5/255, or 0.75"),
         (lambda: Smoothed(HalfSpace(), 0.25, votes=0), "expected at least one vote, got 0"),
         (lambda: Smoothed(HalfSpace(), 0.25, draws=0), "one draw to average over, got 0"),
         (lambda: smoothed.NoisedCopies(HalfSpace(), 0.0, 4), "noise level sigma_pixel > 0"),
@@ -332,10 +335,22 @@ def test_a_certificate_needs_votes(change, sentence):
         list(counting.draw_votes(smoothed_half_space(0.25), image(0.1), **change))
 
 
+def test_infinite_logits_are_no_votes():
+    """Infinity has a largest class, and an overflow decides nothing."""
+
+    class Overflown(HalfSpace):
+        def logits(self, x, noise):
+            logits = super().logits(x, noise)
+            return torch.where(logits > 0.2, math.inf, logits)
+
+    with pytest.raises(FloatingPointError, match="became infinite and cannot be judged"):
+        list(counting.draw_votes(Smoothed(Overflown(0.25)), image(0.1)))
+
+
 def test_logits_that_are_not_numbers_are_no_votes():
     """Without the error a broken classifier would be certified."""
     model = Smoothed(Undecided(0.25))
-    with pytest.raises(FloatingPointError, match="logits became NaN and cannot vote"):
+    with pytest.raises(FloatingPointError, match="logits became NaN and cannot be judged, for"):
         list(counting.draw_votes(model, image(0.1)))
-    with pytest.raises(FloatingPointError, match="logits became NaN and cannot vote"):
+    with pytest.raises(FloatingPointError, match="logits became NaN and cannot be judged, for"):
         model(image(0.1), draw(model, 1, 0))

@@ -95,6 +95,46 @@ def test_wrong_images_get_a_sentence(bad, error, sentence):
         units.check_images(bad, (1, 4, 4))
 
 
+PIXELS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PIXELS[0] = 0
+PIXELS[1] = 1
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def normalised(mean, std):
+    """What a data loader makes of pixels, channel by channel."""
+    return (PIXELS - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "images, sentence",
+    [
+        (normalised(*CIFAR), r"normalised by a mean .* undo it with x \* std \+ mean"),
+        (normalised(*IMAGENET), "normalised by a mean"),
+        (normalised((0.1307,) * 3, (0.3081,) * 3), "normalised by a mean"),
+        (normalised((0.5,) * 3, (0.5,) * 3), r"model space \[-1,1\]"),
+        (normalised(CIFAR[0], (1.0,) * 3), "pixels less their mean, .*; add the mean"),
+        (255 * normalised(CIFAR[0], (1.0,) * 3), r"\[0,255\] less a mean; add that mean, then"),
+        (255 * PIXELS - torch.tensor([104.0, 117, 123])[:, None, None], r"\[0,255\] less a mean"),
+        (normalised(*CIFAR) / 255, "these hardly vary, by .* were they divided by 255"),
+        (65535 * PIXELS, "of 16 bits; divide by 65535"),
+        (255 * PIXELS, r"look like \[0,255\]; divide by 255"),
+        (2 * PIXELS - 1, r"model space \[-1,1\]"),
+        (1.2 * PIXELS - 0.6, r"model space \[-1,1\]"),
+        (PIXELS + 0.03, r"clamp the perturbed image"),
+        (PIXELS - 0.05, r"clamp the perturbed image"),
+        (1.4 * PIXELS - 0.2, r"clamp the perturbed image"),
+    ],
+)
+def test_the_hint_names_the_likely_cause_by_both_ends(images, sentence):
+    """The maximum alone says "divide by 255" of normalised pictures, which makes them grey, step by step."""
+    with pytest.raises(ValueError, match=sentence) as caught:
+        units.check_images(images, (3, 8, 8))
+    others = ("normalised by", "model space [-1,1]; pass", "divide by 255", "clamp the perturbed")
+    assert sum(other in str(caught.value) for other in others) <= 1, "one cause, not several"
+
+
 def test_right_images_pass_unchanged():
     assert units.check_images(IMAGES, (1, 4, 4)) is IMAGES
     assert len(units.check_images(IMAGES[:0], (1, 4, 4))) == 0
@@ -149,9 +189,75 @@ def test_possible_budgets_pass():
             r"expected one label for each of 2 images as integers, got shape \[3\]",
         ),
         (torch.tensor([[1, 2]]), r"got shape \[1, 2\]"),
-        (torch.tensor([1.0, 2.0]), "dtype float32"),
+        (torch.tensor([1.0, 2.0]), r"dtype float32; pass y.long\(\) if they are whole numbers"),
+        (torch.tensor([True, False]), r"dtype bool; .* pass y.long\(\) if true means class 1"),
+        (torch.tensor([1, 2], dtype=torch.int32), r"dtype int32; pass y.long\(\)"),
+        (torch.tensor([1, 2], dtype=torch.uint8), r"dtype uint8; pass y.long\(\)"),
+        (torch.eye(10, dtype=torch.long)[:2], r"one-hot or of probabilities: pass y.argmax\(1\)"),
+        (torch.full((2, 10), 0.1), r"pass y.argmax\(1\)"),
+        (torch.tensor([[1], [2]]), r"pass y\[:, 0\]"),
+        (torch.tensor([1, 10]), r"got 1 to 10; are they counted from 1\? Then pass y - 1"),
     ],
 )
 def test_wrong_labels_get_a_sentence(y, sentence):
     with pytest.raises(ValueError, match=sentence):
         units.check_labels(y, 2, 10)
+
+
+@pytest.mark.parametrize("y", [[1, 2], IMAGES.numpy(), 3, None])
+def test_labels_that_are_no_tensor_get_a_sentence(y):
+    with pytest.raises(TypeError, match="expected labels as a torch.Tensor of dtype int64, got"):
+        units.check_labels(y, 2, 10)
+
+
+def test_right_labels_pass_unchanged():
+    y = torch.tensor([0, 9])
+    assert units.check_labels(y, 2, 10) is y
+
+
+@pytest.mark.parametrize(
+    "sigma, sentence",
+    [
+        (64, "at most 1, got 64; did you mean 64/255, or 32"),
+        (
+            1.5,
+            "in pixels .* got 1.5; did you mean 1.5/255, or 0.75, half of a noise in model units",
+        ),
+        (0, "expected a finite noise level sigma_pixel > 0, got 0"),
+        (math.nan, "got nan"),
+        (torch.tensor([0.1, 0.2]), "expected one noise level sigma_pixel, got 2"),
+    ],
+)
+def test_noise_on_pixels_that_cannot_be_meant_gets_a_sentence(sigma, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        units.check_sigma_pixel(sigma)
+
+
+def test_noise_on_pixels_passes():
+    assert units.check_sigma_pixel(0.25) == 0.25 and units.check_sigma_pixel(1) == 1.0
+
+
+@pytest.mark.parametrize(
+    "step, sentence",
+    [
+        (0.0, "expected a step size > 0, got 0; a negative step would climb down, none at all"),
+        (-2 / 255, "expected a step size > 0, got -0.00784"),
+        (math.nan, "got nan"),
+        (math.inf, "got inf"),
+        (2.0, "across the whole budget of 0.0314, got 2; did you mean 2/255"),
+        (0.1, r"at most 0.0627, .* got 0.1; did you mean 0.1/255"),
+        (200.0, "got 200; is it in pixels"),
+    ],
+)
+def test_steps_that_cannot_be_meant_get_a_sentence(step, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        units.check_step_size(step, 8 / 255, 20)
+
+
+def test_possible_steps_pass():
+    assert units.check_step_size(2 / 255, 8 / 255, 20) == 2 / 255
+    assert units.check_step_size(16 / 255, 8 / 255, 20) == 16 / 255, "across the whole budget"
+    assert units.check_step_size(20 / 255, 8 / 255, 1) == 20 / 255, "the usual one of a single step"
+    assert units.check_step_size(0.0, 0.0, 20) == 0, "a step of a budget of 0"
+    with pytest.raises(ValueError, match="expected at least two classes, got 1"):
+        units.check_class_count(1)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import twins
 from diffclass import attacks, data, noise
-from diffclass.classifiers.base import Classifier, Held, draw
+from diffclass.classifiers.base import Classifier, Held, decided, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier
 from diffclass.classifiers.purified import Purification, PurifiedClassifier
-from diffclass.classifiers.votes import MajorityVote, MeanLogits, vote_of
+from diffclass.classifiers.votes import MajorityVote, MeanLogits
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import generator_of
 from scipy import stats
@@ -133,7 +133,7 @@ def test_votes_never_hold_more_than_one_noise_of_a_picture():
 
 def test_the_first_of_equal_classes_wins():
     votes = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-    assert vote_of(votes).tolist() == [0, 1, 0]
+    assert decided(votes).tolist() == [0, 1, 0]
     counts = MajorityVote(Three(), 300)(pixels(50), draw(MajorityVote(Three(), 300), 50, 0))
     assert bool((counts.sum(1) == 300).all()) and float(counts.std()) > 0
     assert abs(float(counts[:, 0].mean()) - 100) < 4.5 * math.sqrt(300 * 2 / 9 / 50)
@@ -198,7 +198,7 @@ def test_votes_have_no_gradient_and_nan_cannot_vote():
     *_, last = attacks.pgd(model.surrogate(), x, labels, 0.1, noise=draw(model, 2, 0))
     assert float(last.size.max()) == pytest.approx(0.1)
     broken = MajorityVote(Undefined(0.5), 3)
-    with pytest.raises(FloatingPointError, match="became NaN and cannot vote"):
+    with pytest.raises(FloatingPointError, match="became NaN and cannot be judged"):
         broken(x, draw(broken, 2, 0))
 
 

@@ -58,6 +58,37 @@ def _describe(x: Tensor) -> str:
     return f"{spread}of shape {list(x.shape)} and dtype {str(x.dtype).removeprefix('torch.')}"
 
 
+def _likely_range(low: float, high: float) -> str:
+    """What values outside [0,1] probably are, and how they become pixels; from the smallest, the largest and the spread.
+
+    Why         the maximum alone misleads: pictures less their mean are not in [0,255], and dividing them makes them grey
+    """
+    if low >= -1e-6 and high > 255.5:
+        return "these look like [0,65535], of 16 bits; divide by 65535"
+    if low >= -1e-6 and high > 2:
+        return "these look like [0,255]; divide by 255"
+    if high - low < 0.05:
+        return (
+            f"these hardly vary, by {high - low:.2g} in all; were they divided by 255 though they were no [0,255]? Go "
+            "back to the pictures before that"
+        )
+    if low < -10 or high > 10:
+        return "these look like [0,255] less a mean; add that mean, then divide by 255"
+    if low >= -0.1 and high <= 2:
+        return "clamp the perturbed image to [0,1]"
+    within = low >= -1 - 1e-6 and high <= 1 + 1e-6
+    if within and (low < -0.6 or (low < -0.3 and high - low > 1.1)):
+        return "these look like model space [-1,1]; pass units.to_pixel(x)"
+    if high - low <= 1.1:
+        return "these look like pixels less their mean, or model space [-1,1]; add the mean, or pass units.to_pixel(x)"
+    if low >= -0.3 and high <= 1.3:
+        return "clamp the perturbed image to [0,1]"
+    return (
+        "these look normalised by a mean and a standard deviation; undo it with x * std + mean (clamp only pixels with "
+        "noise on them)"
+    )
+
+
 def check_images(
     x, image_shape: tuple[int, int, int] | None = None, *, pixel_range: bool = True
 ) -> Tensor:
@@ -90,31 +121,62 @@ def check_images(
             "an earlier step (a division, an attack, a corrupt file) made them."
         )
     if pixel_range and x.numel() and (float(x.min()) < -1e-6 or float(x.max()) > 1 + 1e-6):
-        low = float(x.min())
-        high = float(x.max())
-        if high > 2:
-            hint = "these look like [0,255]; divide by 255"
-        elif low < 0 and low >= -1 - 1e-6 and high <= 1 + 1e-6:
-            hint = "these look like model space [-1,1]; pass units.to_pixel(x)"
-        else:
-            hint = "clamp the perturbed image to [0,1]"
+        hint = _likely_range(float(x.min()), float(x.max()))
         raise ValueError(f"expected images in [0,1], got {_describe(x)}; {hint}.")
     return given
 
 
 def check_labels(y: Tensor, images: int, num_classes: int) -> Tensor:
-    """Return class labels [B] if there is one existing class for each image, else raise a ValueError."""
-    if y.is_floating_point() or tuple(y.shape) != (images,):
+    """Return class labels [B] of dtype int64 if there is one existing class for each image, else raise.
+
+    Errors      TypeError for what is no tensor; ValueError for another shape or dtype, or a class that does not exist
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"expected labels as a torch.Tensor of dtype int64, got {type(y).__name__}; pass torch.as_tensor(y)."
+        )
+    if y.dtype != torch.int64 or tuple(y.shape) != (images,):
+        dtype = str(y.dtype).removeprefix("torch.")
         raise ValueError(
-            f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and "
-            f"dtype {str(y.dtype).removeprefix('torch.')}."
+            f"expected one label for each of {images} images as integers, got shape {list(y.shape)} and dtype {dtype}; "
+            f"{_label_hint(y, images, num_classes)}."
         )
     if y.numel() and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+        counted = int(y.min()) == 1 and int(y.max()) == num_classes
+        hint = (
+            "are they counted from 1? Then pass y - 1."
+            if counted
+            else "is this the world that the classifier was made for?"
+        )
         raise ValueError(
-            f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; is "
-            "this the world that the classifier was made for?"
+            f"expected labels between 0 and {num_classes - 1}, got {int(y.min())} to {int(y.max())}; {hint}"
         )
     return y
+
+
+def _label_hint(y: Tensor, images: int, num_classes: int) -> str:
+    """What labels of another shape or dtype probably are."""
+    if tuple(y.shape) == (images, num_classes):
+        return "one row for each image, one-hot or of probabilities: pass y.argmax(1)"
+    if tuple(y.shape) == (images, 1):
+        return "pass y[:, 0]"
+    if tuple(y.shape) != (images,):
+        return "are they the labels of other images, or not int64"
+    if y.dtype == torch.bool:
+        return "true and false name no class; pass y.long() if true means class 1"
+    if y.is_floating_point():
+        return "pass y.long() if they are whole numbers, not probabilities"
+    return "pass y.long()"
+
+
+def check_class_count(classes: int) -> int:
+    """Return a number of classes between which can be decided, else raise a ValueError."""
+    if classes < 2:
+        raise ValueError(
+            f"expected at least two classes, got {classes}: with one, no picture is ever classified wrongly and no attack "
+            "succeeds; make a single logit f of two classes the logits [0, f]."
+        )
+    return classes
 
 
 def check_sigma(sigma, name: str = "sigma") -> Tensor:
@@ -135,6 +197,48 @@ def check_sigma(sigma, name: str = "sigma") -> Tensor:
     return sigma
 
 
+def check_sigma_pixel(sigma_pixel: float) -> float:
+    """Return the standard deviation of noise on pixels if it can be meant, else raise.
+
+    Units       pixels in [0,1]: noise above 1 is larger than the whole range of pixels
+    Errors      those of `check_sigma`; ValueError for more than 1, or several levels
+    """
+    sigma = check_sigma(sigma_pixel, "sigma_pixel")
+    if sigma.numel() != 1:
+        raise ValueError(f"expected one noise level sigma_pixel, got {sigma.numel()}.")
+    if float(sigma) > 1:
+        raise ValueError(
+            f"expected a noise sigma_pixel in pixels of [0,1], at most 1, got {float(sigma):g}; did you mean "
+            f"{float(sigma):g}/255, or {float(sigma) / 2:g}, half of a noise in model units?"
+        )
+    return float(sigma)
+
+
+def check_step_size(step_size: float, epsilon: float, steps: int) -> float:
+    """Return an attack's step size if it can be meant inside its budget, else raise.
+
+    Units       pixels in [0,1]; a step of 2 epsilon crosses the whole budget. Where the usual 2.5 epsilon / steps is
+                longer, for one step, that is allowed too
+    Errors      ValueError for a step that is not finite, not positive (but for a budget of 0), or longer than that
+    """
+    if epsilon == 0 and step_size == 0:
+        return 0.0
+    if not math.isfinite(step_size) or step_size <= 0:
+        raise ValueError(
+            f"expected a step size > 0, got {step_size:g}; a negative step would climb down, none at all stands still."
+        )
+    longest = max(2.0, 2.5 / max(1, steps)) * epsilon
+    if step_size > longest * (1 + 1e-6) and epsilon > 0:
+        hint = (
+            f"did you mean {step_size:g}/255" if step_size / 255 <= longest else "is it in pixels"
+        )
+        raise ValueError(
+            f"expected a step size of at most {longest:.3g}, across the whole budget of {epsilon:.3g}, got "
+            f"{step_size:g}; {hint}?"
+        )
+    return float(step_size)
+
+
 def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
     """Return an attack budget in pixel units if it can be meant, else raise.
 
@@ -147,9 +251,9 @@ def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
     if not math.isfinite(epsilon) or epsilon < 0:
         raise ValueError(f"expected an attack budget >= 0, got {epsilon}.")
     if epsilon > largest:
+        hint = f"; did you mean {epsilon:g}/255?" if epsilon / 255 <= largest else "."
         raise ValueError(
-            f"attack budget {epsilon:g} ({norm}) is larger than the pixel range allows ({largest:.3g}); "
-            f"did you mean {epsilon:g}/255?"
+            f"attack budget {epsilon:g} ({norm}) is larger than the pixel range allows ({largest:.3g}){hint}"
         )
     return float(epsilon)
 

@@ -12,13 +12,18 @@ Penalty = Callable[[Tensor], Tensor]  # images [B,C,H,W] -> [B], subtracted from
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """How far the best wrong class is ahead. Formula: max_{k != y} f_k - f_y; positive when fooled. Shapes: -> [B]."""
+    """How far the best wrong class is ahead. Formula: max_{k != y} f_k - f_y; positive when fooled. Shapes: -> [B].
+
+    Errors      ValueError for one class, beside which there is no wrong one
+    """
+    units.check_class_count(logits.shape[1])
     right = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
 def cross_entropy_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Formula: -log softmax(f)_y. Its gradient vanishes when logits are many nats apart. Shapes: -> [B]."""
+    units.check_class_count(logits.shape[1])
     return torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from diffclass import units
 from diffclass.attacks.losses import AttackLoss, Penalty, margin_loss
-from diffclass.classifiers.base import Classifier, Noise, NoiseSource
-from diffclass.classifiers.foreign import are_probabilities
+from diffclass.classifiers.base import Classifier, Noise, NoiseSource, UndecidedError, decided
+from diffclass.classifiers.foreign import flat_scores
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def _checked(
 ) -> float:
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
+    classifier.check_mode()
     if steps < 0:
         raise ValueError(f"expected steps >= 0, got {steps}.")
     return units.check_budget(epsilon, norm, x[0].numel())
@@ -101,6 +102,11 @@ def expected_gradient(
             f"expected a function of step and draw as the noise of {draws} draws, got one noise, of which all draws are "
             "the same; pass fresh_noise(classifier, pictures, seed)."
         )
+    if differentiate and torch.is_inference_mode_enabled():
+        raise TypeError(
+            "expected to be asked for a gradient outside torch.inference_mode, under which there is none, got inside; "
+            "torch.no_grad does not matter here."
+        )
     x = x.detach().requires_grad_(differentiate)
     gradient = torch.zeros_like(x)
     logits = 0.0
@@ -109,11 +115,10 @@ def expected_gradient(
         with torch.set_grad_enabled(differentiate):
             drawn = classifier(x, noise_at(noise, step, draw))
             height = loss(drawn, y) if penalty is None else loss(drawn, y) - penalty(x)
+            total = height.sum()
         if differentiate:
             slope = (
-                torch.autograd.grad(height.sum(), x, allow_unused=True)[0]
-                if height.requires_grad
-                else None
+                torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
             )
             if slope is None:
                 raise TypeError(
@@ -127,19 +132,19 @@ def expected_gradient(
 
 
 def _look(classifier, x, y, step: int, steps: int, **how) -> tuple[Tensor, Tensor, Tensor]:
-    gradient, logits, value = expected_gradient(
-        classifier, x, y, step=step, differentiate=step < steps, **how
-    )
-    if bool(torch.isnan(logits).any()):
-        raise FloatingPointError(
-            f"the classifier's logits became NaN at step {step}; the frames before it stand, "
-            "and infinity minus infinity or 0/0 in the classifier is the likely cause."
+    try:
+        gradient, logits, value = expected_gradient(
+            classifier, x, y, step=step, differentiate=step < steps, **how
         )
-    if step == 0 and are_probabilities(logits):
-        raise ValueError(
-            "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go "
-            "flat; return what goes into the softmax."
-        )
+    except UndecidedError as error:
+        raise UndecidedError(
+            f"the classifier's logits became {error.kind} at step {step}; the frames before it stand, "
+            "and infinity minus infinity, 0/0 or weights that are not finite are the likely cause.",
+            error.kind,
+        ) from error
+    sentence = flat_scores(logits) if step == 0 else ""
+    if sentence:
+        raise ValueError(sentence)
     return gradient, logits, value
 
 
@@ -174,11 +179,14 @@ def pgd(
     Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `AttackStep`
     Units       epsilon and step_size in pixels; step_size defaults to 2.5 epsilon / steps
     Randomness  a random start if `generator` is given; `noise`: one for all steps, or a function of the step and the draw
-    Errors      ValueError for a budget or labels that cannot be meant; FloatingPointError for a gradient that is not
-                finite or logits that are NaN, whose argmax would count as a class; the frames before it stand
+    Errors      ValueError for a budget, a step size or labels that cannot be meant, or a classifier in training mode;
+                FloatingPointError for a gradient or logits that are not finite; the frames before it stand
     """
     epsilon = _checked(classifier, x, y, epsilon, norm, steps)
-    step_size = 2.5 * epsilon / max(1, steps) if step_size is None else step_size
+    if step_size is None:
+        step_size = 2.5 * epsilon / max(1, steps)
+    else:
+        step_size = units.check_step_size(step_size, epsilon, steps)
     x0 = x
     x = _start(x, epsilon, norm, generator)
     for step in range(steps + 1):
@@ -186,7 +194,7 @@ def pgd(
             classifier, x, y, step, steps, noise=noise, loss=loss, draws=draws, penalty=penalty
         )
         yield AttackStep(
-            step, x.detach(), logits, (logits.argmax(1) != y), size_of(x.detach() - x0, norm)
+            step, x.detach(), logits, (decided(logits) != y), size_of(x.detach() - x0, norm)
         )
         if step < steps:
             x = project(
@@ -267,6 +275,10 @@ def apgd(
     Errors      those of `pgd`
     """
     epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    if not 0 <= momentum < 1:
+        raise ValueError(
+            f"expected a momentum of at least 0 and below 1, got {momentum}; APGD uses 0.25."
+        )
     x0 = x
     at = _start(x, epsilon, norm, generator)
     before = None
@@ -288,7 +300,7 @@ def apgd(
             step,
             best[0],
             best[2],
-            best[2].argmax(1) != y,
+            decided(best[2]) != y,
             size_of(best[0] - x0, norm),
             seen[0],
             seen[-1],
@@ -370,9 +382,13 @@ def smallest_l2(
     Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
     held = noise_at(noise, 0, 0)
-    decide = fooled or (lambda image: bool(classifier(image, held).argmax(1) != y))
+    decide = fooled or (lambda image: bool(decided(classifier(image, held)) != y))
     best = None
     largest = x[0].numel() ** 0.5
+    if len(x) != 1 or not len(budgets):
+        raise ValueError(
+            f"expected one image and at least one budget, got {len(x)} images and {len(budgets)} budgets."
+        )
     for budget in budgets:
         *_, last = pgd(
             classifier,
@@ -389,8 +405,8 @@ def smallest_l2(
         yield best
         if best is not None:
             break
-    if best is not None:  # once more from just inside: the nearest boundary is often elsewhere
-        radius = float(size_of(best - x, "l2"))
+    radius = 0.0 if best is None else float(size_of(best - x, "l2"))
+    if radius > 0:  # once more from just inside: the nearest boundary is often elsewhere
         *_, last = pgd(
             classifier,
             x,

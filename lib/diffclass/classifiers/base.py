@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffclass import units
+from diffclass.denoisers.base import Denoiser
 from diffclass.noise import generator_of
 
 BLOCK = 64  # pictures that draw together
@@ -57,6 +58,41 @@ def joined(noises: list[Noise]) -> Noise:
     return torch.cat(noises)
 
 
+class UndecidedError(FloatingPointError):
+    """Logits that are not finite numbers, of which no class is the largest. `kind` is "NaN" or "infinite"."""
+
+    def __init__(self, sentence: str, kind: str):
+        super().__init__(sentence)
+        self.kind = kind
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """Return logits between which can be decided: of two classes or more, all of them finite.
+
+    Shapes      [B,K] -> the same
+    Errors      ValueError for one class; UndecidedError for NaN, whose argmax would count as a class, and for infinity of
+                either sign: an overflow decides nothing, and a class that is out has a finite floor below the others
+    """
+    units.check_class_count(logits.shape[1])
+    if not bool(torch.isfinite(logits.detach()).all()):
+        kind = "NaN" if bool(torch.isnan(logits.detach()).any()) else "infinite"
+        rows = int((~torch.isfinite(logits.detach())).any(1).sum())
+        raise UndecidedError(
+            f"the classifier's logits became {kind} and cannot be judged, for {rows} of {len(logits)} pictures; are its "
+            "weights finite? Infinity minus infinity, 0/0 or an overflow in it is the other likely cause.",
+            kind,
+        )
+    return logits
+
+
+def decided(logits: Tensor) -> Tensor:
+    """The class of the largest logit: the only way from logits to classes. Shapes: [B,K] -> [B].
+
+    Errors      those of `check_logits`
+    """
+    return check_logits(logits).argmax(1)
+
+
 def on_device_of(x: Tensor, noise: Noise) -> Noise:
     """The noise on the device and in the precision of the pictures; seeds stay integers, on the CPU."""
     return each(lambda part: part.to(x) if part.is_floating_point() else part, noise)
@@ -93,12 +129,13 @@ class Classifier(nn.Module, ABC):
     def forward(self, x: Tensor, noise: Noise = ()) -> Tensor:
         """Logits. Shapes: x [B,C,H,W], noise of B pictures or of one for all -> [B,K].
 
-        Errors      those of `units.check_images`; ValueError for a noise that was not drawn for these pictures
+        Errors      those of `units.check_images`, of `check_logits`; ValueError for a noise that was not drawn for these
+                    pictures
         """
         prepared = self.prepared(x, noise)
         if not len(x):
             return x.new_zeros(0, self.num_classes)
-        return self.logits(x, prepared)
+        return check_logits(self.logits(x, prepared))
 
     def prepared(self, x: Tensor, noise: Noise) -> Noise:
         """Checks pictures and noise; the noise, on the device and in the precision of the pictures."""
@@ -166,16 +203,47 @@ class Classifier(nn.Module, ABC):
 
         Shapes      x [B,C,H,W] in [0,1], a few pictures
         """
-        # wrappers begin in training mode, which means nothing: the modules with weights decide
-        if any(part.training for part in self.modules() if not list(part.children())):
-            return [
-                "expected a classifier in eval mode, got one in training mode, which changes under questions; call .eval()."
-            ]
+        try:
+            self.check_mode()
+        except ValueError as error:
+            return [str(error)]
         return []
+
+    def check_mode(self) -> None:
+        """Raise a ValueError if a part is in training mode that may answer by chance there, or change under questions.
+
+        Why         modules begin in training mode, which says nothing of a wrapper, nor of a layer such as a softmax: the
+                    layers with weights decide, dropout, and other people's code
+        """
+        for name, part in self.named_modules():
+            if part.training and _depends_on_mode(part):
+                raise ValueError(
+                    "expected a classifier in eval mode, got one in training mode, which changes under questions "
+                    f"(its {name or type(part).__name__}); call .eval()."
+                )
 
     def posterior(self, x: Tensor, noise: Noise = ()) -> Tensor:
         """p(y | x), where logits are in nats. Shapes: x [B,C,H,W] in [0,1] -> [B,K], rows sum to 1."""
         return torch.softmax(self(x, noise), dim=1)
+
+
+# Layers of torch without weights, or with parts, that answer otherwise in training mode.
+_DEPENDENT = (
+    nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._NormBase,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+)
+
+
+def _depends_on_mode(part: nn.Module) -> bool:
+    """Whether a module by itself, its parts aside, may be another function in training mode; classifiers are stateless."""
+    if isinstance(part, (Classifier, Denoiser)):
+        return False
+    layer = not list(part.children()) and bool([*part.parameters(), *part.buffers()])
+    plain = type(part).__module__.startswith(("torch.nn.modules.", "diffclass."))
+    return layer or not plain or isinstance(part, _DEPENDENT)
 
 
 def _alike(wanted: Noise, noise: Noise) -> bool:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from diffclass.classifiers.base import Classifier, Noise
+from diffclass import units
+from diffclass.classifiers.base import Classifier, Noise, check_logits
 
 RANDOMNESS = ("none", "hidden", "argument")
 
@@ -42,7 +43,7 @@ class Foreign(Classifier):
                 "argument, got a module without; say 'hidden' if it draws by itself."
             )
         self.module = module
-        self.num_classes = num_classes
+        self.num_classes = units.check_class_count(num_classes)
         self.image_shape = tuple(image_shape)
         self.randomness = randomness
         self.sigma_pixel = sigma_pixel
@@ -56,15 +57,11 @@ class Foreign(Classifier):
         noise = self.sample_noise(len(x), torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
-                logits = self.logits(x, noise)
-        except (TypeError, ValueError) as error:
+                logits = check_logits(self.logits(x, noise))
+        except (TypeError, ValueError, FloatingPointError) as error:
             return [*problems, str(error)]
-        if are_probabilities(logits):
-            problems.append(
-                "expected logits, got rows of probabilities (none negative, each sum 1), on which attacks go flat; return "
-                "what goes into the softmax."
-            )
-        return problems
+        sentence = flat_scores(logits) or clamped_scores(logits)
+        return [*problems, sentence] if sentence else problems
 
     def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
         """The module's own noise as an argument; of hidden noise, one seed for each picture."""
@@ -109,6 +106,11 @@ class Foreign(Classifier):
             raise TypeError(
                 f"expected logits as a tensor, got {type(logits).__name__}; return the logits alone."
             )
+        if not logits.is_floating_point():
+            raise TypeError(
+                f"expected logits of a floating-point dtype, got {str(logits.dtype).removeprefix('torch.')}; counts of "
+                "votes and classes are no logits: return scores before the decision."
+            )
         if tuple(logits.shape) != (images, self.num_classes):
             raise ValueError(
                 f"expected logits of shape [{images},{self.num_classes}], got {list(logits.shape)}."
@@ -118,10 +120,47 @@ class Foreign(Classifier):
 
 def are_probabilities(logits: Tensor) -> bool:
     """Whether rows look like probabilities: none negative, each of sum one. Shapes: [B,K]."""
+    return _sum_to(logits, 1.0, 1e-4)
+
+
+def flat_scores(logits: Tensor) -> str:
+    """What is wrong with probabilities or percent in place of logits, in one sentence; "" for logits. Shapes: [B,K]."""
+    if are_probabilities(logits):
+        kind = "probabilities (none negative, each sum 1)"
+    elif _sum_to(logits, 100.0, 0.1):
+        kind = "percent, or counts of 100 votes (none negative, each sum 100)"
+    else:
+        return ""
+    return f"expected logits, got rows of {kind}, on which attacks go flat; return what goes into the softmax."
+
+
+def clamped_scores(logits: Tensor) -> str:
+    """What is wrong with scores that a sigmoid or a clamp keeps in [0,1], in one sentence; "" for others.
+
+    Shapes      [B,K] of a few pictures; a class whose logit is always 0, the one that others are compared with, says nothing
+    Why         a tenth of such scores and more are at the ends of their range, where their slope vanishes; of logits that
+                only happen to be in it, hardly any
+    """
+    scores = logits[:, (logits != 0).any(0)].detach()
+    if not scores.numel() or float(scores.min()) < 0 or float(scores.max()) > 1:
+        return ""
+    at_the_ends = int(((scores < 0.01) | (scores > 0.99)).sum())
+    if at_the_ends < max(2, scores.numel() / 10):
+        return ""
+    return (
+        f"expected logits, got scores between {float(scores.min()):.3g} and {float(scores.max()):.3g}, as a sigmoid or a "
+        "clamp to [0,1] leaves them, on which attacks go flat; return what goes into it."
+    )
+
+
+def _sum_to(logits: Tensor, total: float, tolerance: float) -> bool:
+    """Whether no value is negative and each row has this sum, as far as the precision of the values goes."""
+    rounding = 4 * total * torch.finfo(logits.dtype).eps
+    sums = logits.detach().double().sum(1)
     return (
         len(logits) > 0
         and float(logits.min()) >= 0
-        and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+        and bool(((sums - total).abs() < max(tolerance, rounding)).all())
     )
 
 

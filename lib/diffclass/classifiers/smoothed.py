@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from diffclass import units
-from diffclass.classifiers.base import Classifier, Noise, on_device_of
-from diffclass.classifiers.votes import vote_of
+from diffclass.classifiers.base import Classifier, Noise, decided, on_device_of
 from diffclass.noise import generator_of
 
 VOTE_BLOCK = 100  # votes that are drawn together, from one key
@@ -17,20 +16,20 @@ def smoothing_sigma(base: Classifier, sigma_pixel: float | None) -> float:
     """The one noise level of a smoothed classifier: that of its base, or the one it is told.
 
     Units       pixels in [0,1]
-    Errors      ValueError where both are there and differ, or neither is
+    Errors      ValueError where both are there and differ, or neither is; those of `units.check_sigma_pixel`
     """
     if base.sigma_pixel is None and sigma_pixel is None:
         raise ValueError(
             f"expected a smoothing noise sigma_pixel, as {type(base).__name__} has none of its own, got none."
         )
     if base.sigma_pixel is None:
-        return float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+        return units.check_sigma_pixel(sigma_pixel)
     if sigma_pixel is not None and not abs(sigma_pixel - base.sigma_pixel) <= 1e-9:
         raise ValueError(
             f"expected the noise that {type(base).__name__} was made for, sigma_pixel {base.sigma_pixel:g}, got "
             f"{sigma_pixel:g}; smoothing has one sigma."
         )
-    return base.sigma_pixel
+    return units.check_sigma_pixel(base.sigma_pixel)
 
 
 class NoisedCopies(Classifier):
@@ -129,8 +128,8 @@ class Smoothed(Classifier):
 
         Shapes      x [1,C,H,W] -> yields [K] of dtype long
         Randomness  block number b of 100 votes from the key (seed, b)
-        Errors      those of `units.check_images`; ValueError for several pictures or no votes; FloatingPointError for
-                    logits that are NaN and cannot vote
+        Errors      those of `units.check_images`; ValueError for several pictures or no votes; those of
+                    `decided` for logits that are not finite and cannot vote
         """
         self.checked(x)
         if len(x) != 1:
@@ -142,7 +141,7 @@ class Smoothed(Classifier):
         counts = torch.zeros(self.num_classes, dtype=torch.long)
         for block, start in enumerate(range(0, votes, VOTE_BLOCK)):
             drawn = self.mean.copies(x, seed, block, VOTE_BLOCK)
-            cast = vote_of(drawn)[: votes - start]
+            cast = decided(drawn)[: votes - start]
             counts = counts + torch.bincount(cast.cpu(), minlength=self.num_classes)
             yield counts.clone()
 

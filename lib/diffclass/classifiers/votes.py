@@ -5,21 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from diffclass.classifiers.base import Classifier, Noise, joined, on_device_of
+from diffclass.classifiers.base import Classifier, Noise, decided, joined, on_device_of
 from diffclass.noise import generator_of
-
-
-def vote_of(logits: Tensor) -> Tensor:
-    """The class that each row answers. Shapes: [B,K] -> [B].
-
-    Errors      FloatingPointError for logits that are NaN, whose argmax would count as a vote
-    """
-    if bool(torch.isnan(logits).any()):
-        raise FloatingPointError(
-            "the classifier's logits became NaN and cannot vote; infinity minus infinity or 0/0 in it is the likely "
-            "cause."
-        )
-    return logits.argmax(1)
 
 
 class MeanLogits(Classifier):
@@ -105,7 +92,7 @@ class MajorityVote(Classifier):
     Shapes      x [B,C,H,W], noise [B or 1] of seeds -> [B,K], rows sum to `votes`
     Why         one lucky draw no longer decides; an attack climbs `surrogate()`, the mean logits, and this one judges
     Randomness  that of `MeanLogits`
-    Errors      those of `MeanLogits`; FloatingPointError for logits that are NaN and cannot vote
+    Errors      those of `MeanLogits`, and of `decided` for logits that are not finite
     """
 
     scale = "votes"
@@ -127,7 +114,7 @@ class MajorityVote(Classifier):
         """See `Classifier.logits`."""
         counts = torch.zeros(len(x), self.num_classes, dtype=x.dtype, device=x.device)
         for drawn in self.mean.each_draw(x, noise):
-            counts += nn.functional.one_hot(vote_of(drawn), self.num_classes).to(counts)
+            counts += nn.functional.one_hot(decided(drawn), self.num_classes).to(counts)
         return counts
 
     def gradients(self) -> dict[str, Classifier]:

@@ -42,8 +42,9 @@ def load_picture(
         )
     if not isinstance(invert, bool) and invert != "auto":
         raise ValueError(f"expected invert True, False or 'auto', got {invert!r}.")
-    image = ImageOps.exif_transpose(_decoded(Path(path).expanduser()))
-    image = _over_white(image).convert("L" if channels == 1 else "RGB")
+    path = Path(path).expanduser()
+    image = ImageOps.exif_transpose(_decoded(path))
+    image = _over_white(image, _bits(path)).convert("L" if channels == 1 else "RGB")
     # Digits were made by counting ink in blocks, and a wider kernel would smear it; photographs deserve the wider one.
     kernel = Image.Resampling.BOX if channels == 1 else Image.Resampling.LANCZOS
     image = ImageOps.fit(image, (width, height), method=kernel)
@@ -96,16 +97,34 @@ def _decoded(path: Path):
     return image
 
 
-def _over_white(image):
-    """The picture without transparency, and with at most 8 bits a channel."""
+def _bits(path: Path) -> int:
+    """How many bits a sample of a PNG has, which is what the value that it declares transparent is counted in; else 8."""
+    with open(path, "rb") as file:
+        head = file.read(25)
+    return head[24] if head.startswith(b"\x89PNG") and head[12:16] == b"IHDR" else 8
+
+
+def _over_white(image, bits: int):
+    """The picture without transparency, and with at most 8 bits a channel.
+
+    Why bits    a PNG may declare one value transparent, in its own bits, whereas Pillow gives samples of 8 bits (grey of
+                16 bits as it is): compared as they are, the value is missed and stays black
+    """
     from PIL import Image
 
+    clear = image.info.get("transparency")
     if image.mode.startswith("I"):  # 16-bit grey; a plain conversion would clip it to white
-        return Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        )
+        samples = np.asarray(image).astype(np.float64)
+        grey = (samples / 257).round().clip(0, 255)
+        if clear is not None:
+            grey[samples == clear] = 255
+        return Image.fromarray(grey.astype(np.uint8))
     if not image.has_transparency_data:
         return image
+    if image.mode == "L" and bits < 8 and clear is not None:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
+    if image.mode == "RGB" and bits == 16 and clear is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -40,7 +40,8 @@ class Denoiser(nn.Module, ABC):
         Formula     D_k(x_sigma, sigma) = E[x0 | x_sigma, k]
         Shapes      x_sigma [B,C,H,W], sigma a number or [B], classes [k] or None for all K -> [B,k,C,H,W]
         Units       model space
-        Errors      ValueError for a wrong shape, sigma <= 0, or a class that does not exist
+        Errors      ValueError for a wrong shape, sigma <= 0, or a class that does not exist; FloatingPointError for an
+                    answer that is not finite
         """
         units.check_images(x_sigma, self.image_shape, pixel_range=False)
         sigma = units.check_sigma(sigma).to(x_sigma)
@@ -51,7 +52,14 @@ class Denoiser(nn.Module, ABC):
                 f"expected one noise level for all images or one for each of {len(x_sigma)}, "
                 f"got sigma of shape {list(sigma.shape)}."
             )
-        return self.estimate(x_sigma, sigma, self.check_classes(classes).to(x_sigma.device))
+        denoised = self.estimate(x_sigma, sigma, self.check_classes(classes).to(x_sigma.device))
+        # whoever leaves classes out marks them by NaN, so one of a network's own would pass for that
+        if not bool(torch.isfinite(denoised.detach()).all()):
+            raise FloatingPointError(
+                f"expected finite denoised images, got NaN or infinity from {type(self).__name__} at sigma "
+                f"{float(sigma.min()):.3g} to {float(sigma.max()):.3g}; are its weights finite, and its precision enough?"
+            )
+        return denoised
 
     def unconditional(self, x_sigma: Tensor, sigma: Tensor | float) -> Tensor:
         """Denoise without a class: E[x0 | x_sigma]. Shapes: [B,C,H,W], sigma a number or [B] -> [B,C,H,W]."""

@@ -4,6 +4,7 @@ Files are read without running the code inside them.
 """
 
 import io
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -11,15 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from diffclass.denoisers.network import ConditionalDenoiser, build, save_denoiser
+from diffclass.denoisers.pretrained import classes_of, load_unet, state_dict_of
+from diffclass.noise import EDM_SIGMA_DATA
 from diffclass.storage.results import sha256_of
-from diffclass.storage.weights import filled
+from diffclass.storage.weights import filled, unwrapped
 
 EDM_RANGE = (0.002, 80.0)  # the noise levels between which EDM samples
+SAID = (
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+)  # what EDMPrecond says of its network beside the weights
 
 
 def architecture_of(state: dict[str, Tensor]) -> dict:
@@ -124,9 +132,10 @@ class _TensorsOnly(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def read_edm(path: str | Path) -> dict[str, Tensor]:
+def read_edm(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The weights of a network that EDM released (.pkl), or of its state dict (.safetensors, or .pt of tensors only).
 
+    Shapes      -> tensors by name, and what the file says of `SAID` (a state dict: in its header, or nothing)
     Errors      FileNotFoundError; ValueError for a file that asks for code, is damaged, or holds another kind of model
     """
     path = Path(path).expanduser()
@@ -134,11 +143,15 @@ def read_edm(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"expected a network at {path}, found no such file; check the name."
         )
+    said = {}
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
+            with safe_open(path, framework="pt") as opened:
+                header = opened.metadata() or {}
+            said = {key: json.loads(header[key]) for key in SAID if key in header}
         elif path.suffix == ".pkl":
-            state = _pickled(_TensorsOnly(io.BytesIO(path.read_bytes())).load())
+            state, said = _pickled(_TensorsOnly(io.BytesIO(path.read_bytes())).load())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -149,6 +162,7 @@ def read_edm(path: str | Path) -> dict[str, Tensor]:
         IndexError,
         AttributeError,
         RuntimeError,
+        ValueError,
         OSError,
         SafetensorError,
     ) as reason:
@@ -156,26 +170,51 @@ def read_edm(path: str | Path) -> dict[str, Tensor]:
             f"expected {path.name} to hold the tensors of a network, got a file that is refused "
             f"({str(reason).splitlines()[0]}); fetch it again from its official source."
         ) from None
-    return {name.removeprefix("model."): value for name, value in state.items()}
+    state = unwrapped(state_dict_of(state, path.name))
+    return {name.removeprefix("model."): value for name, value in state.items()}, said
 
 
-def _pickled(content) -> dict[str, Tensor]:
+def _pickled(content) -> tuple[dict[str, Tensor], dict[str, float]]:
     net = content["ema"] if isinstance(content, dict) else content
     if net.kind != "EDMPrecond":
         raise TypeError(
             f"its network is scaled by {net.kind or type(net).__name__}, not by EDMPrecond"
         )
-    return net.tensors()
+    return net.tensors(), {key: float(net.state[key]) for key in SAID if key in net.state}
+
+
+def range_of(said: dict[str, float], what: str) -> tuple[float, float]:
+    """The noise levels of a network of EDM: those of `EDM_RANGE` that it was made for.
+
+    Errors      ValueError for another sigma_data than the one of this course's preconditioning, or a range without levels
+    """
+    sigma_data = said.get("sigma_data", EDM_SIGMA_DATA)
+    if sigma_data != EDM_SIGMA_DATA:
+        raise ValueError(
+            f"expected a network scaled for sigma_data {EDM_SIGMA_DATA}, got {sigma_data:g} in {what}; with another scaling "
+            "it would be another function."
+        )
+    low = max(EDM_RANGE[0], said.get("sigma_min", 0.0))
+    high = min(EDM_RANGE[1], said.get("sigma_max", EDM_RANGE[1]))
+    if not low < high:
+        raise ValueError(
+            f"expected noise levels between {EDM_RANGE[0]:g} and {EDM_RANGE[1]:g}, got sigma_min {low:g} and sigma_max "
+            f"{high:g} in {what}."
+        )
+    return low, high
 
 
 def from_edm(path: str | Path) -> ConditionalDenoiser:
     """The denoiser in a file that EDM released, or in its state dict; without labels it answers without a class only.
 
     Source      Karras et al. 2022; `SongUNet` inside the same preconditioning as the course's own networks
-    Errors      those of `read_edm` and `architecture_of`; ValueError for weights that are missing or left over
+    Meaning     a pickle says its sigma_data and the range of its sigma; a state dict, which cannot, is taken for one of
+                EDM's own: sigma_data 0.5, levels of `EDM_RANGE`, unless its header says otherwise
+    Errors      those of `read_edm`, `architecture_of` and `range_of`; ValueError for weights that are missing, left over or
+                not finite
     """
     path = Path(path).expanduser()
-    state = read_edm(path)
+    state, said = read_edm(path)
     own = architecture_of(state)
     classes = own["labels"]
     size = own.pop("size")
@@ -184,7 +223,7 @@ def from_edm(path: str | Path) -> ConditionalDenoiser:
         "SongUNet",
         classes,
         (own.pop("channels"), size, size),
-        sigma_range=EDM_RANGE,
+        sigma_range=range_of(said, path.name),
         has_null=classes == 0,
         **own,
     )
@@ -214,27 +253,34 @@ def convert(source: str | Path, out: str | Path) -> tuple[ConditionalDenoiser, d
     return denoiser, card
 
 
-def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:
+def from_edm_unet(
+    folder: str | Path, num_classes: int, variant: str | None = None
+) -> ConditionalDenoiser:
     """A `UNet2DModel` folder trained inside EDM's preconditioning at the timestep 250 ln sigma, as this course trains.
 
     Shapes      num_classes K; a network with K + 1 class embeddings also has the null class, its last
-    Errors      ValueError for another number of embeddings, or blocks that `UNet` does not have
+    Errors      those of `pretrained.load_unet`; ValueError for another number of embeddings, blocks that `UNet` does not
+                have, or a scheduler beside it, which would tell the network other times
     """
-    from diffusers import UNet2DModel
-
-    unet = UNet2DModel.from_pretrained(Path(folder), local_files_only=True)
+    folder = Path(folder)
+    for schedule in (
+        folder / "scheduler_config.json",
+        folder.parent / "scheduler/scheduler_config.json",
+    ):
+        if schedule.exists():
+            raise ValueError(
+                f"expected a U-Net that is told 250 ln sigma, got one beside {schedule.name}, which tells it other times; "
+                "use pretrained.from_diffusers, if that scheduler walks a chain."
+            )
+    unet = load_unet(folder, variant)
     config = unet.config
-    if config.num_class_embeds not in (num_classes, num_classes + 1):
-        raise ValueError(
-            f"expected {num_classes} or {num_classes + 1} class embeddings, got "
-            f"{config.num_class_embeds}."
-        )
+    classes, image_shape, has_null = classes_of(config, num_classes)
     denoiser = build(
         "ConditionalDenoiser",
         "UNet",
-        num_classes,
-        (config.in_channels,) + 2 * (config.sample_size,),
-        has_null=config.num_class_embeds > num_classes,
+        classes,
+        image_shape,
+        has_null=has_null,
         widths=tuple(config.block_out_channels),
         layers=config.layers_per_block,
         dropout=config.dropout,
@@ -253,7 +299,7 @@ def from_edm_unet(folder: str | Path, num_classes: int) -> ConditionalDenoiser:
         raise ValueError(
             f"expected a U-Net built as `UNet` builds it, got other values of {', '.join(differing)}."
         )
-    denoiser.network.unet.load_state_dict(unet.float().state_dict())
+    filled(denoiser.network.unet, unet.state_dict(), f"a UNet2DModel in {folder.name}")
     return denoiser.eval().requires_grad_(False)
 
 

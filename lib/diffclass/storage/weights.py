@@ -5,11 +5,10 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-pass
-
+from diffclass.storage.files import write_all
 
 SHARD_BYTES = 15_000_000  # larger weights are written as several files
 
@@ -43,10 +42,8 @@ def save_weights(
         else [f"{path.stem}-{i}-of-{len(shards)}{path.suffix}" for i in range(1, len(shards) + 1)]
     )
     files = [path.with_name(name) for name in names]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, file.with_suffix(".part"), header)
-    for file in files:
-        file.with_suffix(".part").replace(file)
+    written = [save(shard, metadata=header) for shard in shards]
+    write_all(dict(zip(files, written, strict=True)))
     for old in {path, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")} - set(files):
         old.unlink(missing_ok=True)  # of an earlier save in another number of files
 
@@ -101,20 +98,83 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
     return state, json.loads(header["architecture"]), json.loads(header.get("card", "{}"))
 
 
+def check_finite(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Return weights by name if all of their values are finite numbers, else raise; `what` names them.
+
+    Errors      ValueError that names the first tensor with NaN or infinity and counts its values
+    """
+    counts = {}
+    for name, value in state.items():
+        if value.is_floating_point():
+            numbers = value if value.element_size() > 1 else value.float()
+            counts[name] = int((~torch.isfinite(numbers)).sum())
+    spoilt = [name for name, count in counts.items() if count]
+    if spoilt:
+        name = spoilt[0]
+        others = f" (and in {len(spoilt) - 1} more tensors)" if spoilt[1:] else ""
+        raise ValueError(
+            f"expected finite weights of {what}, got {counts[name]} NaN or infinite values among "
+            f"{state[name].numel()} in {name!r}{others}; the training that wrote them diverged, or the file was changed."
+        )
+    return state
+
+
+def check_weights(path: str | Path) -> None:
+    """Read every tensor of a weights file, or of its parts, one by one, and check that its values are finite.
+
+    Errors      those of `read_header` and `check_finite`
+    """
+    path = Path(path)
+    read_header(path)
+    for file in weight_files(path):
+        with safetensors.safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                check_finite({name: opened.get_tensor(name)}, path.name)
+
+
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that the network itself gives them, without those of what it was wrapped in.
+
+    Formula     `module.` before every name is DataParallel's, `_orig_mod.` anywhere is that of `torch.compile`
+    Errors      ValueError for two tensors of one name, as of a compiled and a plain copy
+    """
+    plain = {}
+    for name, value in state.items():
+        own = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if own in plain:
+            raise ValueError(
+                f"expected weights of one network, got {own!r} twice, also as {name!r}; keep one of the copies."
+            )
+        plain[own] = value
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+    return plain
+
+
 def filled(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
     """The module with these weights, ready to be asked: in eval mode and without gradients of the weights.
 
-    Errors      ValueError for weights that do not fit; `what` names the network and its file
+    Errors      ValueError for weights that do not fit, are no floating-point numbers where such are due, or are not
+                finite; `what` names the network and its file
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != got:
         name = next(n for n in sorted(wanted | got) if wanted.get(n) != got.get(n))
+        missing = len(wanted.keys() - got.keys())
+        surplus = len(got.keys() - wanted.keys())
         raise ValueError(
             f"expected weights of {what}, but {name!r} should have shape {wanted.get(name)} and has "
-            f"{got.get(name)}; these weights belong to another architecture."
+            f"{got.get(name)}; these weights belong to another architecture, or some are lost ({missing} missing, "
+            f"{surplus} left over)."
         )
-    module.load_state_dict(state)
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() != state[name].is_floating_point():
+            raise ValueError(
+                f"expected {name!r} of {what} as {str(value.dtype).removeprefix('torch.')}, got "
+                f"{str(state[name].dtype).removeprefix('torch.')}; quantised weights are not read: save them as floats."
+            )
+    module.load_state_dict(check_finite(state, what))
     return module.eval().requires_grad_(False)
 
 
