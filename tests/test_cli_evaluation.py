@@ -1,6 +1,7 @@
 """`diffclass evaluate` of classifiers by name, `verify` and `list`: stored, resumed, refused, and wrong when tampered with."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 
@@ -12,7 +13,8 @@ from diffclass.classifiers import cnn
 from diffclass.classifiers.base import Held
 from diffclass.data.worlds import world_of
 from diffclass.evaluation import accuracies, protocols, runs
-from diffclass.storage import assets, results
+from diffclass.storage import assets, files, results
+from diffclass.zoo import attacks
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -189,9 +191,9 @@ def test_bad_input_gets_a_sentence(weights, tmp_path, store):
     assert "expected --store FOLDER with --attack" in sentence(run(*attack))
     assert "did you mean 8/255" in sentence(run(*attack, *new, "--epsilon", 8))
     assert "the norm" in sentence(run(*attack, *new, "--norm", "l1"))
-    assert (
-        "expected the attack to be one of 'paper', 'honest', 'pgd', 'apgd', got 'fab'"
-        in sentence(run("evaluate", "--attack", "fab", *TRAINED, *new))
+    choice = ", ".join(map(repr, ("paper", "honest", *attacks.ENTRIES)))
+    assert f"expected the attack to be one of {choice}, got 'fab'" in sentence(
+        run("evaluate", "--attack", "fab", *TRAINED, *new)
     )
     assert "the classifier of digits" in sentence(run(*attack, *new, "--classifier", "gan"))
     plane = ("--world", "plane:moons", "--limit", 2)
@@ -205,6 +207,44 @@ def test_bad_input_gets_a_sentence(weights, tmp_path, store):
     )
     assert "'seed'] differ" in sentence(run(*attack, "--store", store, "--seed", 1))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("0.03", 0.03), ("8/255", 8 / 255), ("0.5/2", 0.25), ("1e-2", 0.01), (" 1 / 50 ", 0.02)],
+)
+def test_a_budget_is_a_number_or_a_fraction(weights, tmp_path, text, value):
+    options = (*TRAINED, "--limit", 1, "--attack", "pgd", "--steps", 1)
+    done = run("evaluate", *options, "--store", tmp_path / "run", "--epsilon", text)
+    assert done.exit_code == 0, done.output
+    assert runs.read(tmp_path / "run").protocol.epsilon == value
+
+
+def test_the_budget_that_is_suggested_is_accepted(weights, tmp_path):
+    options = (*TRAINED, "--limit", 1, "--attack", "pgd", "--steps", 1, "--store", tmp_path / "run")
+    hint = sentence(run("evaluate", *options, "--epsilon", "8"))
+    suggested = re.search(r"did you mean (\S+)\?", hint)[1]
+    assert run("evaluate", *options, "--epsilon", suggested).exit_code == 0
+    assert runs.read(tmp_path / "run").protocol.epsilon == 8 / 255
+    options = ("--norm", "l2", "--limit", 1, "--attack", "pgd", "--steps", 1)
+    store = ("--store", tmp_path / "large")
+    assert run("evaluate", *TRAINED, *options, *store, "--epsilon", "8").exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["8/0", "nan", "inf", "x", "8/255/2", "", "1/nan"])
+def test_a_budget_that_is_no_number_is_refused(tmp_path, text):
+    for command in (("evaluate",), ("audit", "cnn")):
+        done = run(*command, "--epsilon", text, "--json")
+        content = json.loads(done.stdout)
+        assert done.exit_code == 2 and "expected a number or a fraction" in content["error"]
+
+
+def test_a_second_writer_gets_a_sentence_and_a_document(store):
+    with files.locked(store):
+        options = ("--attack", "paper", *TRAINED, "--store", store)
+        done = run("--json", "evaluate", *options)
+    assert done.exit_code == 3 and "another run holds its lock" in json.loads(done.stdout)["error"]
+    assert "fault of the program" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,14 +9,17 @@ from diffclass import attacks, zoo
 from diffclass.classifiers.base import BLOCK, Classifier, Held
 from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.votes import MajorityVote
-from diffclass.evaluation import claims, protocols, tables
+from diffclass.evaluation import protocols, tables
 from diffclass.evaluation.protocols import Attack, AttackNoise, Protocol
 from diffclass.noise import generator_of
+from diffclass.storage import assets
+from diffclass.zoo import attacks as attack_table
 
 SHAPE = (1, 2, 2)
 FIELDS = ("loss", "steps", "method", "gradient", "fresh", "draws", "restarts", "step", "start")
+TARGETS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 
-# What `protocols.honest` listed for every classifier of digits before classifiers declared anything, in the order of FIELDS.
+# What honest-1 listed for every classifier of digits before classifiers declared anything, in the order of FIELDS.
 DETERMINISTIC = (
     ("margin", 100, "apgd", "exact", False, 1, 5, None, "image"),
     ("DLR", 100, "apgd", "exact", False, 1, 5, None, "image"),
@@ -55,6 +58,31 @@ HONEST = {
         ("scaled CE", 100, "pgd", "exact", True, 4, 1, 0.1, "image"),
     ),
 }
+# What honest-2 lists for three classes, in the order of FIELDS and of the targets.
+SQUARE = ("margin", 1000, "square", "exact", False, 1, 1, None, "image", ())
+DETERMINISTIC_2 = (
+    ("margin", 1, "fgsm", "exact", False, 1, 1, None, "image", ()),
+    ("margin", 100, "apgd", "exact", False, 1, 5, None, "image", ()),
+    ("targeted margin", 100, "apgd", "exact", False, 1, 1, None, "image", (1, 2)),
+    ("DLR", 100, "apgd", "exact", False, 1, 5, None, "image", ()),
+    ("scaled CE", 100, "apgd", "exact", False, 1, 5, None, "image", ()),
+    SQUARE,
+)
+RANDOM_2 = (
+    ("DLR", 100, "apgd", "exact", False, 1, 1, None, "image", ()),
+    ("margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image", ()),
+    ("scaled CE", 100, "pgd", "exact", True, 1, 1, 0.1, "image", ()),
+    SQUARE,
+    ("targeted margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image", (1, 2)),
+)
+PURIFIED_2 = (
+    ("DLR", 100, "pgd", "bpda", True, 1, 1, 0.1, "image", ()),
+    ("scaled CE", 100, "apgd", "exact", False, 1, 1, None, "image", ()),
+    ("margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image", ()),
+    ("targeted margin", 100, "pgd", "bpda", True, 1, 1, 0.1, "image", (1, 2)),
+    SQUARE,
+    ("targeted margin", 100, "pgd", "exact", True, 1, 1, 0.1, "image", (1, 2)),
+)
 RDC = (("DLR", 100, "apgd", "bpda", True, 1, 5, None, "random"),)
 MADRY = (("CE", 20, "pgd", "exact", False, 1, 1, 0.25, "random"),)
 PAPER = {
@@ -109,7 +137,12 @@ class Toy(Classifier):
 
 
 def in_full(protocol: Protocol) -> tuple:
-    return tuple(tuple(asdict(attack).values()) for attack in protocol.attacks)
+    """Every attack as FIELDS, without targets that it has not."""
+    return tuple(tuple(asdict(attack).values())[:9] for attack in protocol.attacks)
+
+
+def first_honest(classifier, norm: str, epsilon: float) -> Protocol:
+    return protocols.named("honest", 1, classifier, "madry", norm, epsilon)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,16 +151,17 @@ def in_full(protocol: Protocol) -> tuple:
 
 def test_the_lists_above_are_about_every_classifier_and_field():
     assert set(HONEST) == set(PAPER) == set(zoo.names("digits"))
-    assert FIELDS == tuple(asdict(Attack("margin")))
+    assert (*FIELDS, "targets") == tuple(asdict(Attack("margin")))
 
 
 @pytest.mark.parametrize("name", zoo.names("digits"))
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 1.0)])
-def test_the_honest_protocol_of_every_classifier_is_what_it_always_was(name, norm, epsilon):
-    protocol = protocols.honest(zoo.classifier("digits", name), norm, epsilon)
+def test_the_first_honest_protocol_of_every_classifier_is_what_it_always_was(name, norm, epsilon):
+    protocol = first_honest(zoo.classifier("digits", name), norm, epsilon)
     assert in_full(protocol) == HONEST[name]
     assert (protocol.key, protocol.norm, protocol.epsilon) == ("honest-1", norm, epsilon)
     assert protocol.draws == 10
+    assert not any(attack.targets for attack in protocol.attacks)
 
 
 @pytest.mark.parametrize("name", zoo.names("digits"))
@@ -145,52 +179,76 @@ def test_the_honest_protocol_has_what_it_promises(name):
     paper = protocols.paper(zoo.entry_of("digits", name).paper, "linf", 0.1)
     honest = protocols.honest(classifier, "linf", 0.1)
     listed = honest.attacks
-    assert honest.draws == 10
-    assert {attack.loss for attack in listed} == {"margin", "DLR", "scaled CE"}
-    assert all(attack.steps >= 100 for attack in listed) and len(honest.runs()) >= 3
+    assert (honest.key, honest.draws) == ("honest-2", 10)
+    losses = {attack.loss for attack in listed}
+    assert losses - {"targeted DLR"} == {"margin", "DLR", "scaled CE", "targeted margin"}
+    assert ("targeted DLR" in losses) == classifier.deterministic
+    assert all(attack.steps >= 100 for attack in listed if attack.method != "fgsm")
     for attack in listed:
-        assert attack.method == ("pgd" if attack.fresh else "apgd"), "a lucky draw is no ascent"
+        lucky = attack.fresh and attack.method != "pgd"
+        assert not lucky, "a lucky draw is no ascent"
+        assert attack.targets == (TARGETS if attack.loss.startswith("targeted") else ())
+    assert [attack.method for attack in listed].count("square") == 1
     gradients = set(classifier.gradients()) or {"exact"}
     assert {attack.gradient for attack in listed} == gradients
+    assert {attack.gradient for attack in listed if attack.targets} == gradients
     noises = {False} if classifier.deterministic else {True, False}
     assert {attack.fresh for attack in listed} == noises
     assert max(attack.draws for attack in listed) == classifier.eot
+    assert listed[0].runs()[0].calls == min(attack.runs()[0].calls for attack in listed)
+    # what the first version asked, the second asks too
+    assert set(first_honest(classifier, "linf", 0.1).attacks) <= set(listed)
     assert paper.source != honest.source and len(paper.source.split()) > 5
 
 
 KINDS = {
-    "deterministic": (Toy(random=False), DETERMINISTIC),
-    "held": (Held.seeded(Toy()), DETERMINISTIC),
+    "deterministic": (Toy(random=False), DETERMINISTIC, DETERMINISTIC_2),
+    "held": (Held.seeded(Toy()), DETERMINISTIC, DETERMINISTIC_2),
+    "random": (Toy(), RANDOM, RANDOM_2),
+    "votes": (MajorityVote(Toy(), 3), RANDOM, RANDOM_2),
+    "purified": (Toy(purified=True), PURIFIED, PURIFIED_2),
+}
+FOREIGN = {
     "somebody's, deterministic": (Foreign(torch.nn.Flatten(), 4, SHAPE), DETERMINISTIC),
-    "random": (Toy(), RANDOM),
     "somebody's, hidden noise": (Foreign(torch.nn.Flatten(), 4, SHAPE, "hidden"), RANDOM),
-    "votes": (MajorityVote(Toy(), 3), RANDOM),
-    "purified": (Toy(purified=True), PURIFIED),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_honest_protocol_follows_what_a_classifier_declares_and_no_name(kind):
-    classifier, listed = KINDS[kind]
-    assert in_full(protocols.honest(classifier, "linf", 0.1)) == listed
+    classifier, first, second = KINDS[kind]
+    assert in_full(first_honest(classifier, "linf", 0.1)) == first
+    listed = protocols.honest(classifier, "linf", 0.1).attacks
+    assert tuple(tuple(asdict(attack).values()) for attack in listed) == second
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_somebodys_classifier_gets_the_protocol_of_its_kind(kind):
+    classifier, first = FOREIGN[kind]
+    assert in_full(first_honest(classifier, "linf", 0.1)) == first
+    listed = protocols.honest(classifier, "linf", 0.1).attacks
+    targets = {attack.loss: attack.targets for attack in listed if attack.targets}
+    wanted = {"targeted margin"} | ({"targeted DLR"} if classifier.deterministic else set())
+    assert set(targets) == wanted and set(targets.values()) == {(1, 2, 3)}
 
 
 @pytest.mark.parametrize("purified", [False, True])
 def test_a_classifier_declares_how_many_draws_are_averaged(purified):
     listed = protocols.honest(Toy(purified=purified, eot=6), "linf", 0.1).attacks
     draws = [attack.draws for attack in listed]
-    assert draws == ([6, 1, 1] if purified else [6, 1, 6])
+    assert draws == ([1, 1, 6, 1, 1, 6] if purified else [1, 6, 6, 1, 6])
 
 
 @pytest.mark.parametrize("options", [{}, dict(random=False), dict(purified=True)])
 def test_two_classes_have_no_ratio_and_get_the_margin_again(options):
     two = protocols.honest(Toy(2, **options), "linf", 0.1).attacks
     three = protocols.honest(Toy(3, **options), "linf", 0.1).attacks
-    in_place = tuple(
+    in_place = [
         replace(attack, loss="margin") if attack.loss == "DLR" else attack for attack in three
-    )
-    assert two == tuple(dict.fromkeys(in_place))
-    assert not any(attack.loss == "DLR" for attack in two)
+    ]
+    one = [replace(attack, targets=(1,)) if attack.targets else attack for attack in in_place]
+    assert two == tuple(dict.fromkeys(one))
+    assert not any("DLR" in attack.loss for attack in two)
 
 
 def test_an_attack_climbs_the_gradient_that_it_names():
@@ -213,7 +271,7 @@ def convex_rivals(start: str) -> float:
     x = torch.rand(300, 1, 3, 4, generator=drawn)
     linear = torch.nn.Linear(12, 6, bias=False)
     linear.weight.data = weights
-    model = Foreign(torch.nn.Sequential(torch.nn.Flatten(), linear), 6, (1, 3, 4))
+    model = Foreign(torch.nn.Sequential(torch.nn.Flatten(), linear), 6, (1, 3, 4)).eval()
     y = model(x).argmax(1)
     noise = AttackNoise(0, 0, 0, torch.arange(300))
     *_, last = Attack("margin", 20, start=start).frames(model, x, y, 0.1, "linf", noise)
@@ -236,7 +294,65 @@ def test_the_calls_of_an_attack_are_its_steps_and_draws():
     assert Attack("margin", 7).calls == 8
     assert Attack("DLR", 3, restarts=2).calls == 4
     assert Attack("scaled CE", 2, draws=3).calls == 10
-    assert sum(attack.calls for attack in protocols.honest(Toy(), "l2", 1.0).runs()) == 304
+    assert Attack("targeted margin", 7, targets=(1, 2)).runs()[0].calls == 9
+    assert Attack("margin", 1000, "square", fresh=False).calls == 1001
+    assert sum(attack.calls for attack in first_honest(Toy(), "l2", 1.0).runs()) == 304
+    second = protocols.honest(Toy(), "l2", 1.0)
+    assert sum(attack.calls for attack in second.runs()) == 304 + 1001 + 2 * 102
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+def test_every_target_and_restart_is_a_run_of_its_own():
+    attack = Attack("targeted margin", restarts=2, targets=(1, 3))
+    runs = [(run.targets, run.start, run.restarts) for run in attack.runs()]
+    assert runs == [
+        ((1,), "image", 1),
+        ((3,), "image", 1),
+        ((1,), "random", 1),
+        ((3,), "random", 1),
+    ]
+    listed = (Attack("margin"), attack)
+    assert len(Protocol("honest", "linf", 0.1, listed).runs()) == 5
+    assert len(Attack("margin", restarts=3).runs()) == 3
+
+
+def test_a_target_is_the_wrong_class_of_its_rank_under_the_held_noise(monkeypatch):
+    toy = Toy(4)
+    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2])
+    noise = AttackNoise(0, 0, 0, rows(3))
+    order = attacks.ranked(toy, x, y, noise.source(toy, fresh=False))
+    towards = []
+    told = attacks.targeted_loss
+    monkeypatch.setitem(
+        protocols.TARGETED, "targeted margin", lambda target: towards.append(target) or told(target)
+    )
+    whole = Attack("targeted margin", 2, "pgd", step=0.1, targets=(1, 2, 3))
+    for run in whole.runs():
+        *_, last = run.frames(toy, x, y, 0.1, "linf", noise)
+        assert last.x.shape == x.shape
+    assert torch.equal(torch.stack(towards, 1), order)
+    with pytest.raises(ValueError, match="expected one target of a run, got 3"):
+        whole.frames(toy, x, y, 0.1, "linf", noise)
+    beyond = Attack("targeted margin", targets=(4,))
+    with pytest.raises(ValueError, match="expected targets among 3 wrong classes, got number 4"):
+        beyond.frames(toy, x, y, 0.1, "linf", noise)
+
+
+def test_the_squares_are_seeded_by_the_run(monkeypatch):
+    toy = Toy(4)
+    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2])
+    squares = Attack("margin", 5, "square", fresh=False)
+    results = []
+    for seed in (0, 0, 1):
+        noise = AttackNoise(seed, 0, 0, rows(3))
+        *_, last = squares.frames(toy, x, y, 0.1, "linf", noise)
+        results.append(last.x)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +412,11 @@ def test_the_view_is_calibrated_on_noise_that_no_step_has(monkeypatch):
 
 def every_protocol() -> list[Protocol]:
     listed = [protocols.paper(name, "l2", 0.5) for name in protocols.PAPERS]
-    listed += [protocols.honest(classifier, "linf", 8 / 255) for classifier, _ in KINDS.values()]
+    for classifier, _, _ in KINDS.values():
+        listed += [
+            define(classifier, "linf", 8 / 255) for define in (first_honest, protocols.honest)
+        ]
+    listed.append(protocols.alone("autoattack-10", Toy(5), "l2", 0.1))
     return [*listed, protocols.single(Attack("margin", 7, "pgd", step=0.1), "linf", 0.1)]
 
 
@@ -304,16 +424,25 @@ def every_protocol() -> list[Protocol]:
 def test_the_identity_of_a_protocol_is_everything_that_was_chosen(protocol):
     content = json.loads(json.dumps(protocol.as_json(), allow_nan=False))
     assert set(content) == {"name", "norm", "epsilon", "attacks", "version", "draws"}
-    assert all(tuple(attack) == FIELDS for attack in content["attacks"])
+    for attack, listed in zip(protocol.attacks, content["attacks"], strict=True):
+        assert tuple(listed) == (*FIELDS, "targets") if attack.targets else FIELDS
     assert Protocol.of_json(content) == protocol
-    assert protocol.source.endswith(".") and protocol.key == f"{protocol.name}-1"
+    assert protocol.source.endswith(".") and protocol.key == f"{protocol.name}-{protocol.version}"
+
+
+def test_identities_of_before_there_were_targets_are_read_and_are_the_same():
+    stored = sorted(assets.folder().glob("records/*-attacks/*/settings.json"))
+    assert stored
+    for path in stored:
+        content = json.loads(path.read_text())["protocol"]
+        assert Protocol.of_json(content).as_json() == content, path
 
 
 CHANGES = {
     "name": "paper-rdc",
     "norm": "l2",
     "epsilon": 0.2,
-    "version": 2,
+    "version": 1,
     "draws": 11,
     "attacks": (Attack("margin"), Attack("DLR")),
 }
@@ -354,8 +483,17 @@ def test_names_and_choices_that_do_not_exist():
         protocols.paper("rdc", "linf", 0.1, classes=2)
     assert protocols.paper("madry", "linf", 0.1, classes=2).attacks
     for options, said in (
-        (dict(loss="margins"), "expected a loss of"),
-        (dict(method="cg"), "expected the attack to be one of 'pgd', 'apgd'.*got 'cg'"),
+        (dict(loss="margins"), "expected a loss of .* for apgd, got 'margins'"),
+        (dict(method="cg"), "expected the attack to be one of 'fgsm', 'pgd', 'apgd'.*got 'cg'"),
+        (dict(method="cw", fresh=False), "expected a loss of .*'its own'.* for cw, got 'margin'"),
+        (dict(loss="its own"), "expected a loss of .* for apgd, got 'its own'"),
+        (dict(method="square"), "expected held noise for square, .* got fresh noise"),
+        (dict(method="fgsm"), "expected 1 steps of fgsm, which has no other number, got 100"),
+        (dict(loss="targeted margin"), r"expected the ranks of its targets for apgd .* got \(\)"),
+        (dict(targets=(1,)), r"expected no targets for apgd .* got \(1,\)"),
+        (dict(loss="targeted margin", targets=(0, 1)), r"ranks from 1, each once, got \(0, 1\)"),
+        (dict(loss="targeted margin", targets=(1, 1)), r"ranks from 1, each once, got \(1, 1\)"),
+        (dict(loss="targeted margin", targets=(1.5,)), r"ranks from 1, each once, got \(1.5,\)"),
         (dict(gradient="straight"), "a gradient of .*'exact', 'bpda'"),
         (dict(draws=4, fresh=False), "one draw of held noise"),
         (dict(steps=0), "at least one step"),
@@ -375,32 +513,80 @@ def test_attacks_in_words():
     assert str(Attack("DLR", gradient="bpda")) == "apgd DLR 100, BPDA, fresh noise"
     assert str(Attack("CE", 20, "pgd", draws=4, step=0.1)) == "pgd CE 20, exact, fresh noise x4"
     assert str(Attack("margin", fresh=False)) == "apgd margin 100, exact, held noise"
+    towards = Attack("targeted margin", fresh=False, targets=(1, 2))
+    assert str(towards) == "apgd targeted margin 100, exact, held noise, 2 targets"
+    assert str(towards.runs()[1]).endswith("held noise, towards wrong class 2")
+    assert str(Attack("margin", 1, "fgsm")) == "fgsm margin, exact, fresh noise"
+    own = Attack("its own", 50, "cw", fresh=False)
+    assert str(own) == "cw 50, exact, held noise"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A claim's protocol is the one that its name has in the library
+# A protocol by its name
 
 
-def test_a_named_protocol_is_the_librarys_own():
+def test_a_protocol_is_named_by_its_name_and_version():
     toy = Toy()
-    known = (
-        protocols.honest(toy, "l2", 0.3),
-        protocols.paper("madry", "linf", 0.1),
-        protocols.single(Attack("margin", 3), "l2", 0.2),
-    )
-    for protocol in known:
-        assert claims.named_protocol(toy, "madry", protocol) == protocol
-        shorter = replace(protocol, attacks=(Attack("DLR", 1),))
-        same = claims.named_protocol(toy, "madry", shorter) == shorter
-        assert same == (protocol.name == "single")
-    assert claims.named_protocol(toy, "madry", replace(known[2], draws=1)).draws == 10
+    assert protocols.named("honest", 2, toy, "madry", "l2", 0.3) == protocols.honest(toy, "l2", 0.3)
+    first = protocols.named("honest", 1, toy, "madry", "l2", 0.3)
+    assert in_full(first) == RANDOM and first.key == "honest-1"
+    paper = protocols.named("paper-madry", 1, toy, "madry", "linf", 0.1)
+    assert paper == protocols.paper("madry", "linf", 0.1)
 
 
-@pytest.mark.parametrize("change", [dict(version=2), dict(name="paper-rdc"), dict(name="best")])
-def test_a_protocol_that_the_library_does_not_know_cannot_be_judged_by(change):
-    claimed = replace(protocols.honest(Toy(), "linf", 0.1), **change)
-    with pytest.raises(ValueError, match=f"got {claimed.key}; this library cannot judge by it"):
-        claims.named_protocol(Toy(), "madry", claimed)
+@pytest.mark.parametrize(
+    "name, version",
+    [
+        ("honest", 3),
+        ("honest", 0),
+        ("paper-rdc", 1),
+        ("paper-madry", 2),
+        ("single", 1),
+        ("best", 1),
+    ],
+)
+def test_a_protocol_that_the_library_does_not_know_cannot_be_judged_by(name, version):
+    said = f"honest-1, honest-2, paper-madry-1 .* got {name}-{version}; this library cannot judge"
+    with pytest.raises(ValueError, match=said):
+        protocols.named(name, version, Toy(), "madry", "linf", 0.1)
+
+
+ALONE = {
+    "fgsm": Attack("margin", 1, "fgsm"),
+    "pgd": Attack("margin", 100, "pgd", step=0.1, draws=4),
+    "apgd": Attack("margin", draws=4),
+    "square": Attack("margin", 1000, "square", fresh=False),
+    "mifgsm": Attack("its own", 10, "mifgsm", fresh=False),
+    "cw": Attack("its own", 50, "cw", fresh=False),
+    "autoattack-10": Attack("its own", 10, "autoattack-10", fresh=False, targets=(1, 2, 3)),
+    "autoattack-100": Attack("its own", 100, "autoattack-100", fresh=False, targets=(1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_attack_by_name_has_all_its_choices_made(name):
+    assert set(ALONE) == set(attack_table.ENTRIES)
+    norm = zoo.attack(name).norms[0]
+    wanted = ALONE[name]
+    if name == "fgsm":
+        wanted = replace(wanted, draws=4)
+    assert protocols.alone(name, Toy(4, eot=4), norm, 0.1) == protocols.single(wanted, norm, 0.1)
+    without = protocols.alone(name.upper(), Toy(4, random=False), norm, 0.1).attacks
+    assert without == (replace(wanted, fresh=False, draws=1),)
+
+
+def test_one_attack_by_name_that_cannot_be_meant_gets_a_sentence():
+    three = Toy(3)
+    assert protocols.alone("pgd", three, "l2", 0.1, steps=5).attacks[0].step == 0.5
+    for name, norm, steps, said in (
+        ("cw", "linf", None, "expected a norm of l2 for the attack cw, got 'linf'"),
+        ("mifgsm", "l2", None, "expected a norm of linf for the attack mifgsm, got 'l2'"),
+        ("autoattack-10", "l2", None, "at least 4 classes for the attack autoattack-10, got 3"),
+        ("fgsm", "l2", 7, "expected 1 steps of fgsm"),
+        ("cg", "l2", None, "expected the attack to be one of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            protocols.alone(name, three, norm, 0.1, steps)
 
 
 def test_every_table_asks_for_protocols_that_exist():

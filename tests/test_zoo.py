@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchattacks
 from diffclass import attacks, data, zoo
 from diffclass.classifiers import cnn
 from diffclass.classifiers.base import Held, draw, parts
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.idc import TranslationClassifier
 from diffclass.classifiers.purified import (
     LikelihoodMaximisation,
@@ -43,6 +45,7 @@ DIGITS = (
     "diffpure",
     "idc",
 )
+ATTACKS = ("fgsm", "pgd", "apgd", "square", "mifgsm", "cw", "autoattack-10", "autoattack-100")
 PLANE = ("dc", "vote", "rdc1", "rdc5", "rdc-released")
 DETERMINISTIC = ("cnn", "adversarial")
 PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
@@ -89,7 +92,7 @@ def test_the_names_of_every_world():
     for law in data.plane.PLANE_LAWS:
         assert zoo.names(f"plane:{law}") == PLANE
     assert tuple(classifier_table.ENTRIES) == DIGITS
-    assert tuple(attack_table.ENTRIES) == ("pgd", "apgd")
+    assert tuple(attack_table.ENTRIES) == ATTACKS
 
 
 def test_every_entry_tells_the_reader_what_it_is():
@@ -307,10 +310,116 @@ def test_names_that_do_not_exist():
         (lambda: zoo.names("plane"), "the law of the plane"),
         (lambda: zoo.classifier("digits:moons", "dc"), "alone or with one of"),
         (lambda: world_of("digits").budget("l1"), "the norm"),
-        (lambda: zoo.attack("fgsm"), "expected the attack to be one of 'pgd', 'apgd', got 'fgsm'"),
+        (lambda: zoo.attack("stadv"), "the attack to be one of 'fgsm', 'pgd', .*, got 'stadv'"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attacks of torchattacks, and one step
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear classifier of five classes, images of 5x5 pixels and the labels that it gives them."""
+    draw = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(25, 5, bias=False)
+    layer.weight.data = torch.randn(5, 25, generator=draw)
+    module = torch.nn.Sequential(torch.nn.Flatten(), layer).eval()
+    model = Foreign(module, 5, (1, 5, 5))
+    x = 0.2 + 0.6 * torch.rand(16, 1, 5, 5, generator=draw)
+    return model, x, model(x).argmax(1).detach()
+
+
+def result(name, linear, epsilon, norm, **options):
+    """The last frame of an attack by name."""
+    entry = zoo.attack(name)
+    options = dict(steps=entry.steps or entry.usual) | options
+    if entry.targeted:
+        options["targets"] = 4
+    *_, last = entry.run(*linear, epsilon, norm=norm, **options)
+    return last
+
+
+LIBRARY = [("mifgsm", "linf"), ("cw", "l2"), ("autoattack-10", "linf"), ("autoattack-10", "l2")]
+
+
+@pytest.mark.parametrize("name, norm", LIBRARY)
+def test_attacks_of_a_library_keep_to_the_budget_and_leave_nothing_changed(
+    linear, name, norm, monkeypatch
+):
+    queries = torchattacks.Square.__init__
+    monkeypatch.setattr(
+        torchattacks.Square,
+        "__init__",
+        lambda self, *given, **options: queries(self, *given, **{**options, "n_queries": 20}),
+    )
+    model, x, y = linear
+    state = torch.random.get_rng_state()
+    epsilon = 0.03 if norm == "linf" else 0.15
+    last = result(name, linear, epsilon, norm)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert float(attacks.size_of(last.x - x, norm).max()) <= epsilon + 1e-6
+    assert torch.equal(last.logits, model(last.x)) and not last.x.requires_grad
+    assert torch.equal(last.fooled, last.logits.argmax(1) != y)
+    assert 0 < int(last.fooled.sum()) < 16
+    assert torch.equal(last.x, result(name, linear, epsilon, norm).x)
+    bound = zoo.attack(name).calls(zoo.attack(name).usual, 4)
+    assert 10 <= last.step <= bound - 2, "a look for the scale, and one at the end, come on top"
+    nothing = result(name, linear, 0.0, norm)
+    assert not bool(nothing.fooled.any()) and float(nothing.size.max()) == 0
+    assert not any(part.training for part in model.module.modules())
+
+
+def test_cw_is_that_of_torchattacks(linear):
+    model, x, y = linear
+    # in training mode, as a view begins, the library would leave the classifier in it too
+    view = attacks.AttackView.calibrated(model, x).eval()
+    theirs = torchattacks.CW(view, c=1, steps=50, lr=0.01)(x, y)
+    ours = result("cw", linear, 5.0, "l2").x
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert float(attacks.size_of(ours - x, "l2").max()) > 0
+
+
+def test_autoattack_by_its_two_names_differs_in_the_steps_alone(linear):
+    model, x, _ = linear
+    shown = attack_table.Shown(model, x, ())
+    for count in (10, 100):
+        chosen = attack_table._autoattack(shown, 0.1, "linf", count, 4, 0)
+        *gradients, squares = chosen._autoattack.attacks
+        assert [part.steps for part in gradients] == [count] * 3
+        assert squares.n_queries == 5000
+        assert gradients[1].n_target_classes == gradients[2].n_target_classes == 4
+    assert torchattacks.APGD(shown).steps == 10, "what the library ships"
+
+
+def test_a_library_gets_held_noise_and_a_classifier_in_eval_mode(linear):
+    model, x, y = linear
+    run = zoo.attack("mifgsm").run
+    with pytest.raises(ValueError, match="expected one held noise for an attack of torchattacks"):
+        next(run(model, x, y, 0.1, noise=lambda step, draw: (), steps=3))
+    with pytest.raises(ValueError, match="expected images of 5x5 pixels or more for AutoAttack"):
+        small = Foreign(torch.nn.Flatten().eval(), 4, (1, 2, 2))
+        image = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        labels = small(image).argmax(1)
+        run = zoo.attack("autoattack-10").run
+        next(run(small, image, labels, 0.1, norm="l2", steps=10, targets=3))
+    training = Foreign(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(25, 5)), 5, (1, 5, 5)
+    )
+    for name in ("mifgsm", "square", "fgsm"):
+        with pytest.raises(ValueError, match="expected a classifier in eval mode"):
+            next(zoo.attack(name).run(training.train(), x, y, 0.1, steps=1))
+
+
+def test_one_step_is_one_step_of_pgd(linear):
+    model, x, y = linear
+    for norm in ("linf", "l2"):
+        *_, wanted = attacks.pgd(model, x, y, 0.1, norm=norm, steps=1, step_size=0.1)
+        assert torch.equal(result("fgsm", linear, 0.1, norm).x, wanted.x)
+    with pytest.raises(ValueError, match="expected one step of fgsm, which has no more, got 5"):
+        result("fgsm", linear, 0.1, "linf", steps=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

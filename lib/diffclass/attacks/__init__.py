@@ -3,6 +3,7 @@
 from diffclass.attacks.adaptive import (
     unlikeliness,
 )
+from diffclass.attacks.blackbox import square
 from diffclass.attacks.losses import (
     AttackLoss,
     Penalty,
@@ -26,6 +27,7 @@ from diffclass.attacks.search import (
     smallest_l2,
     worst_case,
 )
+from diffclass.attacks.targeted import ranked, ranks
 from diffclass.attacks.views import (
     AttackView,
     Bent,
@@ -48,9 +50,12 @@ __all__ = [
     "noise_at",
     "pgd",
     "project",
+    "ranked",
+    "ranks",
     "shrink",
     "size_of",
     "smallest_l2",
+    "square",
     "targeted_dlr_loss",
     "targeted_loss",
     "unlikeliness",

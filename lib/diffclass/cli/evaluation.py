@@ -10,9 +10,13 @@ import typer
 
 from diffclass.cli.base import (
     EXIT_CODES,
+    MANY_LEVELS,
+    MANY_PICTURES,
+    MANY_STEPS,
     OK,
     PROBLEM,
     VERSION,
+    Epsilon,
     Json,
     Seed,
     app,
@@ -21,11 +25,15 @@ from diffclass.cli.base import (
 )
 
 NAME = 16  # columns of a name in a table
-STEPS = 100  # of a single attack
-# An attack that is told the length of its steps takes them of a tenth of the budget; few steps are longer, so that all of
-# them together can cross the budget from any start (Madry et al. 2018: 2.5 budgets in all).
-STEP_SIZE = 0.1
-REACH = 2.5
+
+
+def _records_file(path: Path | None) -> Path | None:
+    """A file that a record can be added to: looked at before the measurement begins, not after it."""
+    if path is not None:
+        from diffclass.storage import results
+
+        results.check_appendable(path)
+    return path
 
 
 @app.command(epilog=EXIT_CODES)
@@ -39,9 +47,10 @@ def evaluate(
         str | None, typer.Option(help="The denoiser of dc by name, such as contrastive.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Pictures; all of them, or 1000 points.")
+        int | None,
+        typer.Option(min=1, max=MANY_PICTURES, help="Pictures; all of them, or 1000 points."),
     ] = None,
-    levels: Annotated[int, typer.Option(min=1, help="Noise levels of dc.")] = 16,
+    levels: Annotated[int, typer.Option(min=1, max=MANY_LEVELS, help="Noise levels of dc.")] = 16,
     weighting: Annotated[
         str, typer.Option(help="Weighting of dc: a name of noise.WEIGHTINGS.")
     ] = "ELBO",
@@ -49,19 +58,25 @@ def evaluate(
         str | None, typer.Option(help="A protocol (paper or honest), or one attack by name.")
     ] = None,
     norm: Annotated[str, typer.Option(help="Norm of an attack's budget: linf or l2.")] = "linf",
-    epsilon: Annotated[
-        float | None, typer.Option(help="Budget in pixels of [0,1], not the world's.")
+    epsilon: Epsilon = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MANY_STEPS, help="Steps of one attack by name.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of one attack by name.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Keep losses or perturbations here; resumable.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Pictures at once, on clean images: less needs less memory.")
+        int,
+        typer.Option(
+            min=1,
+            max=MANY_PICTURES,
+            help="Pictures at once, on clean images: less needs less memory.",
+        ),
     ] = 8,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network of dc.")] = "fp32",
     record: Annotated[
-        Path | None, typer.Option(help="Append the result to this .jsonl file.")
+        Path | None,
+        typer.Option(callback=_records_file, help="Append the result to this .jsonl file."),
     ] = None,
     seed: Seed = 0,
     json_wanted: Json = False,
@@ -221,22 +236,7 @@ def _protocol(attack: str, classifier, paper: str, norm: str, epsilon: float, st
         if name == "paper":
             return protocols.paper(paper, norm, epsilon, classes=classifier.num_classes)
         return protocols.honest(classifier, norm, epsilon)
-    entry = attacks.attack(name)
-    if norm not in entry.norms:
-        raise ValueError(
-            f"expected a norm of {', '.join(entry.norms)} for the attack {name}, got {norm!r}."
-        )
-    count = STEPS if steps is None else steps
-    random = not classifier.deterministic
-    chosen = protocols.Attack(
-        loss="margin",
-        steps=count,
-        method=name,
-        fresh=random,
-        draws=classifier.eot if random else 1,
-        step=max(STEP_SIZE, REACH / count) if entry.step_size else None,
-    )
-    return protocols.single(chosen, norm, epsilon)
+    return protocols.alone(name, classifier, norm, epsilon, steps)
 
 
 def _watched(run, what: str, total: int, note=lambda item: ""):
@@ -259,9 +259,26 @@ def _watched(run, what: str, total: int, note=lambda item: ""):
 def verify(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="What `evaluate --attack ... --store` has left.")],
+    reattack: Annotated[
+        int,
+        typer.Option(
+            min=0, max=MANY_PICTURES, help="Survivors that are attacked again; 0 for none."
+        ),
+    ] = 8,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**32 - 1, help="Of the verification's own noise; else nobody's choice."
+        ),
+    ] = None,
     json_wanted: Json = False,
 ):
-    """Check a claim of robustness by its stored perturbations: one pass, no attack; exit code 1 if it does not hold."""
+    """Check a claim of robustness as one who trusts nothing in its folder; exit code 1 if it does not stand.
+
+    The classifier is asked about every picture of the claim, with the noise of the record and with noise of its own, and a
+    sample of the pictures that survived is attacked again by the protocol's own attacks. What falls then is kept in
+    FOLDER/found-by-verify.jsonl: no fault, unless it is more than the claim's own interval allows.
+    """
     from diffclass import zoo
     from diffclass.data.worlds import world_of
     from diffclass.device import device
@@ -272,35 +289,54 @@ def verify(
     run = runs.read(folder)
     claimed = claims.kept(folder)
     settings = run.settings
-    world = settings["world"]
+    place = world_of(settings["world"])
     name = settings["classifier"]
-    images, labels = world_of(world).test(settings["n"], settings["seed"])
+    images, labels = place.test(max(1, len(run.rows)), settings["seed"])
+    own = claims.own_seed() if seed is None else seed
+    answer.content |= dict(seed=own)
     checked = claims.verify(
-        zoo.classifier(world, name).to(device()),
+        zoo.classifier(place.name, name).to(device()),
         images,
         labels,
         run,
-        zoo.checkpoints(world, name),
+        zoo.checkpoints(place.name, name),
         claimed,
-        zoo.entry_of(world, name).paper,
+        zoo.entry_of(place.name, name).paper,
+        world=place,
+        seed=own,
+        reattack=reattack,
     )
-    *_, state = _watched(checked, name, settings["n"])
+    *_, state = _watched(checked, name, len(run.rows), lambda item: item.note)
     for result in claimed:
         answer.say(f"{result.what}: {result}")
-    for fault in state.faults:
-        answer.say(f"WRONG      {fault}")
+    answer.say(f"checked with the seed {own}:")
+    for title, sentences in (
+        ("ABOUT", state.about),
+        ("SEEN", state.established),
+        ("NOT SEEN", state.open),
+        ("NEW", [claims.words_of(entry) for entry in state.new]),
+        ("WRONG", state.faults),
+    ):
+        for sentence in sentences:
+            answer.say(f"{title:10} {sentence}")
+    if state.new:
+        claims.keep_new(folder, state.new)
     stands = not state.faults
     answer.content |= dict(
         stands=stands,
         images=state.images,
         faults=state.faults,
+        about=state.about,
+        established=state.established,
+        not_established=state.open,
+        judged=state.judged,
+        attacked_again=state.attacked,
+        new=state.new,
         records=[_fields(result) for result in claimed],
     )
     verdict = "stands" if stands else "does not stand"
-    answer.say(
-        f"{verdict}: {state.images} of {settings['n']} pictures were asked about again, "
-        f"{len(state.faults)} faults."
-    )
+    count = f"{state.images} of {settings['n']} pictures were asked about again, {state.attacked} attacked again"
+    answer.say(f"{verdict}: {count}, {len(state.faults)} faults.")
     raise typer.Exit(OK if stands else PROBLEM)
 
 

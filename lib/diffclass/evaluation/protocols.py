@@ -25,6 +25,12 @@ LOSSES = {
     "scaled CE": attacks.cross_entropy_loss,
     "CE of softmax": _of_probabilities,
 }
+# Losses towards one wrong class: each target is a run of its own.
+TARGETED = {
+    "targeted margin": attacks.targeted_loss,
+    "targeted DLR": attacks.targeted_dlr_loss,
+}
+OWN = "its own"  # the loss of an attack that is told none
 GRADIENTS = ("exact", "bpda")
 STARTS = ("image", "random")
 
@@ -33,14 +39,17 @@ STARTS = ("image", "random")
 class Attack:
     """One attack of a protocol.
 
-    loss        a name of `LOSSES`
-    method      a name of `zoo.attacks`: "pgd" with steps of `step` budgets, or "apgd", which chooses its own
+    loss        a name of `LOSSES` or `TARGETED`, or `OWN`
+    method      a name of `zoo.attacks`: "pgd" with steps of `step` budgets, "apgd", which chooses its own, "square", ...
     gradient    of a purifier: "exact", or that of the identity ("bpda"); others have the exact one only
     fresh       whether a random classifier's noise is drawn anew at every call, or one noise is held
     draws       gradients averaged at every step (EOT); of held noise one is all there is
     restarts    runs, each an attack of its own; all but the first start at random
     start       where the first run starts: "image", or "random" inside the budget
-    Errors      ValueError for a name that does not exist, or averaged draws of one held noise
+    targets     the wrong classes that it goes towards, by rank: 1 is the most likely one on the clean image, under the
+                held noise; empty for a loss without a target
+    Errors      ValueError for a name that does not exist, averaged draws of one held noise, or choices that the method
+                does not have
     """
 
     loss: str
@@ -52,26 +61,51 @@ class Attack:
     restarts: int = 1
     step: float | None = None
     start: str = "image"
+    targets: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.start not in STARTS or self.gradient not in GRADIENTS:
             raise ValueError(
                 f"expected a start of {STARTS} and a gradient of {GRADIENTS}, got {self.start!r} and {self.gradient!r}."
             )
-        if self.loss not in LOSSES:
-            raise ValueError(f"expected a loss of {list(LOSSES)}, got {self.loss!r}.")
-        needs_step = attack_named(self.method).step_size
+        entry = attack_named(self.method)
+        allowed = [OWN] if entry.own_loss else [*LOSSES, *TARGETED]
+        if self.loss not in allowed:
+            raise ValueError(f"expected a loss of {allowed} for {self.method}, got {self.loss!r}.")
         if min(self.steps, self.draws, self.restarts) < 1:
             raise ValueError(
                 f"expected at least one step, draw and restart, got {self.steps}, {self.draws} and {self.restarts}."
+            )
+        if entry.steps not in (None, self.steps):
+            raise ValueError(
+                f"expected {entry.steps} steps of {self.method}, which has no other number, got {self.steps}."
             )
         if self.draws > 1 and not self.fresh:
             raise ValueError(
                 f"expected one draw of held noise, got {self.draws}, which would all be the same; average over fresh noise."
             )
-        if (self.step is not None) != needs_step:
-            wanted = "a step size" if needs_step else "no step size"
+        if self.fresh and entry.held:
+            raise ValueError(
+                f"expected held noise for {self.method}, which compares one call with the next, got fresh noise."
+            )
+        if (self.step is not None) != entry.step_size:
+            wanted = "a step size" if entry.step_size else "no step size"
             raise ValueError(f"expected {wanted} for {self.method}, got {self.step}.")
+        self._check_targets(entry.targeted or self.loss in TARGETED)
+
+    def _check_targets(self, wanted: bool) -> None:
+        # JSON has lists, and a list is not a tuple
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if bool(self.targets) != wanted:
+            words = "the ranks of its targets" if wanted else "no targets"
+            raise ValueError(
+                f"expected {words} for {self.method} with the loss {self.loss}, got {self.targets}."
+            )
+        whole = all(type(rank) is int and rank > 0 for rank in self.targets)
+        if not whole or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"expected targets as ranks from 1, each once, got {self.targets}; 1 is the most likely wrong class."
+            )
 
     def __str__(self) -> str:
         """The attack in words, for display."""
@@ -79,12 +113,44 @@ class Attack:
         if self.draws > 1:
             noise = f"{noise} x{self.draws}"
         gradient = "BPDA" if self.gradient == "bpda" else self.gradient
-        return f"{self.method} {self.loss} {self.steps}, {gradient}, {noise}"
+        name = self.method
+        if self.loss != OWN:
+            name = f"{name} {self.loss}"
+        if attack_named(self.method).steps is None:
+            name = f"{name} {self.steps}"
+        words = f"{name}, {gradient}, {noise}"
+        if len(self.targets) > 1:
+            words = f"{words}, {len(self.targets)} targets"
+        elif self.targets:
+            words = f"{words}, towards wrong class {self.targets[0]}"
+        return words
+
+    def as_json(self) -> dict:
+        """Its identity: every field, as JSON values; without targets as it was before there were any."""
+        content = {**asdict(self), "targets": list(self.targets)}
+        if not self.targets:
+            del content["targets"]
+        return content
 
     @property
     def calls(self) -> int:
-        """How often one run asks the classifier about an image, also to find the scale of its logits."""
-        return (self.steps + 1) * self.draws + int(self.loss == "scaled CE")
+        """How often one run asks the classifier about an image at most, also for the scale or the order of its logits."""
+        entry = attack_named(self.method)
+        looks = int(self.loss == "scaled CE" or self.loss in TARGETED)
+        return entry.calls(self.steps, len(self.targets)) * self.draws + looks
+
+    def runs(self) -> list["Attack"]:
+        """Each target, and of it each restart, as an attack of its own."""
+        towards = [self.targets]
+        if self.loss in TARGETED:
+            towards = [(rank,) for rank in self.targets]
+        return [
+            replace(
+                self, restarts=1, start=self.start if number == 0 else "random", targets=targets
+            )
+            for number in range(self.restarts)
+            for targets in towards
+        ]
 
     def frames(
         self,
@@ -98,24 +164,53 @@ class Attack:
         """One run on some images.
 
         Shapes      x [B,C,H,W] in [0,1], y [B] -> yields `attacks.AttackStep`
-        Errors      those of `attacks.pgd`
+        Errors      those of `attacks.pgd`; ValueError for several targets, which are several runs, for a rank that the
+                    classifier has no class of, for a norm or a number of classes that the method cannot attack
         """
         target = self.climbed(classifier)
         entry = attack_named(self.method)
+        if norm not in entry.norms or classifier.num_classes < entry.classes:
+            raise ValueError(
+                f"expected a norm of {', '.join(entry.norms)} and at least {entry.classes} classes for the attack "
+                f"{self.method}, got {norm!r} and {classifier.num_classes} classes."
+            )
+        last = max(self.targets, default=0)
+        if last >= classifier.num_classes:
+            raise ValueError(
+                f"expected targets among {classifier.num_classes - 1} wrong classes, got number {last}; the protocol was "
+                "chosen for another classifier."
+            )
         source = noise.source(target, self.fresh)
-        if self.loss == "scaled CE":
-            target = attacks.AttackView.calibrated(target, x, attacks.noise_at(source, -1, 0))
         options = dict(
             noise=source,
             norm=norm,
             steps=self.steps,
-            loss=LOSSES[self.loss],
-            draws=self.draws,
-            generator=noise.start() if self.start == "random" else None,
+            generator=noise.start() if self.start == "random" or entry.random else None,
         )
+        if self.loss in TARGETED:
+            options["loss"] = self._towards(target, x, y, noise)
+        elif self.loss != OWN:
+            options["loss"] = LOSSES[self.loss]
+        if self.loss == "scaled CE":
+            target = attacks.AttackView.calibrated(target, x, attacks.noise_at(source, -1, 0))
+        if self.draws > 1:
+            options["draws"] = self.draws
         if entry.step_size:
             options["step_size"] = self.step * epsilon
+        if entry.targeted:
+            options["targets"] = len(self.targets)
         return entry.run(target, x, y, epsilon, **options)
+
+    def _towards(
+        self, classifier: Classifier, x: Tensor, y: Tensor, noise: "AttackNoise"
+    ) -> attacks.AttackLoss:
+        """The loss towards each image's wrong class of this rank, by one noise that is the same for every rank."""
+        if len(self.targets) > 1:
+            raise ValueError(
+                f"expected one target of a run, got {len(self.targets)}; each of runs() has one."
+            )
+        order = attacks.ranked(classifier, x, y, noise.source(classifier, fresh=False))
+        return TARGETED[self.loss](order[:, self.targets[0] - 1])
 
     def climbed(self, classifier: Classifier) -> Classifier:
         """What this attack differentiates: the classifier by the chosen gradient, or the surrogate of its votes."""
@@ -191,7 +286,7 @@ class Protocol:
 
     def as_json(self) -> dict:
         """Its identity: every field, as JSON values."""
-        return {**asdict(self), "attacks": [asdict(attack) for attack in self.attacks]}
+        return {**asdict(self), "attacks": [attack.as_json() for attack in self.attacks]}
 
     @classmethod
     def of_json(cls, content: dict) -> "Protocol":
@@ -203,12 +298,8 @@ class Protocol:
             raise ValueError(f"expected the fields of a protocol, got others ({error}).") from None
 
     def runs(self) -> list[Attack]:
-        """The attacks in order, each restart as one of its own."""
-        return [
-            replace(attack, restarts=1, start=attack.start if number == 0 else "random")
-            for attack in self.attacks
-            for number in range(attack.restarts)
-        ]
+        """The attacks in order, each target and restart as one of its own."""
+        return [run for attack in self.attacks for run in attack.runs()]
 
 
 RDC_TESTER = (Attack("DLR", gradient="bpda", restarts=5, start="random"),)
@@ -233,8 +324,8 @@ SOURCES = {
     "paper-idc": "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
     "one frozen noise.",
     "paper-madry": "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start.",
-    "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, the "
-    "worst for each image, judged anew.",
+    "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, from "
+    "version 2 on every target and a search without gradients, the worst for each image, judged anew.",
     "single": "One attack alone, as it was asked for.",
 }
 
@@ -254,14 +345,32 @@ def paper(name: str, norm: str, epsilon: float, *, classes: int = 10) -> Protoco
     return Protocol(f"paper-{name}", norm, epsilon, PAPERS[name])
 
 
+_of_paper = paper  # in `named`, `paper` is a name
+
+
+# Queries of the black box. It is there for masked gradients, which few queries show; with AutoAttack's 5000 it would be
+# most of the cost.
+SQUARES = 1000
+
+
 def honest(classifier: Classifier, norm: str, epsilon: float) -> Protocol:
     """The protocol that a number should be quoted from: for every kind of classifier, all that is known to matter.
 
-    Source      Carlini et al. 2019; Croce & Hein 2020; Lee & Kim 2023
+    Source      Carlini et al. 2019; Croce & Hein 2020; Andriushchenko et al. 2020; Lee & Kim 2023
     Chosen by   what the classifier declares: whether it has noise, its gradients, and the draws to average (`eot`)
+    Order       cheap attacks first: an image that fell at every draw is not asked about again
+    Why targets an untargeted loss climbs towards the class that is nearest at the image, and another one may be reached
+                first within the budget: of a linear classifier it leaves images that a target takes
     Why pgd     under fresh noise APGD returns, and steps back to, the image whose draw was luckiest; PGD returns its last
-    Classes     fewer than 3 have no DLR loss, and get the margin's instead
+    Why held    squares compare one call with the next, so noise must not differ between them
+    Classes     fewer than 3 have no DLR loss, fewer than 4 no targeted one: the margin's are in their place; of more than
+                10 the 9 most likely wrong ones are targets
     """
+    return Protocol("honest", norm, epsilon, _honest_2(classifier), version=2)
+
+
+def _honest_1(classifier: Classifier) -> tuple[Attack, ...]:
+    """The first honest protocol, by which old records are judged: no targets, no black box."""
     ratio = "DLR" if classifier.num_classes > 2 else "margin"
     averaged = Attack("margin", 100, "pgd", draws=classifier.eot, step=0.1)
     if classifier.deterministic:
@@ -276,9 +385,106 @@ def honest(classifier: Classifier, norm: str, epsilon: float) -> Protocol:
         )
     else:
         listed = (averaged, Attack(ratio, fresh=False), replace(averaged, loss="scaled CE"))
-    return Protocol("honest", norm, epsilon, tuple(dict.fromkeys(listed)))
+    return tuple(dict.fromkeys(listed))
+
+
+def _honest_2(classifier: Classifier) -> tuple[Attack, ...]:
+    """The second honest protocol: the first one's attacks, targets, and squares."""
+    towards = attacks.ranks(classifier.num_classes)
+    ratio = "DLR" if classifier.num_classes > 2 else "margin"
+    averaged = Attack("margin", 100, "pgd", draws=classifier.eot, step=0.1)
+    averaged_towards = replace(averaged, loss="targeted margin", targets=towards)
+    if classifier.deterministic:
+        held_towards = [Attack("targeted margin", fresh=False, targets=towards)]
+        if classifier.num_classes > 3:
+            held_towards.append(replace(held_towards[0], loss="targeted DLR"))
+        listed = (
+            Attack("margin", 1, "fgsm", fresh=False),
+            Attack("margin", fresh=False, restarts=5),
+            *held_towards,
+            Attack(ratio, fresh=False, restarts=5),
+            Attack("scaled CE", fresh=False, restarts=5),
+            Attack("margin", SQUARES, "square", fresh=False),
+        )
+    elif "bpda" in classifier.gradients():
+        straight = replace(averaged, loss=ratio, gradient="bpda", draws=1)
+        listed = (
+            straight,
+            Attack("scaled CE", fresh=False),
+            averaged,
+            replace(straight, loss="targeted margin", targets=towards),
+            Attack("margin", SQUARES, "square", fresh=False),
+            averaged_towards,
+        )
+    else:
+        listed = (
+            Attack(ratio, fresh=False),
+            averaged,
+            replace(averaged, loss="scaled CE"),
+            Attack("margin", SQUARES, "square", fresh=False),
+            averaged_towards,
+        )
+    return tuple(dict.fromkeys(listed))
+
+
+HONEST = {1: _honest_1, 2: _honest_2}
+
+
+def named(
+    name: str, version: int, classifier: Classifier, paper: str, norm: str, epsilon: float
+) -> Protocol:
+    """The protocol of a name and version, as this library defines it for a classifier: records are judged by it.
+
+    Shapes      name as in `Protocol.name`; paper: the `paper` of the classifier's entry, the only one that it is judged by
+    Errors      ValueError for one that the library does not know, or whose attacks are its own choice ("single"); those of
+                `paper`
+    """
+    if name == "honest" and version in HONEST:
+        return Protocol("honest", norm, epsilon, HONEST[version](classifier), version)
+    if name == f"paper-{paper}" and version == 1:
+        return _of_paper(paper, norm, epsilon, classes=classifier.num_classes)
+    known = ", ".join(f"honest-{number}" for number in HONEST)
+    raise ValueError(
+        f"expected the protocol {known}, paper-{paper}-1 or single-1, got {name}-{version}; this library cannot judge by it."
+    )
 
 
 def single(attack: Attack, norm: str, epsilon: float) -> Protocol:
     """One attack alone."""
     return Protocol("single", norm, epsilon, (attack,))
+
+
+# An attack that is told the length of its steps takes them of a tenth of the budget; few steps are longer, so that all of
+# them together can cross the budget from any start (Madry et al. 2018: 2.5 budgets in all).
+STEP_SIZE = 0.1
+REACH = 2.5
+
+
+def alone(
+    name: str, classifier: Classifier, norm: str, epsilon: float, steps: int | None = None
+) -> Protocol:
+    """One attack by name alone, its other choices made for the classifier: noise, draws, targets, the length of steps.
+
+    Errors      ValueError for a name that does not exist, a norm, a number of steps or of classes that it cannot attack
+    """
+    entry = attack_named(name)
+    if norm not in entry.norms:
+        raise ValueError(
+            f"expected a norm of {', '.join(entry.norms)} for the attack {entry.name}, got {norm!r}."
+        )
+    if classifier.num_classes < entry.classes:
+        raise ValueError(
+            f"expected at least {entry.classes} classes for the attack {entry.name}, got {classifier.num_classes}."
+        )
+    count = (entry.steps or entry.usual) if steps is None else steps
+    fresh = not (classifier.deterministic or entry.held)
+    chosen = Attack(
+        loss=OWN if entry.own_loss else "margin",
+        steps=count,
+        method=entry.name,
+        fresh=fresh,
+        draws=classifier.eot if fresh else 1,
+        step=max(STEP_SIZE, REACH / count) if entry.step_size else None,
+        targets=attacks.ranks(classifier.num_classes) if entry.targeted else (),
+    )
+    return single(chosen, norm, epsilon)
