@@ -81,7 +81,7 @@ def test_a_new_classifier_is_evaluated_attacked_verified_and_audited(copy):
     folder = str(copy / "run")
     options = ("--classifier", "nearest", "--limit", "6", "--store", folder)
     attacked = document(copy, "evaluate", "--attack", "honest", *options)
-    bound = next(one for one in attacked["records"] if one["attack"] == "honest-1")
+    bound = next(one for one in attacked["records"] if one["attack"] == "honest-2")
     assert bound["value"] <= record["value"] and bound["settings"]["n"] == 6
     assert document(copy, "verify", folder)["stands"]
     audit = document(copy, "audit", "nearest", "--images", "8", "--only", "1,2,3,7,11,24")

@@ -232,6 +232,65 @@ def test_a_damaged_line_and_an_empty_folder_get_a_sentence(classifier, digits, t
         measuring.read(tmp_path)
 
 
+def change_line(folder, number, change):
+    """Change one line of stored losses."""
+    path = folder / "losses-0.jsonl"
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[number])
+    change(row)
+    lines[number] = json.dumps(row)
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def worst_of_all(row, value):
+    row["losses"][0][0] = value
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda row: worst_of_all(row, float("nan")), "expected finite losses .* on line 2 .* nan"),
+        (lambda row: worst_of_all(row, float("inf")), "expected finite losses .* on line 2 .* inf"),
+        (lambda row: worst_of_all(row, -1.0), "that are not negative on line 2 .* got -1.0"),
+        (lambda row: row.update(label=77), "expected a label from 0 to 9 on line 2 .*, got 77"),
+        (lambda row: row.update(label=-1), "expected a label from 0 to 9 on line 2 .*, got -1"),
+        (lambda row: row.update(label=1.0), "expected a label from 0 to 9 on line 2 .*, got 1.0"),
+        (lambda row: row.update(label=True), "expected a label from 0 to 9 on line 2 .*, got True"),
+        (lambda row: row.update(index=-1), "expected the number of an image.* line 2 .* got -1"),
+        (lambda row: row.update(index="1"), "expected the number of an image.* line 2 .* got '1'"),
+        (lambda row: row.update(index=400), "from 0 to 399, on line 2 .*, got 400"),
+        (lambda row: row.update(index=0), "expected each image once, got image 0 again on line 2 "),
+        (lambda row: row["losses"].pop(), "expected losses of 10 classes on line 2 .*, got 9"),
+        (lambda row: row.update(losses="x"), "line 2 of .* does not hold the losses of an image"),
+    ],
+)
+def test_stored_losses_are_not_trusted(classifier, digits, tmp_path, change, said):
+    run(classifier, digits, tmp_path, {"world": "digits"})
+    change_line(tmp_path, 1, change)
+    with pytest.raises(ValueError, match=said):
+        measuring.read(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        run(classifier, digits, tmp_path, {"world": "digits"})
+
+
+def test_stored_labels_are_those_of_the_world(classifier, digits, tmp_path):
+    run(classifier, digits, tmp_path)
+    right = int(digits[1][1])
+    change_line(tmp_path, 1, lambda row: row.update(label=(right + 1) % 10))
+    said = (
+        f"expected the label {right} of image 1 on line 2 of .*, got {(right + 1) % 10}; the file"
+    )
+    with pytest.raises(ValueError, match=said):
+        run(classifier, digits, tmp_path)
+
+
+def test_settings_without_levels_get_a_sentence(classifier, digits, tmp_path):
+    run(classifier, digits, tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"name": "t"}))
+    with pytest.raises(ValueError, match="to have noise levels, got one without"):
+        measuring.read(tmp_path)
+
+
 def test_losses_of_another_number_of_levels_are_noticed(classifier, digits, tmp_path):
     run(classifier, digits, tmp_path)
     settings = json.loads((tmp_path / "settings.json").read_text())

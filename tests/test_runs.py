@@ -122,10 +122,10 @@ def test_the_honest_protocol_reaches_the_closed_form(points, tmp_path, norm, dua
     clean, bound, *alone = claims.records_of(run)
     assert clean.value == 1 and clean.attack is None
     assert bound.value == float(wanted.double().mean()) and bound.method == "Clopper-Pearson"
-    assert (bound.attack, bound.part, bound.statistic) == ("honest-1", None, "single")
-    assert "upper bound" in bound.what and "honest-1" in bound.what and norm in bound.what
-    assert run.settings["draws"] == 1 and len(alone) == 3
-    assert all(record.attack == "honest-1" and record.part for record in alone)
+    assert (bound.attack, bound.part, bound.statistic) == ("honest-2", None, "single")
+    assert "upper bound" in bound.what and "honest-2" in bound.what and norm in bound.what
+    assert run.settings["draws"] == 1 and len(alone) == 6
+    assert all(record.attack == "honest-2" and record.part for record in alone)
 
 
 @pytest.fixture
@@ -244,6 +244,9 @@ def test_cost_is_counted(points, tmp_path):
     )
     run, _ = finished(model, points, Protocol("honest", "linf", 0.05, listed), tmp_path)
     assert sum(row["calls"] for row in run.rows) == model.seen
+    assert [runs.calls_of(row, run.protocol, 1) for row in run.rows] == [
+        row["calls"] for row in run.rows
+    ]
     for record in claims.records_of(run):
         assert record.settings["calls per image"] == round(model.seen / 60, 1)
 
@@ -739,6 +742,79 @@ def test_settings_of_an_unknown_stream_get_a_sentence(points, tmp_path):
     change_settings(tmp_path, stream=None)
     with pytest.raises(ValueError, match=r"got one without \['stream'\]"):
         runs.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("n", True),
+        ("n", 0),
+        ("n", "60"),
+        ("draws", 10**9),
+        ("seed", -1),
+        ("world", ""),
+        ("classifier", 3),
+        ("checkpoints", {"a": 1}),
+        ("protocol", []),
+        ("images", "ab"),
+    ],
+)
+def test_settings_that_no_run_has_get_a_sentence(points, tmp_path, name, value):
+    finished(Linear(), points, few(), tmp_path)
+    change_settings(tmp_path, **{name: value})
+    with pytest.raises(
+        ValueError, match=f"expected {name} in .*settings.json to be one that a run"
+    ):
+        runs.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(label=1.0),
+        dict(clean=True),
+        dict(hits="1"),
+        dict(calls=None),
+        dict(attacks=[[1, float("inf")], None, None]),
+        dict(attacks=[[1], None, None]),
+        dict(attacks=[[1.5, 0.0], None, None]),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_row_of_other_types_gets_a_sentence(points, tmp_path, change):
+    finished(Linear(), points, few(), tmp_path)
+    change_row(tmp_path, 4, lambda row: row.update(change))
+    with pytest.raises(ValueError, match="line 5 of .*rows.jsonl is not the row of image 4"):
+        runs.read(tmp_path)
+
+
+def test_what_the_selections_saw_can_be_asked_again(many, tmp_path):
+    model = Noisy()
+    run, _ = finished(model, many, few(), tmp_path)
+    again = [pair for block in runs.reselected(model, *many, run) for pair in block]
+    assert len(again) == 150
+    for row, (first, last) in zip(run.rows, again, strict=True):
+        assert first == pytest.approx(row["attacks"][0], abs=1e-5)
+        assert last == pytest.approx(row["attacks"][row["strongest"]], abs=1e-5)
+
+
+def test_new_noise_is_no_noise_that_a_claim_has_drawn(many, tmp_path):
+    """Not even by the same seed; and it depends on that seed alone."""
+    model = Noisy()
+    run, _ = finished(model, many, few(), tmp_path)
+    same = list(runs.rejudged(model, *many, run))
+    fresh = list(runs.judged_afresh(model, *many, run, run.settings["seed"]))
+    assert all(one[1] != other[1] for one, other in zip(same, fresh, strict=True))
+    other_settings = replace(run, settings={**run.settings, "seed": 9, "stream": "batches of 64"})
+    assert fresh == list(runs.judged_afresh(model, *many, other_settings, run.settings["seed"]))
+
+
+def test_an_attack_afresh_is_a_run_that_keeps_nothing(points, tmp_path):
+    run, _ = finished(Linear(), points, few(), tmp_path)
+    *_, afresh = runs.attacked_afresh(Linear(), *points, few(), 0)
+    assert afresh.rows == run.rows and torch.equal(afresh.deltas, run.deltas)
+    *_, other = runs.attacked_afresh(Noisy(), *points, few(), 1)
+    assert other.finished == 60
 
 
 def test_a_row_of_an_old_run_gets_a_sentence(points, tmp_path):

@@ -17,9 +17,11 @@ from torch import Tensor
 from diffclass import likelihood
 from diffclass.classifiers.base import Held, Noise
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.data.worlds import world_of
 from diffclass.noise import Levels, Weighting, elbo_weight
 from diffclass.storage import files
 
+CIFAR10_TEST = 10_000  # images, counted here because the data set need not be there
 DIGITS = 6  # significant digits of a stored loss: a relative 1e-6, as far as float32 sums go
 
 
@@ -78,7 +80,7 @@ def measure(
     Precision   "fp32", or "bf16" for the network under autocast
     Randomness  none but the noise: results do not depend on batches, processes or interruptions
     Writes      folder/settings.json, and folder/losses-RANK.jsonl, flushed after each batch
-    Errors      ValueError if the folder holds losses of other settings; RuntimeError if another run writes to it
+    Errors      ValueError if the folder holds losses of other settings or those of `read`; RuntimeError if another run writes to it
     """
     Held(classifier, noise)  # raises unless it is one noise for all images
     accelerator = Accelerator()
@@ -88,26 +90,28 @@ def measure(
     chosen = json.loads(json.dumps({**settings, "levels": levels}, allow_nan=False))
     with files.locked(folder, accelerator.process_index):
         files.settle(folder, chosen, "losses measured")
-        done = set(read(folder).index.tolist()) if any(folder.glob("losses-*.jsonl")) else set()
+        done = set()
+        if any(folder.glob("losses-*.jsonl")):
+            done = set(read(folder, labels).index.tolist())
         accelerator.wait_for_everyone()  # nobody writes before everybody has read what is there
         todo = [i for i in range(len(images)) if i not in done]
         todo = todo[accelerator.process_index :: accelerator.num_processes]
         classifier = classifier.to(accelerator.device)
         path = folder / f"losses-{accelerator.process_index}.jsonl"
-        files.mend(path)
-        with open(path, "a") as file:
-            for start in range(0, len(todo), batch):
-                part = todo[start : start + batch]
-                with torch.autocast(
-                    accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
-                ):
-                    classifier, losses = losses_within_memory(
-                        classifier, images[part].to(accelerator.device), noise
-                    )
-                for index, loss in zip(part, losses.cpu(), strict=True):
-                    file.write(_line(index, int(labels[index]), loss))
-                file.flush()
-                yield start + len(part), len(todo)
+        files.mend(path, b'{"index": ')
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
+            with torch.autocast(
+                accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
+            ):
+                classifier, losses = losses_within_memory(
+                    classifier, images[part].to(accelerator.device), noise
+                )
+            lines = []
+            for index, loss in zip(part, losses.cpu(), strict=True):
+                lines.append(_line(index, int(labels[index]), loss))
+            files.append(path, "".join(lines).encode())
+            yield start + len(part), len(todo)
         accelerator.wait_for_everyone()
 
 
@@ -134,10 +138,12 @@ def losses_within_memory(
             )
 
 
-def read(folder: str | Path) -> Losses:
+def read(folder: str | Path, labels: Tensor | None = None) -> Losses:
     """Everything that the processes wrote into `folder`; an interrupted last line is left out.
 
-    Errors      FileNotFoundError; ValueError for a line that is not one image's losses, or losses that contradict
+    Shapes      labels [N]: of the first images of the world, where they are known, to compare with
+    Errors      FileNotFoundError; ValueError that names the line, for one that is not one image's losses: labels and indices
+                out of range, an image twice, losses that are negative or not finite
     """
     folder = Path(folder)
     paths = sorted(folder.glob("losses-*.jsonl"))
@@ -147,28 +153,32 @@ def read(folder: str | Path) -> Losses:
             f"{sorted(p.name for p in folder.glob('*'))}; measure them with `diffclass evaluate`."
         )
     settings = files.settings_of(folder)
-    levels = Levels(
-        *(torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper"))
-    )
+    levels = _levels(settings, folder)
+    images = _images(settings)
     by_index: dict[int, tuple] = {}
+    classes = None
     for path in paths:
         # what follows the last line end was interrupted
         finished = path.read_text().split("\n")[:-1]
         for number, line in enumerate(finished, start=1):
-            try:
-                row = json.loads(line)
-                index = row["index"]
-                label = row["label"]
-                losses = torch.tensor(row["losses"])
-            except (ValueError, KeyError, TypeError) as error:
+            where = f"line {number} of {path}"
+            index, label, losses = _measured(line, where, levels)
+            classes = classes or len(losses)
+            if len(losses) != classes:
                 raise ValueError(
-                    f"line {number} of {path} does not hold the losses of an image ({error}); the other "
-                    "lines are untouched: remove it, and the same command measures it again."
-                ) from None
-            if losses.ndim != 2 or losses.shape[1] != len(levels.sigma):
+                    f"expected losses of {classes} classes on {where}, as on the lines before, got {len(losses)}; {MENDED}."
+                )
+            if images is not None and index >= images:
                 raise ValueError(
-                    f"expected losses of {len(levels.sigma)} levels on line {number} of {path}, got shape "
-                    f"{list(losses.shape)}; is settings.json of another run?"
+                    f"expected an image of {settings['world']}, from 0 to {images - 1}, on {where}, got {index}; {MENDED}."
+                )
+            if index in by_index:
+                raise ValueError(
+                    f"expected each image once, got image {index} again on {where}; {MENDED}."
+                )
+            if labels is not None and index < len(labels) and label != int(labels[index]):
+                raise ValueError(
+                    f"expected the label {int(labels[index])} of image {index} on {where}, got {label}; {MENDED}."
                 )
             by_index[index] = (label, losses)
     if not by_index:
@@ -187,6 +197,67 @@ def read(folder: str | Path) -> Losses:
         levels,
         settings,
     )
+
+
+MENDED = "the file was changed by something else: remove the line, and the same command measures it again"
+
+
+def _levels(settings: dict, folder: Path) -> Levels:
+    """The noise levels of the settings. Errors: ValueError for settings without."""
+    try:
+        chosen = [torch.tensor(settings["levels"][name]) for name in ("sigma", "lower", "upper")]
+        return Levels(*chosen)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"expected settings.json in {folder} to have noise levels, got one without ({type(error).__name__}: {error}); is "
+            "it that of losses?"
+        ) from None
+
+
+def _images(settings: dict) -> int | None:
+    """How many images the world of the settings has; None where they are drawn, or no world is named."""
+    name = settings.get("world")
+    if not isinstance(name, str):
+        return None
+    place = world_of(name)
+    if place.law is not None:
+        return None
+    if place.kind == "cifar10" and not place.name.startswith("gallery"):
+        return CIFAR10_TEST
+    return len(world_of(name.partition(":")[0]).test()[1])
+
+
+def _measured(line: str, where: str, levels: Levels) -> tuple[int, int, Tensor]:
+    """Index, label and losses [K,T] of one line. Errors: ValueError that names it."""
+    try:
+        row = json.loads(line)
+        index = row["index"]
+        label = row["label"]
+        losses = torch.tensor(row["losses"], dtype=torch.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where} does not hold the losses of an image ({error}); the other "
+            "lines are untouched: remove it, and the same command measures it again."
+        ) from None
+    if losses.ndim != 2 or losses.shape[1] != len(levels.sigma):
+        raise ValueError(
+            f"expected losses of {len(levels.sigma)} levels on {where}, got shape "
+            f"{list(losses.shape)}; is settings.json of another run?"
+        )
+    if type(index) is not int or index < 0:
+        raise ValueError(
+            f"expected the number of an image, from 0, on {where}, got {index!r}; {MENDED}."
+        )
+    if type(label) is not int or not 0 <= label < len(losses):
+        raise ValueError(
+            f"expected a label from 0 to {len(losses) - 1} on {where}, got {label!r}; {MENDED}."
+        )
+    if not bool(losses.isfinite().all()) or bool((losses < 0).any()):
+        bad = losses[~(losses.isfinite() & (losses >= 0))]
+        raise ValueError(
+            f"expected finite losses that are not negative on {where}, got {float(bad[0])}; {MENDED}."
+        )
+    return index, label, losses
 
 
 def _line(index: int, label: int, losses: Tensor) -> str:

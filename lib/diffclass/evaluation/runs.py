@@ -6,14 +6,16 @@ the strongest of all attacks, and asking the classifier about it again is all th
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffclass import attacks, units
@@ -38,6 +40,7 @@ NEEDED = {
     "images",
 }
 ROW = {"index", "label", "clean", "attacks", "strongest", "hits", "calls"}
+MOST_DRAWS = 1000  # of a judgement; more would keep whoever verifies a claim busy for ever
 SLACK = 1e-6  # of a budget, for rounding
 # How the noise of a judgement is drawn: by a key for every draw and block of 64 images; or, as the first records were,
 # one draw after the other from one key of the block, for as many images as it has.
@@ -61,12 +64,13 @@ class Run:
     every run of the protocol [hits, mean margin] with noise that only this selection saw, or None for an image that an
     earlier one had fooled at every draw; strongest, a place in that list (0: the clean image); hits of `draws` on the
     stored perturbation, with noise that no selection saw, None until all attacks are over; and calls, how often the
-    classifier was asked about the image
+    classifier was asked about the image. `oddities` are sentences about files that no finished run leaves so
     """
 
     settings: dict
     rows: list[dict]
     deltas: Tensor
+    oddities: tuple[str, ...] = ()
 
     @property
     def protocol(self) -> Protocol:
@@ -174,6 +178,16 @@ def draws_of(classifier: Classifier, protocol: Protocol) -> int:
     return 1 if classifier.deterministic else protocol.draws
 
 
+def calls_of(row: dict, protocol: Protocol, draws: int) -> int:
+    """How often the classifier was asked about the image of a finished row: by judgements, and by the attacks it stood."""
+    tried = [
+        chosen
+        for chosen, entry in zip(protocol.runs(), row["attacks"][1:], strict=True)
+        if entry is not None
+    ]
+    return 3 * draws + sum(chosen.calls + draws for chosen in tried)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Store
 
@@ -188,8 +202,7 @@ def store(folder: Path, run: Run, first: int, last: int) -> None:
     for number in range(first // shard, (last - 1) // shard + 1):
         path = folder / f"deltas-{number}.safetensors"
         own = run.deltas[number * shard : min((number + 1) * shard, known)]
-        save_file({"deltas": own.half().contiguous()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        files.write_tensors(path, {"deltas": own.half().contiguous()})
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in run.rows]
     files.write(folder / ROWS, "".join(lines))
 
@@ -220,13 +233,17 @@ def read(folder: str | Path) -> Run:
         _row(line, number, folder)
         for number, line in enumerate((folder / ROWS).read_text().splitlines())
     ]
-    deltas = _deltas(folder)
+    deltas, oddities = _deltas(folder)
     if len(deltas) < len(rows):
         raise ValueError(
             f"expected a perturbation for each of {len(rows)} rows in {folder}, got {len(deltas)}; a file "
             "deltas-*.safetensors is missing."
         )
-    return checked_rows(Run(settings, rows, deltas[: len(rows)]), folder)
+    if len(deltas) > len(rows):
+        oddities.append(
+            f"there are {len(deltas)} perturbations and {len(rows)} rows; each row has one."
+        )
+    return checked_rows(Run(settings, rows, deltas[: len(rows)], tuple(oddities)), folder)
 
 
 def checked_rows(run: Run, folder: Path) -> Run:
@@ -256,14 +273,35 @@ def checked_settings(settings: dict, folder: Path) -> dict:
         raise ValueError(
             f"expected a stream of noise of {STREAMS} in {where}, got {settings['stream']!r}."
         )
+    for name, (kind, possible) in KINDS.items():
+        value = settings[name]
+        if type(value) is not kind or not possible(value):
+            raise ValueError(
+                f"expected {name} in {where} to be one that a run of this library has, got {str(value)[:80]!r}; the file was "
+                "changed by something else."
+            )
+    Protocol.of_json(settings["protocol"])
     return settings
+
+
+# What the settings of a run are, by type and by value.
+KINDS = {
+    "world": (str, bool),
+    "classifier": (str, bool),
+    "checkpoints": (dict, lambda value: all(type(name) is str for name in value.values())),
+    "protocol": (dict, bool),
+    "seed": (int, lambda value: 0 <= value < 2**32),
+    "n": (int, lambda value: value >= 1),
+    "draws": (int, lambda value: 1 <= value <= MOST_DRAWS),
+    "images": (str, lambda value: re.fullmatch("[0-9a-f]{64}", value)),
+}
 
 
 def _row(line: str, number: int, folder: Path) -> dict:
     try:
         row = json.loads(line)
-        known = ROW <= set(row) and row["index"] == number and isinstance(row["attacks"], list)
-    except (ValueError, TypeError):
+        known = isinstance(row, dict) and ROW <= set(row) and _is_of(row, number)
+    except ValueError:
         known = False
     if not known:
         raise ValueError(
@@ -273,17 +311,58 @@ def _row(line: str, number: int, folder: Path) -> dict:
     return row
 
 
-def _deltas(folder: Path) -> Tensor:
-    shards = sorted(
-        folder.glob("deltas-*.safetensors"), key=lambda path: int(path.stem.split("-")[1])
-    )
+def _is_of(row: dict, number: int) -> bool:
+    """Whether a row is about the image of that number, and its values are of the types that a run writes."""
+    counts = all(type(row[name]) is int for name in ("index", "label", "clean", "calls"))
+    judged = row["hits"] is None or type(row["hits"]) is int
+    tried = isinstance(row["attacks"], list) and all(map(_is_entry, row["attacks"]))
+    return counts and judged and tried and row["index"] == number
+
+
+def _is_entry(entry) -> bool:
+    """Whether this is what one attack left of an image, [hits, margin], or None where it was not tried."""
+    if entry is None:
+        return True
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    hits, margin = entry
+    return type(hits) is int and type(margin) in (int, float) and math.isfinite(margin)
+
+
+def _deltas(folder: Path) -> tuple[Tensor, list[str]]:
+    """The perturbations of all files in order, and what is odd about the files."""
+    paths = list(folder.glob("deltas-*.safetensors"))
+    numbered = {path: re.fullmatch(r"deltas-(\d+)", path.stem) for path in paths}
+    unknown = sorted(path.name for path in paths if numbered[path] is None)
+    if unknown:
+        raise ValueError(
+            f"expected files deltas-NUMBER.safetensors in {folder}, got {unknown[0]}; the folder was changed by something "
+            "else."
+        )
+    paths.sort(key=lambda path: int(numbered[path].group(1)))
     try:
-        return torch.cat([load_file(path)["deltas"] for path in shards]).float()
-    except (SafetensorError, KeyError) as error:
+        parts = [load_file(path)["deltas"] for path in paths]
+        whole = torch.cat(parts)
+    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"expected perturbations in {folder}/deltas-*.safetensors, got a file without ({error}); it "
             "was probably cut short."
         ) from None
+    if whole.ndim != 4:
+        raise ValueError(
+            f"expected perturbations of shape [N,C,H,W] in {folder}/deltas-*.safetensors, got {list(whole.shape)}."
+        )
+    oddities = [
+        f"{path.name} holds numbers of type {str(part.dtype).removeprefix('torch.')}; what is stored, and judged, is float16."
+        for path, part in zip(paths, parts, strict=True)
+        if part.dtype != torch.float16
+    ]
+    wanted = [f"deltas-{number}.safetensors" for number in range(len(paths))]
+    if [path.name for path in paths] != wanted:
+        oddities.append(
+            f"the files of perturbations are {[path.name for path in paths]}, not {wanted}."
+        )
+    return whole.float(), oddities
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,8 +487,16 @@ class _Block:
                 row["strongest"] = place
                 self.deltas[i] = delta
 
-    def attacked(self, folder: Path) -> Iterator[Progress]:
-        """Every attack that the block still lacks, on the images that are not yet fooled at every draw."""
+    def store(self, folder: Path | None) -> None:
+        """Write what is new of the block."""
+        if folder is not None:
+            store(folder, self.run, self.part.start, self.part.stop)
+
+    def attacked(self, folder: Path | None) -> Iterator[Progress]:
+        """Every attack that the block still lacks, on the images that are not yet fooled at every draw.
+
+        Writes      into `folder`, unless it is None
+        """
         settings = self.run.settings
         protocol = self.run.protocol
         if not self.rows:
@@ -434,26 +521,84 @@ class _Block:
                     kept,
                 )
                 self.keep(place, kept, deltas, chosen.calls)
-            store(folder, self.run, self.part.start, self.part.stop)
+            self.store(folder)
             yield Progress(self.part.start, settings["n"], str(chosen))
         if self.rows[0]["hits"] is None:
             hits, _ = self.judged("evaluation", self.deltas)
             for row, hit in zip(self.rows, hits, strict=True):
                 row["hits"] = hit
                 row["calls"] += settings["draws"]
-            store(folder, self.run, self.part.start, self.part.stop)
+            self.store(folder)
         yield Progress(self.part.stop, settings["n"], "all attacks")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Asked again
+
+
 def rejudged(
-    classifier: Classifier, images: Tensor, labels: Tensor, run: Run
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    run: Run,
+    purposes: tuple[str, str] = ("clean", "evaluation"),
 ) -> Iterator[tuple[list, list]]:
     """Ask again, block by block, with the noise of the claim: the hits on clean and on perturbed images.
 
     Shapes      images [N,C,H,W], labels [N] -> yields (clean, perturbed), a list of hits each
+    Randomness  that of the run's settings, by the names of the two purposes
     """
     for number in range(-(-len(run.rows) // BLOCK)):
         block = _Block(classifier, images, labels, run, number)
-        clean, _ = block.judged("clean", torch.zeros_like(block.deltas))
-        hits, _ = block.judged("evaluation", block.deltas)
+        clean, _ = block.judged(purposes[0], torch.zeros_like(block.deltas))
+        hits, _ = block.judged(purposes[1], block.deltas)
         yield clean, hits
+
+
+def judged_afresh(
+    classifier: Classifier, images: Tensor, labels: Tensor, run: Run, seed: int
+) -> Iterator[tuple[list, list]]:
+    """Ask about clean and perturbed images with noise that no claim has ever drawn, whatever its seed. Shapes: as `rejudged`."""
+    own = {**run.settings, "stream": STREAMS[0], "seed": seed}
+    return rejudged(
+        classifier, images, labels, replace(run, settings=own), ("verify clean", "verify perturbed")
+    )
+
+
+def reselected(
+    classifier: Classifier, images: Tensor, labels: Tensor, run: Run
+) -> Iterator[list[tuple[list, list]]]:
+    """Ask again, block by block, what the selections were told of the clean image and of the stored perturbation.
+
+    Shapes      images [N,C,H,W], labels [N], rows that name a strongest attack of their list -> yields for each image two
+                entries [hits, margin], as rows have them
+    """
+    for number in range(-(-len(run.rows) // BLOCK)):
+        block = _Block(classifier, images, labels, run, number)
+        hits, margins = block.judged("selection 0", torch.zeros_like(block.deltas))
+        first = [[hit, margin] for hit, margin in zip(hits, margins, strict=True)]
+        last = list(first)
+        for place in sorted({row["strongest"] for row in block.rows} - {0}):
+            kept = torch.tensor(
+                [i for i, row in enumerate(block.rows) if row["strongest"] == place]
+            )
+            hits, margins = block.judged(f"selection {place}", block.deltas[kept], kept)
+            for i, hit, margin in zip(kept.tolist(), hits, margins, strict=True):
+                last[i] = [hit, margin]
+        yield list(zip(first, last, strict=True))
+
+
+def attacked_afresh(
+    classifier: Classifier, images: Tensor, labels: Tensor, protocol: Protocol, seed: int
+) -> Iterator[Run]:
+    """Attack images by a protocol and judge them, keeping nothing: the run so far after every attack, at last the whole.
+
+    Shapes      images [N,C,H,W] in [0,1], labels [N]
+    Randomness  all of it from `seed` by keys
+    Errors      those of `attacks.pgd`
+    """
+    settings = settings_of(classifier, images, labels, protocol, {}, seed)
+    whole = Run(settings, [], torch.zeros(images.shape))
+    for number in range(-(-len(images) // BLOCK)):
+        for _ in _Block(classifier, images, labels, whole, number).attacked(None):
+            yield whole
