@@ -18,8 +18,22 @@ def stored():
 
 
 @pytest.fixture(scope="module")
-def scene(stored):
-    return AuditScene([stored])
+def partial(stored):
+    """An audit of the same classifier with other settings, without its first ten checks, with a number not measured."""
+    checks = [dict(row) for row in stored["checks"] if row["number"] > 10]
+    drawn = next(row for row in checks if row["picture"])
+    lines = {name: [None, *line[1:]] for name, line in drawn["picture"]["lines"].items()}
+    drawn["picture"] = dict(drawn["picture"], lines=lines)
+    settings = dict(images=24, norm="linf", epsilon=0.1, seed=5)
+    return dict(stored, checks=checks, **settings), drawn["number"]
+
+
+PARTIAL = "masked on toy, stored: 24 pictures, linf within 0.1, seed 5"
+
+
+@pytest.fixture(scope="module")
+def scene(stored, partial):
+    return AuditScene([stored, partial[0]])
 
 
 def test_every_lamp_is_in_the_row_of_its_group(scene):
@@ -72,6 +86,39 @@ def test_a_stored_audit_is_shown_as_it_was(scene, stored):
     frame = scene.at("masked on toy", 3)
     assert stored["checks"][2]["evidence"] in frame["note"] and "is <b>red</b>" in frame["note"]
     assert "masked on toy" in frame["panels"][0]["title"]
+
+
+def test_audits_of_one_classifier_with_other_settings_stay_apart(scene, stored):
+    assert len(scene.audits["masked on toy"]) == 36 and len(scene.audits[PARTIAL]) == 26
+    assert "its settings are not recorded" in scene.at("masked on toy", 3)["note"]
+    assert "24 pictures, linf within 0.1, seed 5" in scene.at(PARTIAL, 20)["note"]
+    assert "audited here on 64 pictures" in scene.at("honest", 3)["note"]
+
+
+def test_the_same_audit_twice_is_refused(partial):
+    with pytest.raises(ValueError, match="expected stored audits that differ"):
+        AuditScene([partial[0]] * 3, count=16)
+
+
+def test_a_check_that_an_audit_lacks_is_not_shown_as_another(scene):
+    frame = scene.at(PARTIAL, 3)
+    assert "has no check <b>3</b>" in frame["note"]
+    assert len(frame["panels"]) == 1 and frame["panels"][0]["chosen"] is None
+    shown = [int(name) for row in frame["panels"][0]["rows"] for name, _, _ in row["lamps"]]
+    assert shown == scene.numbers(PARTIAL) and 3 not in shown
+
+
+def test_numbers_that_were_not_measured_are_not_drawn(scene, partial):
+    frame = scene.at(PARTIAL, partial[1])
+    assert len(frame["panels"]) == 1 and "not finite or missing" in frame["note"]
+
+
+def test_a_lamp_of_a_shorter_audit_chooses_its_own_check(stored, partial):
+    hero = widgets.audit_hero([stored, partial[0]], PARTIAL, 20)
+    lamp = hero.stage.frame["panels"][0]["chosen"]
+    hero.controls["number"].value = 30
+    hero.stage.picked = lamp
+    assert hero.controls["number"].value == 20 and "<b>20 " in hero.stage.frame["note"]
 
 
 def test_a_click_on_a_lamp_chooses_its_check_and_can_be_repeated():

@@ -47,6 +47,17 @@ def shoot(page, name):
         page.screenshot(path=folder / f"{name}.png")
 
 
+def run_cell(page, index, source):
+    """Put a source in a code cell of the open notebook and run that cell."""
+    page.evaluate(
+        """([index, source]) => { const panel = window.jupyterapp.shell.currentWidget;
+        panel.content.activeCellIndex = index;
+        panel.content.activeCell.model.sharedModel.setSource(source);
+        return window.jupyterapp.commands.execute('notebook:run-cell'); }""",
+        [index, source],
+    )
+
+
 def time_sliders(page, name, capsys):
     """Press every hero's first slider; print and return the rows (hero, median, p95, max, p95 until all is quiet)."""
     rows = []
@@ -83,6 +94,8 @@ def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     shoot(page, path.stem)
     rows = time_sliders(page, path.stem, capsys)
     assert rows, "expected at least one visible slider"
+    undrawn = page.locator(".dc-note", has_text=re.compile("could not be drawn|failed\\.")).count()
+    assert not undrawn, f"expected every hero to draw its figure, {undrawn} say why they cannot"
     assert page.offsite == [], f"expected no request to another host, got {page.offsite[:3]}"
     slow = [f"hero {hero}: {p95:.0f} ms" for hero, _, p95, _, _ in rows if p95 > LIMIT_MS]
     assert not slow, f"expected p95 from slider to repaint of at most {LIMIT_MS} ms, got {slow}"
@@ -105,6 +118,53 @@ def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
         number = lamp.get_attribute("aria-label").split()[0]
         act(lamp)
         note.locator("b").first.filter(has_text=re.compile(rf"^{number} ")).wait_for(timeout=5000)
+    browser.close_notebook(page)
+
+
+EXPLORER = """
+from diffclass.course import widgets
+from diffclass.zoo import networks
+hero = widgets.explorer(networks.load_digits_denoiser())
+hero.votes.value = 100
+hero
+"""
+FAILING = """
+def job():
+    yield 0.5
+    raise FloatingPointError("the gradient <b> became non-finite")
+hero.start("attacking", job())
+"""
+
+
+def test_results_keep_their_settings_and_a_failed_job_says_why(lab, page):
+    write(lab, "explorer.ipynb", EXPLORER, "pass")
+    browser.open_notebook(page, lab, "explorer.ipynb")
+    assert browser.run_all(page) == "done"
+    hero = page.locator(".jp-OutputArea-output:has(.dc-stage) > .jupyter-widgets").first
+    note = hero.locator(".dc-note[aria-live=polite]")
+    hero.get_by_role("button", name="Certify").click()
+    note.filter(has_text="Certifying σ 0.20, n 100").wait_for()
+    sigma = hero.get_by_role("slider").nth(2)
+    assert float(sigma.get_attribute("aria-valuenow")) == pytest.approx(0.2)
+    sigma.focus()
+    for _ in range(15):
+        sigma.press("ArrowRight")
+    note.filter(has_text="press Certify for σ 0.35").wait_for()
+    hero.get_by_text("done", exact=True).wait_for()
+    shoot(page, "explorer-moved")
+    assert hero.get_by_text("smoothed, σ = 0.20", exact=True).count() == 1
+    assert hero.get_by_text("smoothed, σ = 0.35", exact=True).count() == 0
+    note.filter(has_text="Certificate of σ 0.20, n 100; press Certify for σ 0.35").wait_for()
+    hero.get_by_role("button", name="Certify").click()
+    hero.get_by_text("smoothed, σ = 0.35", exact=True).wait_for()
+    hero.get_by_role("button", name="Stop").click()
+    note.filter(has_text="stopped").wait_for()
+    run_cell(page, 1, FAILING)
+    note.filter(has_text="the gradient <b> became non-finite").wait_for()
+    hero.get_by_text("failed", exact=True).wait_for()
+    hero.get_by_role("button", name="Attack (PGD-20)").click()
+    note.filter(has_text="Attack, L2 within 1.00: fooled at step").wait_for()
+    hero.get_by_text("done", exact=True).wait_for()
     browser.close_notebook(page)
 
 

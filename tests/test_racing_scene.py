@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffclass.classifiers import racing
 from diffclass.course.scenes.digits import DigitScene
-from diffclass.course.scenes.racing import ALPHA, LEVELS, RACE, RaceScene, limit
+from diffclass.course.scenes.racing import ALPHA, LEVELS, RACE, STAGED, RaceScene, limit
 from diffclass.denoisers.base import Denoiser
 from diffclass.zoo import networks
 
@@ -97,3 +97,20 @@ def test_a_race_that_one_draw_decides_can_be_drawn(scene):
     index = next(i for i in range(60) if len(scene.run(i, RACE, 0.1)) == 1)
     frame = scene.at(index, RACE, 0.1, 10)
     assert frame["panels"][3]["values"][:2] == [10, 10] and len(frame["panels"][1]["x"]) == 2
+
+
+@pytest.mark.parametrize("strategy", RaceScene.STRATEGIES)
+def test_a_run_says_what_it_was_run_with(scene, strategy):
+    """The assumed scale belongs to the race alone: under another strategy the slider changes nothing, and it says so."""
+    notes = [scene.at(3, strategy, scale, 60)["note"] for scale in (6.0, 12.0)]
+    if strategy == RACE:
+        assert "assumed scale 6.0 nats" in notes[0] and "assumed scale 12.0 nats" in notes[1]
+    else:
+        assert notes[0] == notes[1] and "uses no assumed scale" in notes[0]
+
+
+def test_a_frame_before_the_first_bill_shows_the_bill_and_not_the_slider(scene):
+    first = scene.run(3, STAGED, 8.0)[0].bill
+    frame = scene.at(3, STAGED, 8.0, first - 2)
+    assert frame["panels"][1]["cursor"] == frame["panels"][3]["values"][0] == first
+    assert f"After {first} evaluations" in frame["note"]

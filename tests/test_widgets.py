@@ -1,8 +1,11 @@
 """Figures, scenes and heroes without a browser: controls move their frames in time, the explorer's jobs are true."""
 
 import asyncio
+import copy
 import json
+import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +108,7 @@ def test_the_callback_leaves_the_browser_its_share_of_the_100_ms(make, student):
 @each_hero
 def test_every_panel_speaks_to_those_who_do_not_see_it(make, student):
     frame = make(student).stage.frame
+    assert json.dumps(frame, allow_nan=False), "strict JSON, which a browser can read"
     assert frame["panels"] and len(frame["note"]) > 20
     for panel in frame["panels"]:
         assert panel["title"] and len(panel["alt"].split()) >= 4, panel["kind"]
@@ -238,14 +242,150 @@ def test_the_votes_are_those_of_the_smoothed_classifier_of_the_library(certified
     assert scene.certificate == certificates.smoothing_radius(votes, 0.001)
 
 
-def test_another_digit_or_sigma_puts_old_results_away(student):
+def radius_panel(hero):
+    return next(panel for panel in hero.stage.frame["panels"] if panel["kind"] == "radius")
+
+
+async def until(condition, job):
+    """Let the event loop run until something is the case, or the job has ended."""
+    while not condition() and not job.done():
+        await asyncio.sleep(0)
+
+
+def test_another_digit_puts_old_results_away(student):
     explorer = widgets.explorer(student)
     explorer.attack()
-    explorer.scene.counts = torch.ones(10)
-    explorer.sigma.value = 0.3
-    assert explorer.scene.counts is None and explorer.scene.film
+    assert explorer.scene.film and explorer.scene.smallest
     explorer.index.value = 9
     assert not explorer.scene.film and explorer.scene.smallest is None
+    assert (
+        radius_panel(explorer)["rows"][0]["segments"][-1]["from"]
+        == radius_panel(explorer)["range"][1]
+    )
+
+
+# the slider moves while votes are counted, while the vote is attacked, and when all is done
+@pytest.mark.parametrize("when", [0.01, 0.6, 2.0])
+def test_a_certificate_keeps_its_own_sigma_and_votes(student, when):
+    async def session():
+        explorer = widgets.explorer(student)
+        explorer.votes.value = 100
+        explorer.sigma.value = 0.12
+        explorer.certify()
+        job = explorer.job
+        await until(lambda: explorer.progress.value >= when, job)
+        explorer.sigma.value = 0.5
+        explorer.votes.value = 500
+        moved = explorer.stage.frame
+        await job
+        return explorer, moved
+
+    explorer, moved = asyncio.run(session())
+    certificate = explorer.scene.certificate
+    assert explorer.progress.description == "done"
+    assert (certificate.sigma_pixel, certificate.n) == (0.12, 100)
+    panel = radius_panel(explorer)
+    assert panel["rows"][1]["label"] == "smoothed, σ = 0.12"
+    assert panel["rows"][1]["segments"][0]["to"] == pytest.approx(certificate.radius)
+    ceiling = certificates.largest_radius(100, 0.12, 0.001)
+    assert f"largest that 100 votes at σ = 0.12 can certify: {ceiling:.2f}" in panel["xlabel"]
+    votes = next(one for one in explorer.stage.frame["panels"] if one["title"].startswith("Votes"))
+    assert "σ 0.12, n 100" in votes["title"]
+    for frame in (moved, explorer.stage.frame):
+        assert "σ 0.12, n 100</b>; press Certify for σ 0.50, n 500" in frame["note"]
+    explorer.sigma.value = 0.12
+    explorer.votes.value = 100
+    assert "press Certify" not in explorer.stage.frame["note"]
+
+
+def test_certify_again_after_the_slider_moved_shows_the_new_sigma(student):
+    explorer = widgets.explorer(student)
+    explorer.votes.value = 100
+    explorer.certify()
+    explorer.sigma.value = 0.1
+    explorer.certify()
+    assert explorer.scene.certificate.sigma_pixel == 0.1
+    assert radius_panel(explorer)["rows"][1]["label"] == "smoothed, σ = 0.10"
+
+
+def test_an_attack_that_is_stopped_early_says_so(student):
+    async def session():
+        explorer = widgets.explorer(student)
+        explorer.attack()
+        await until(lambda: explorer.scene.film, explorer.job)
+        explorer.stop.click()
+        return explorer
+
+    explorer = asyncio.run(session())
+    assert len(explorer.scene.film) == 1
+    assert "stopped after step 0: not fooled so far" in explorer.stage.frame["note"]
+    assert explorer.scene.smallest is None
+    explorer.attack()
+    assert "stopped" not in explorer.stage.frame["note"]
+
+
+def test_what_fooled_before_the_attack_was_stopped_is_on_the_axis(student):
+    async def session():
+        explorer = widgets.explorer(student)
+        explorer.attack()
+        await until(
+            lambda: explorer.scene.film and bool(explorer.scene.film[-1].fooled), explorer.job
+        )
+        explorer.stop.click()
+        return explorer
+
+    explorer = asyncio.run(session())
+    last = explorer.scene.film[-1]
+    note = explorer.stage.frame["note"]
+    assert explorer.progress.description == "stopped" and bool(last.fooled)
+    assert "<b>fooled</b>" in note and f"stopped after step {last.step}: fooled at step" in note
+    row = radius_panel(explorer)["rows"][0]["segments"]
+    assert row[1]["to"] == row[2]["from"] == pytest.approx(float(last.size))
+    assert row[2]["to"] > row[2]["from"]
+
+
+@pytest.mark.parametrize("first", ["attack", "certify"])
+def test_a_job_that_another_replaces_stays_partial_and_the_other_ends(student, first):
+    async def session():
+        explorer = widgets.explorer(student)
+        explorer.votes.value = 1000
+        jobs = [explorer.attack, explorer.certify]
+        if first == "certify":
+            jobs.reverse()
+        jobs[0]()
+        old = explorer.job
+        await until(lambda: explorer.progress.value > 0.1, old)
+        if first == "attack":
+            explorer.votes.value = 100
+        jobs[1]()
+        await explorer.job
+        return explorer, old
+
+    explorer, old = asyncio.run(session())
+    note = explorer.stage.frame["note"]
+    assert explorer.progress.description == "done" and old.done()
+    if first == "attack":
+        assert "stopped after step" in note and "Smoothed vote certified" in note
+    else:
+        assert len(explorer.scene.film) == 21 and explorer.scene.certificate is None
+        assert "stopped after 300 of 1100 votes: no certificate" in note
+
+
+def test_stop_between_certificate_and_attack_keeps_the_certificate(student):
+    async def session():
+        explorer = widgets.explorer(student)
+        explorer.votes.value = 100
+        explorer.certify()
+        await until(lambda: explorer.scene.certificate, explorer.job)
+        explorer.stop.click()
+        return explorer
+
+    explorer = asyncio.run(session())
+    assert explorer.scene.certificate.n == 100
+    assert (
+        "Attack on the smoothed vote, stopped before its end: none so far"
+        in explorer.stage.frame["note"]
+    )
 
 
 def test_a_job_lets_the_reader_act_and_stops_when_told_with_what_it_has(student):
@@ -261,6 +401,181 @@ def test_a_job_lets_the_reader_act_and_stops_when_told_with_what_it_has(student)
 
     seen, after, state = asyncio.run(session())
     assert 0 < seen < 21 and after == seen and state == "stopped"
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Counting(widgets.Worker):
+    """A worker whose jobs append to a list, which its frame shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.reached = []
+
+    def frame(self):
+        return figures.frame([], f"reached {self.reached}")
+
+    def letters(self, name, items=3, error=None):
+        for item in range(items):
+            self.reached.append(f"{name}{item}")
+            yield (item + 1) / items
+        if error is not None:
+            raise error
+
+
+def run_on_a_loop(worker, *start):
+    async def session():
+        worker.start(*start)
+        job = worker.job
+        await job
+
+    asyncio.run(session())
+
+
+def run_at_once(worker, *start):
+    worker.start(*start)
+
+
+@pytest.mark.parametrize("run", [run_on_a_loop, run_at_once])
+def test_a_job_that_raises_says_its_sentence_and_the_next_one_works(run, caplog):
+    worker = Counting()
+    error = FloatingPointError("the gradient [B,C] became <non-finite>")
+    with caplog.at_level(logging.ERROR):
+        run(worker, "attacking", worker.letters("a", error=error))
+    assert worker.progress.description == "failed" and worker.progress.bar_style == "danger"
+    assert worker.job is None and worker.work is None
+    note = worker.stage.frame["note"]
+    assert "attacking failed" in note and "the gradient [B,C] became &lt;non-finite&gt;" in note
+    assert "reached ['a0', 'a1', 'a2']" in note, "what was reached stays"
+    assert caplog.records[-1].exc_info[1] is error, "the traceback goes to the log"
+    run(worker, "again", worker.letters("b"))
+    assert worker.progress.description == "done" and worker.progress.bar_style != "danger"
+    assert "failed" not in worker.stage.frame["note"] and worker.reached[-1] == "b2"
+
+
+@pytest.mark.parametrize("error", [None, ValueError("too late")], ids=["ends", "raises"])
+def test_the_end_of_a_replaced_job_does_not_touch_the_one_that_replaced_it(error):
+    """The other job is started while the first computes its last item, as from another thread."""
+    worker = Counting()
+    seen = []
+
+    def first():
+        yield 0.5
+        worker.start("second", worker.letters("b", items=50))
+        if error is not None:
+            raise error
+
+    async def session():
+        worker.start("first", first())
+        old = worker.job
+        await until(lambda: old.done(), old)
+        seen.append((worker.progress.description, worker.job is not None and worker.job.done()))
+        await worker.job
+        return old
+
+    old = asyncio.run(session())
+    assert seen == [("second", False)] and old.exception() is None
+    assert worker.progress.description == "done" and worker.progress.value == 1
+    assert len(worker.reached) == 50 and "too late" not in worker.stage.frame["note"]
+
+
+def test_a_job_replaced_before_its_first_item_does_nothing():
+    worker = Counting()
+
+    async def session():
+        worker.start("first", worker.letters("a"))
+        old = worker.job
+        worker.start("second", worker.letters("b"))
+        await worker.job
+        await old
+
+    asyncio.run(session())
+    assert worker.reached == ["b0", "b1", "b2"] and worker.progress.description == "done"
+
+
+def test_a_stopped_job_does_no_further_item_and_is_closed():
+    worker = Counting()
+    closed = []
+
+    def job():
+        try:
+            yield from worker.letters("a", items=100)
+        finally:
+            closed.append(len(worker.reached))
+
+    async def session():
+        worker.start("counting", job())
+        task = worker.job
+        await until(lambda: len(worker.reached) == 4, task)
+        worker.stop.click()
+        state = worker.progress.description
+        await task
+        return state
+
+    assert asyncio.run(session()) == "stopped"
+    assert closed == [4] and len(worker.reached) == 4 and worker.progress.description == "stopped"
+
+
+def test_a_job_whose_task_is_cancelled_from_outside_is_stopped():
+    worker = Counting()
+
+    async def session():
+        worker.start("counting", worker.letters("a", items=100))
+        await until(lambda: worker.reached, worker.job)
+        worker.job.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    asyncio.run(session())
+    assert worker.progress.description == "stopped" and worker.work is None
+
+
+def bar_of(value):
+    panel = figures.bars(["a"], [value], title="t", alt="a", colours=["red"])
+    return figures.frame([panel], f"value {value}")
+
+
+def test_a_figure_that_cannot_be_drawn_says_why_and_the_hero_lives():
+    control = widgets.slider("value", 0.5, 0.0, 1.0, 0.1)
+    hero = widgets.Hero(
+        lambda value, point, picked: bar_of(float("nan") if value > 0.8 else value),
+        dict(value=control),
+    )
+    control.value = 1.0
+    assert hero.stage.frame["panels"] == [], "no older figure under the newer control"
+    assert "could not be drawn" in hero.stage.frame["note"]
+    assert "got 1 that are not" in hero.stage.frame["note"]
+    control.value = 0.3
+    assert hero.stage.frame["panels"][0]["values"] == [0.3]
+    assert "could not" not in hero.stage.frame["note"]
+
+
+@pytest.mark.parametrize("name", ["digit", "explorer", "attack", "maximisation"])
+def test_a_network_of_nan_leaves_a_hero_that_says_why(name, student):
+    broken = copy.deepcopy(student)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    hero = HEROES[name](broken)
+    note = hero.stage.frame["note"]
+    assert hero.stage.frame["panels"] == [] and "NaN" in note
+    if name == "explorer":
+        hero.attack()
+        assert (
+            hero.progress.description == "failed" and "attacking failed" in hero.stage.frame["note"]
+        )
+
+
+def test_a_job_goes_on_while_its_figure_cannot_be_drawn():
+    class Drawing(Counting):
+        def frame(self):
+            return bar_of(float("nan") if len(self.reached) < 5 else 1.0)
+
+    worker = Drawing()
+    worker.start("counting", worker.letters("a", items=2))
+    assert "could not be drawn" in worker.stage.frame["note"]
+    worker.start("counting", worker.letters("b", items=3))
+    assert worker.stage.frame["panels"] and worker.progress.description == "done"
 
 
 # -- films ------------------------------------------------------------------------------------------------------------
@@ -300,6 +615,97 @@ def test_a_stopped_film_can_be_scrubbed(make, student):
 
     seen, after, state = asyncio.run(session())
     assert 0 < seen == after < 21 and state == "stopped"
+
+
+def asked_in_words(hero):
+    return hero.scene.described(**{name: one.value for name, one in hero.shooting.items()})
+
+
+@pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
+def test_an_old_film_is_shown_as_its_own_until_the_new_one_begins(make, student):
+    async def session():
+        hero = make(student)
+        old = asked_in_words(hero)
+        first = hero.stage.frame
+        assert old in first["note"] and "This is the film of" not in first["note"]
+        hero.shooting["index"].value = 7
+        hero.controls["step"].value = 3
+        waiting = hero.stage.frame
+        job = hero.job
+        await job
+        return hero, old, waiting
+
+    hero, old, waiting = asyncio.run(session())
+    new = asked_in_words(hero)
+    assert f"This is the film of {old}</b>; there is none yet of {new}" in waiting["note"]
+    assert waiting["panels"][0]["title"] != hero.stage.frame["panels"][0]["title"]
+    assert "This is the film of" not in hero.stage.frame["note"]
+    assert new in hero.stage.frame["note"]
+
+
+@pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
+def test_a_film_that_fails_says_so_and_the_old_one_stays_its_own(make, student):
+    hero = make(student)
+    old = asked_in_words(hero)
+    panels = hero.stage.frame["panels"]
+    noise = hero.scene.classifier.noise
+    hero.scene.classifier.noise = torch.full_like(noise, float("nan"))
+    hero.shooting["index"].value = 7
+    assert hero.progress.description == "failed" and hero.progress.bar_style == "danger"
+    assert "failed.</b> ValueError: expected finite images" in hero.stage.frame["note"]
+    assert f"This is the film of {old}" in hero.stage.frame["note"]
+    assert hero.stage.frame["panels"] == panels
+    hero.scene.classifier.noise = noise
+    hero.shooting["index"].value = 8
+    assert hero.progress.description == "done" and "failed" not in hero.stage.frame["note"]
+
+
+@pytest.mark.parametrize("make", FILMS.values(), ids=FILMS)
+def test_a_first_film_that_fails_leaves_a_hero_that_says_why(make, student, monkeypatch):
+    def nothing(*_, **__):
+        raise FloatingPointError("logits of NaN")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attacks, "pgd", nothing)
+        hero = make(student)
+    assert "logits of NaN" in hero.stage.frame["note"]
+    assert "There is no film yet" in hero.stage.frame["note"]
+    hero.shooting["index"].value = 7
+    assert hero.stage.frame["panels"] and "logits of NaN" not in hero.stage.frame["note"]
+
+
+def test_a_film_that_is_stopped_early_says_so_and_is_shot_again_when_asked_for(student):
+    async def session():
+        hero = widgets.attack_hero(student)
+        hero.shooting["epsilon"].value = 0.01
+        await until(lambda: len(hero.scene.film) == 3, hero.job)
+        hero.stop.click()
+        stopped = hero.stage.frame["note"]
+        hero.shooting["epsilon"].value = 0.1
+        await hero.job
+        hero.shooting["epsilon"].value = 0.01
+        await hero.job
+        return stopped, hero
+
+    stopped, hero = asyncio.run(session())
+    assert "stopped after step 2: not fooled so far" in stopped
+    assert len(hero.scene.film) == 21
+    assert "not fooled in 20 steps, which is no proof" in hero.stage.frame["note"]
+
+
+def test_a_walk_that_is_stopped_early_does_not_answer_for_the_defence(student):
+    async def session():
+        hero = widgets.maximisation_hero(student)
+        hero.shooting["index"].value = 7
+        job = hero.job
+        await until(lambda: hero.scene.settings["index"] == 7 and len(hero.scene.film) == 3, job)
+        hero.stop.click()
+        return hero
+
+    note = asyncio.run(session()).stage.frame["note"]
+    assert "The walk was stopped after step 2 of 20" in note
+    assert "which this walk has not taken" in note and "and answers" not in note
 
 
 def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
@@ -363,12 +769,69 @@ def test_a_plain_classifier_never_gets_a_certificate(certified):
     assert smoothed["segments"][0]["to"] == pytest.approx(scene.certificate.radius)
 
 
+# -- what a frame says of itself ----------------------------------------------------------------------------------------
+
+
+def test_colours_of_the_plane_that_no_control_moves_are_named(student):
+    for name in ("bayes", "denoiser"):
+        hero = HEROES[name](student)
+        backdrops = dict(hero.stage.backdrops)
+        for control in hero.controls.values():
+            control.value = another(control)
+        assert hero.stage.backdrops == backdrops
+        assert "The plane is coloured by the" in hero.stage.frame["note"]
+        assert "without noise" in hero.stage.frame["panels"][0]["alt"]
+
+
+def test_stored_losses_name_their_picture_weighting_and_levels():
+    losses = measuring.read(assets.folder() / "records/gallery-prototype")
+    kept = replace(
+        losses, index=losses.index[3:5], labels=losses.labels[3:5], losses=losses.losses[3:5]
+    )
+    hero = widgets.photo_hero(gallery.pictures()[0], kept)
+    hero.controls["weighting"].value = "EDM"
+    last = len(losses.levels.sigma) - 1
+    hero.controls["band"].value = (1, last)
+    assert hero.stage.frame["panels"][0]["title"].startswith("Generated 3:")
+    assert hero.stage.frame["panels"][2]["title"] == "Posterior (EDM weighting)"
+    assert f"With EDM weighting, {last} levels" in hero.stage.frame["note"]
+
+
+def test_distances_of_a_translation_are_to_the_labels_of_the_network():
+    hero = HEROES["translation"](None)
+    before = hero.stage.frame["panels"][3]
+    hero.controls["family"].value = another(hero.controls["family"])
+    assert hero.stage.frame["panels"][3] == before
+    assert "network's own labels" in before["title"] and "trained on" in before["alt"]
+
+
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="expected finite numbers to draw, got 1 that are not"):
         figures.bars(["a", "b"], [0.0, float("nan")], title="t", alt="a", colours=["red", "red"])
+
+
+def test_pictures_cursors_and_radii_that_are_not_finite_are_refused():
+    nan = float("nan")
+    row = dict(label="f", certified=float("inf"), attacked=None)
+    spelled = dict(title="t", alt="a")
+    line = dict(y=[1.0, 2.0], colour="red")
+    for draw in (
+        lambda: figures.picture([[0.0, nan]]),
+        lambda: figures.radius_axis([row], xlabel="r", range=(0, 1), **spelled),
+        lambda: figures.radius_axis(
+            [dict(row, certified=0, attacked=nan)], xlabel="r", range=(0, 1), **spelled
+        ),
+        lambda: figures.radius_axis(
+            [dict(row, certified=0)], xlabel="r", range=(0, nan), **spelled
+        ),
+        lambda: figures.curves([0, 1], [line], xlabel="x", ylabel="y", cursor=nan, **spelled),
+        lambda: figures.curves([0, 1], [line], xlabel="x", ylabel="y", yrange=(0, nan), **spelled),
+    ):
+        with pytest.raises(ValueError, match="expected finite numbers to draw, got 1"):
+            draw()
 
 
 def test_a_series_of_another_length_is_refused():

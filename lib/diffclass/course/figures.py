@@ -17,19 +17,24 @@ WRONG = "#D55E00"
 UNKNOWN = "#D9D9D9"
 
 
-def _list(values, digits: int = 5) -> list:
+def _finite(values) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if not np.isfinite(array).all():
         raise ValueError(
-            f"expected finite numbers to draw, got {int((~np.isfinite(array)).sum())} that are not."
+            f"expected finite numbers to draw, got {int((~np.isfinite(array)).sum())} that are not; NaN or infinity in "
+            "the weights, the logits or the losses is the likely cause."
         )
-    return [float(f"{v:.{digits}g}") for v in array.ravel()]
+    return array
+
+
+def _list(values, digits: int = 5) -> list:
+    return [float(f"{v:.{digits}g}") for v in _finite(values).ravel()]
 
 
 def _range(values, given, log: bool = False) -> list[float]:
     if given is not None:
-        return [float(v) for v in given]
-    array = np.asarray(values, dtype=float)
+        return [float(v) for v in _finite(given)]
+    array = _finite(values)
     low = float(array.min())
     high = float(array.max())
     if log:
@@ -39,12 +44,14 @@ def _range(values, given, log: bool = False) -> list[float]:
 
 
 def picture(image, low: float = 0.0, high: float = 1.0) -> dict:
-    """One small image for the browser. Shapes: [H,W], [C,H,W] with C = 1 or 3, or [H,W,4] bytes -> a dictionary."""
+    """One small image for the browser. Shapes: [H,W], [C,H,W] with C = 1 or 3, or [H,W,4] bytes -> a dictionary.
+
+    Errors      ValueError for numbers that are not finite, which would be drawn as black
+    """
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        array = (np.clip((array.astype(float) - low) / (high - low), 0, 1) * 255 + 0.5).astype(
-            np.uint8
-        )
+        share = np.clip((_finite(array) - low) / (high - low), 0, 1)
+        array = (share * 255 + 0.5).astype(np.uint8)
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[0] in (1, 3) and array.shape[-1] not in (3, 4):
@@ -116,7 +123,7 @@ def curves(
         xrange=_range(x, xrange if xrange is not None else (min(x), max(x))),
         yrange=_range(everything, yrange, ylog),
         series=lines,
-        cursor=None if cursor is None else float(cursor),
+        cursor=None if cursor is None else float(_finite(cursor)),
         w=w,
         h=h,
     )
@@ -246,10 +253,10 @@ def radius_axis(
     """
     drawn = []
     for row in rows:
-        certified = float(row["certified"])
-        attacked = row.get("attacked")
+        certified = float(_finite(row["certified"]))
+        attacked = None if row.get("attacked") is None else float(_finite(row["attacked"]))
         last = float(range[1])
-        end = last if attacked is None else float(attacked)
+        end = last if attacked is None else attacked
         segments = [
             _segment(0.0, certified, COLOURS[2], "certified", "white"),
             _segment(certified, end, UNKNOWN, "unknown", "#222"),
@@ -263,7 +270,7 @@ def radius_axis(
         alt=alt,
         rows=drawn,
         xlabel=xlabel,
-        range=list(range),
+        range=_range((), range),
         w=w,
         h=70 + 44 * len(drawn),
     )
@@ -280,7 +287,8 @@ def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
     Shapes      shares [resolution*resolution, K], row 0 at the top left -> an image for `plane(backdrop=...)`
     """
     palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
-    blend = np.asarray(shares) @ palette[: np.asarray(shares).shape[1]]
+    owners = _finite(shares)
+    blend = owners @ palette[: owners.shape[1]]
     faded = 255 - strength * (255 - blend)
     return picture(faded.reshape(resolution, resolution, 3).astype(np.uint8))
 

@@ -1,8 +1,10 @@
 """Thin controllers: a few controls, one function from their state to a frame, one stage to draw it. No arithmetic."""
 
 import asyncio
+import html
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import anywidget
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from diffclass import data
 from diffclass.classifiers.idc import Translator
+from diffclass.course import figures
 from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
 from diffclass.course.scenes.digits import DigitScene, OptimalDigitsScene
@@ -25,6 +28,9 @@ from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation.measuring import Losses
 
+log = logging.getLogger(__name__)
+
+Job = Generator[float, None, None]  # yields the share of its work that is done
 VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 WHOLE_LABEL = {"description_width": "initial"}  # labels are not cut off
 
@@ -41,7 +47,44 @@ class Stage(anywidget.AnyWidget):
     picked = traitlets.Int(-1).tag(sync=True)
 
 
-class Hero(W.VBox):
+class Staged(W.VBox):
+    """A stage with the figure of the present state, and below it a note that a screen reader reads out.
+
+    What cannot be drawn says why in the note, instead of leaving an older figure under newer controls.
+    """
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        self.message = ""  # what the hero itself has to say, before the figure's note
+        self._logged = ""
+        super().__init__()
+
+    def frame(self) -> dict:
+        """The frame of the present state; the heroes say how."""
+        return figures.frame([])
+
+    def refresh(self, _=None) -> None:
+        """Draw the present state, or say why it cannot be drawn."""
+        try:
+            frame = self.frame()
+        except Exception as error:
+            if str(error) != self._logged:  # once, not at every move of a slider
+                log.exception("the figure could not be drawn")
+            self._logged = str(error)
+            frame = figures.frame([], f"<b>The figure could not be drawn.</b> {sentence(error)}")
+        else:
+            self._logged = ""
+        note = " ".join(part for part in (self.message, frame["note"]) if part)
+        self.stage.frame = {**frame, "note": note}
+
+
+def sentence(error: Exception) -> str:
+    """The kind of an error and what it says, as HTML."""
+    text = html.escape(str(error)) or "it says no more than that."
+    return f"{type(error).__name__}: {text}"
+
+
+class Hero(Staged):
     """Controls above a stage; every change calls `show`, which returns the next frame.
 
     Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame; `cursor` names the
@@ -59,7 +102,7 @@ class Hero(W.VBox):
         point: tuple[float, float] | None = None,
         backdrops: dict | None = None,
     ):
-        self.stage = Stage(backdrops=backdrops or {})
+        super().__init__(Stage(backdrops=backdrops or {}))
         if point is not None:
             self.stage.point = list(point)
         self.controls = controls
@@ -69,15 +112,13 @@ class Hero(W.VBox):
         self.stage.observe(self.refresh, ["point", "picked"])
         if cursor is not None:
             drag_moves(self.stage, controls[cursor], cursor_step)
-        super().__init__([row(controls.values()), self.stage])
+        self.children = [row(controls.values()), self.stage]
         self.refresh()
 
-    def refresh(self, _=None) -> None:
-        """Draw the frame of the present state."""
+    def frame(self) -> dict:
+        """The frame of the present controls."""
         values = {name: control.value for name, control in self.controls.items()}
-        self.stage.frame = self.show(
-            **values, point=tuple(self.stage.point), picked=self.stage.picked
-        )
+        return self.show(**values, point=tuple(self.stage.point), picked=self.stage.picked)
 
 
 def drag_moves(stage: Stage, control: W.Widget, step: int | None = None) -> None:
@@ -287,64 +328,125 @@ def translation_hero(translator: Translator, index: int = 350) -> Hero:
     )
 
 
-class Worker(W.VBox):
-    """A stage with a job: work that is done item by item between the reader's actions, and can be stopped."""
+class Worker(Staged):
+    """A stage with a job: work that is done item by item between the reader's actions, and can be stopped.
+
+    One job at a time: starting another stops the running one. A job that was stopped or replaced does no further item
+    and says nothing any more. A job that raises says its sentence; what was reached before stays on the stage.
+    """
 
     def __init__(self):
-        self.stage = Stage()
-        self.job = None
+        super().__init__(Stage())
+        self.job: asyncio.Task | None = None
+        self.work: Job | None = None  # the job that may draw and end
+        self.what = ""
         self.progress = W.FloatProgress(
             min=0, max=1, description="idle", layout=W.Layout(width="230px")
         )
         self.stop = button("Stop", "", "stop the running job; its results so far stay")
         self.stop.on_click(lambda _: self.halt())
-        super().__init__()
 
-    def refresh(self, _=None) -> None:
-        """Draw the present state; the heroes say how."""
-
-    def start(self, what: str, work: Iterator[float]) -> None:
+    def start(self, what: str, work: Job) -> None:
         """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
-        self.halt()
-        self.progress.description = what
-        self.progress.value = 0.0
+        self._take_over(what, work)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            for self.progress.value in work:
-                pass
-            self.finish()
+            self._run_at_once(work)
         else:
             self.job = loop.create_task(self._run(work))
 
-    async def _run(self, work: Iterator[float]) -> None:
+    def _take_over(self, what: str, work: Job) -> None:
+        self.halt()
+        self.what = what
+        self.work = work
+        self.message = ""
+        self._say(what, "")
+        self.progress.value = 0.0
+
+    def _run_at_once(self, work: Job) -> None:
+        for _ in self._items(work):
+            pass
+
+    async def _run(self, work: Job) -> None:
         painted = time.monotonic()
-        for self.progress.value in work:
+        for _ in self._items(work):
             if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
                 self.refresh()
                 painted = time.monotonic()
             await asyncio.sleep(0)
-        self.finish()
 
-    def finish(self) -> None:
-        """Say that the job is done, and draw the result."""
-        self.progress.description = "done"
-        self.job = None
-        self.refresh()
+    def _items(self, work: Job) -> Iterator[None]:
+        """Do a job item by item for as long as it is the present one, and say how it ended."""
+        try:
+            while self.work is work:
+                share = next(work)
+                if self.work is work:
+                    self.progress.value = share
+                yield
+            # stopped or replaced while it computed its last item
+            _close(work)
+            if self.work is None:
+                self.refresh()
+        except StopIteration:
+            self.finish(work)
+        except Exception as error:
+            self.fail(work, error)
+        finally:
+            if self.work is work:  # interrupted from outside, such as by the kernel
+                self.halt()
+            _close(work)
+
+    def finish(self, work: Job) -> None:
+        """Say that a job is done, and draw its result; nothing where another job has taken its place."""
+        if self.work is work:
+            self._end("done", "success")
+
+    def fail(self, work: Job, error: Exception) -> None:
+        """Say why a job failed, and draw what it reached; the traceback goes to the log."""
+        log.error("a job failed", exc_info=error)
+        if self.work is work:
+            self.message = f"<b>{html.escape(self.what)} failed.</b> {sentence(error)} What was reached before stays."
+            self.progress.tooltip = str(error)
+            self._end("failed", "danger")
 
     def halt(self) -> None:
-        """Stop the running job; its results so far stay."""
-        if self.job is not None:
-            self.job.cancel()
-            self.job = None
-            self.progress.description = "stopped"
+        """Stop the running job; its results so far stay, and say that they are partial."""
+        work = self.work
+        if work is not None:
+            self.work = None
+            _close(work)
+            self._end("stopped", "warning")
+
+    def _end(self, description: str, colour: str) -> None:
+        self.work = None
+        self.job = None
+        self._say(description, colour)
+        self.refresh()
+
+    def _say(self, description: str, colour: str) -> None:
+        """The bar's words and its colour by ipywidgets' name."""
+        self.progress.description = description
+        self.progress.bar_style = colour
+
+
+def _close(work: Job) -> None:
+    """End a generator where it waits, so that its result is known to be partial."""
+    try:
+        work.close()
+    except ValueError:
+        # it is computing an item, in this thread or in another: it is closed after that item
+        log.debug("a job is closed after its present item")
 
 
 class Filmed(Worker):
     """A film that some controls have shot anew, as a job, and others scrub from memory.
 
-    Shapes      a scene with shoot(**values of `shooting`) -> shares of the work done, and at(**values of `scrubbing`)
-                -> frame
+    Shapes      a scene with shoot(**values of `shooting`) -> shares of the work done, at(**values of `scrubbing`) ->
+                frame, `settings`: what the film that is shown was shot with, None without one, and
+                described(**settings) -> words
+    Controls    a control of `shooting` that changes stops the running job and starts another; the old film is shown,
+                as its own, until the new one has a frame
     """
 
     def __init__(
@@ -352,7 +454,7 @@ class Filmed(Worker):
     ):
         super().__init__()
         self.scene = scene
-        self.what = what
+        self.title = what
         self.controls = scrubbing
         self.shooting = shooting
         drag_moves(self.stage, next(iter(scrubbing.values())), step=1)
@@ -365,23 +467,34 @@ class Filmed(Worker):
             row(shooting.values()),
             self.stage,
         ]
-        for _ in self.take():  # the first film at once: the figure is never empty
-            pass
-        self.finish()
+        first = self.take()
+        self._take_over(what, first)
+        self._run_at_once(first)  # the figure is never empty
 
-    def take(self) -> Iterator[float]:
+    def asked(self) -> dict:
+        """What the controls ask for."""
+        return {name: control.value for name, control in self.shooting.items()}
+
+    def take(self) -> Job:
         """The job: a new film, by the present controls."""
-        return self.scene.shoot(**{name: control.value for name, control in self.shooting.items()})
+        return self.scene.shoot(**self.asked())
 
     def shoot(self) -> None:
         """Start a new film."""
-        self.start(self.what, self.take())
+        self.start(self.title, self.take())
 
-    def refresh(self, _=None) -> None:
-        """Draw the present step of the film there is."""
-        self.stage.frame = self.scene.at(
-            **{name: control.value for name, control in self.controls.items()}
+    def frame(self) -> dict:
+        """The present step of the film there is, which says where it is not that of the controls."""
+        frame = self.scene.at(**{name: control.value for name, control in self.controls.items()})
+        shown = self.scene.settings
+        asked = self.asked()
+        if shown is None or shown == asked:
+            return frame
+        other = (
+            f"<b>This is the film of {self.scene.described(**shown)}</b>; there is none yet of "
+            f"{self.scene.described(**asked)}, for which the controls ask."
         )
+        return {**frame, "note": f"{other} {frame['note']}"}
 
 
 def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 3) -> Hero:
@@ -396,7 +509,8 @@ def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 
 
     def clicked(change) -> None:
         if change["new"] >= 0:
-            controls["number"].value = scene.numbers()[change["new"]]
+            shown = scene.numbers(controls["name"].value)
+            controls["number"].value = shown[change["new"]]
             hero.stage.picked = -1  # so that the same lamp can be clicked again
 
     hero.stage.observe(clicked, "picked")
@@ -440,7 +554,12 @@ def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
 
 
 class Explorer(Worker):
-    """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped."""
+    """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped.
+
+    Controls    another digit stops the running job and puts all results away; another norm or budget stops it and starts
+                an attack; another sigma or number of votes changes nothing that is running or shown: the result keeps
+                its own, and the note says what to press for the new ones
+    """
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
@@ -480,26 +599,28 @@ class Explorer(Worker):
         self.index.observe(lambda _: self.choose(), "value")
         self.step.observe(self.refresh, "value")
         for control in (self.sigma, self.votes):
-            control.observe(lambda _: self.forget_votes(), "value")
+            control.observe(self.refresh, "value")
         for control in (self.budget, self.norm):
             control.observe(lambda _: self.attack(), "value")
         drag_moves(self.stage, self.step, step=1)
         self.run_attack.on_click(lambda _: self.attack())
         self.run_certify.on_click(lambda _: self.certify())
 
-    def refresh(self, _=None) -> None:
-        """Draw the present state."""
-        self.stage.frame = self.scene.at(self.step.value, self.sigma.value, self.votes.value)
+    def frame(self) -> dict:
+        """The frame of the present state."""
+        return self.scene.at(
+            self.step.value,
+            self.sigma.value,
+            self.votes.value,
+            self.norm.value,
+            self.budget.value,
+        )
 
     def choose(self) -> None:
         """Take the chosen digit."""
         self.halt()
+        self.message = ""
         self.scene.choose(self.index.value)
-        self.refresh()
-
-    def forget_votes(self) -> None:
-        """Drop the votes, which were counted at another sigma or are another number of votes."""
-        self.scene.forget_votes()
         self.refresh()
 
     def attack(self) -> None:

@@ -1,6 +1,7 @@
 """Frames of an attack on one digit: the picture, the change, the losses of the classes, and how far the label leads."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from diffclass.attacks.search import AttackStep
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
+from diffclass.course.scenes.results import AttackFilm, recorded
 
 STEPS = 20
 LOUDER = 10  # how much larger than it is the change is shown
@@ -18,6 +20,19 @@ LOUDER = 10  # how much larger than it is the change is shown
 def magnified(delta: Tensor) -> Tensor:
     """A change as a picture: grey where nothing changed, ten times as strong elsewhere. Shapes: the same."""
     return (0.5 + LOUDER * delta).clamp(0, 1)
+
+
+@dataclass(eq=False, kw_only=True)
+class DigitFilm(AttackFilm):
+    """The film of an attack on one test digit, with the settings that it was shot with.
+
+    Shapes      x [1,C,H,W], y [1]; losses [K,T] of the steps that were looked at
+    """
+
+    settings: dict
+    x: Tensor
+    y: Tensor
+    losses: dict[int, Tensor] = field(default_factory=dict)
 
 
 class AttackScene:
@@ -38,49 +53,87 @@ class AttackScene:
         self.world = digits.world
         self.bayes_classifier = digits.bayes_classifier
         self.classifier = digits.classifier
-        self.film: list[AttackStep] = []
-        self._losses: dict[int, Tensor] = {}
-        self._films: dict[tuple, list[AttackStep]] = {}
+        self.shown: DigitFilm | None = None
+        self._films: dict[tuple, DigitFilm] = {}
+
+    @property
+    def film(self) -> list[AttackStep]:
+        """The frames of the film that is shown."""
+        return [] if self.shown is None else self.shown.frames
+
+    @property
+    def settings(self) -> dict | None:
+        """What the film that is shown was shot with: the arguments of `shoot`."""
+        return None if self.shown is None else self.shown.settings
+
+    def described(self, index: int, epsilon: float, norm: str, loss: str) -> str:
+        """Settings in words. Units: pixels."""
+        kind = self.NORMS[norm]
+        name = "L∞" if kind == "linf" else "L2"
+        return f"digit {index}, {name} within {self._radius(epsilon, kind):.3f}, {loss} loss, {STEPS} steps"
+
+    def _radius(self, epsilon: float, kind: str) -> float:
+        image = self.world.test_images[:1]
+        return float(attacks.size_of(torch.full_like(image, epsilon), kind))
 
     def shoot(self, index: int, epsilon: float, norm: str, loss: str) -> Iterator[float]:
-        """Attack a test digit; yields the share of the steps done. A finished film is kept and not shot again."""
+        """Attack a test digit; yields the share of the steps done. A finished film is kept and not shot again.
+
+        The film that is shown gives way when the new one has its first frame.
+        """
         key = (index, epsilon, norm, loss)
-        self.x = self.world.test_images[index : index + 1]
-        self.y = self.world.test_labels[index : index + 1]
-        self.index = index
-        self.film = self._films.get(key, [])
-        self._losses = {}
-        if self.film:
+        if key in self._films:
+            self.shown = self._films[key]
             yield 1.0
             return
+        film = DigitFilm(
+            steps=STEPS,
+            settings=dict(index=index, epsilon=epsilon, norm=norm, loss=loss),
+            x=self.world.test_images[index : index + 1],
+            y=self.world.test_labels[index : index + 1],
+        )
         kind = self.NORMS[norm]
-        radius = float(attacks.size_of(torch.full_like(self.x, epsilon), kind))
-        for frame in attacks.pgd(
-            self.classifier, self.x, self.y, radius, norm=kind, steps=STEPS, loss=self.LOSSES[loss]
-        ):
-            self.film.append(frame)
-            yield (frame.step + 1) / (STEPS + 1)
-        self._films[key] = self.film
+        with recorded(film):
+            for frame in attacks.pgd(
+                self.classifier,
+                film.x,
+                film.y,
+                self._radius(epsilon, kind),
+                norm=kind,
+                steps=STEPS,
+                loss=self.LOSSES[loss],
+            ):
+                film.frames.append(frame)
+                if frame.step == 0:
+                    self.shown = film
+                yield (frame.step + 1) / (STEPS + 1)
+        self._films[key] = film
 
     def losses(self, step: int) -> Tensor:
-        """The losses [K,T] behind the logits of a frame, measured once."""
-        if step not in self._losses:
+        """The losses [K,T] behind the logits of a frame of the film that is shown, measured once."""
+        film = self.shown
+        if step not in film.losses:
             with torch.no_grad():
-                self._losses[step] = self.bayes_classifier.losses(
-                    self.film[step].x, self.classifier.noise
+                film.losses[step] = self.bayes_classifier.losses(
+                    film.frames[step].x, self.classifier.noise
                 )[0]
-        return self._losses[step]
+        return film.losses[step]
 
     def at(self, step: int) -> dict:
         """The frame of a step; of the last one there is, while the film is being shot."""
-        now = self.film[max(0, min(step, len(self.film) - 1))]
+        if self.shown is None:
+            return figures.frame([], "There is no film yet.")
+        film = self.shown
+        x = film.x
+        index = film.settings["index"]
+        now = film.frames[max(0, min(step, len(film.frames) - 1))]
         losses = self.losses(now.step)
+        label = int(film.y)
         logits = now.logits[0]
-        label = int(self.y)
         best = int(logits.argmax())
         colours = figures.emphasis(logits)
         share = torch.softmax(logits, 0)
-        delta = now.x - self.x
+        delta = now.x - x
         if best != label:  # then the label is what to look at, wherever it has fallen to
             colours = [figures.OTHER] * len(colours)
             colours[best] = figures.WRONG
@@ -90,10 +143,10 @@ class AttackScene:
         return figures.frame(
             [
                 figures.tiles(
-                    [self.x[0], now.x[0], magnified(delta[0])],
+                    [x[0], now.x[0], magnified(delta[0])],
                     columns=3,
                     size=96,
-                    title=f"Test digit {self.index}, a {label}",
+                    title=f"Test digit {index}, a {label}",
                     captions=["clean", caption, f"change × {LOUDER}"],
                     borders=[None, figures.WRONG if best != label else None, None],
                     alt=f"A handwritten {label}, its perturbed copy at {caption}, and the change, ten times as "
@@ -109,15 +162,16 @@ class AttackScene:
                     h=230,
                 ),
                 posterior_bars(share, colours, w=300, h=230),
-                self._film_panel(now.step),
+                self._film_panel(film, now.step),
             ],
-            self._note(label, best, float(share[best]), sizes),
+            self._note(film, label, best, float(share[best]), sizes),
         )
 
-    def _film_panel(self, step: int) -> dict:
-        shown = self.film if len(self.film) > 1 else self.film * 2  # a line needs two ends
+    def _film_panel(self, film: DigitFilm, step: int) -> dict:
+        frames = film.frames
+        shown = frames if len(frames) > 1 else frames * 2  # a line needs two ends
         steps = [float(i) for i in range(len(shown))]
-        leads = [-float(attacks.margin_loss(frame.logits, self.y)) for frame in shown]
+        leads = [-float(attacks.margin_loss(frame.logits, film.y)) for frame in shown]
         zero = dict(y=[0.0] * len(steps), colour=COLOURS[4], dash="3 3")
         return figures.curves(
             steps,
@@ -133,10 +187,12 @@ class AttackScene:
             "below zero the classifier is fooled.",
         )
 
-    def _note(self, label: int, best: int, share: float, sizes: dict[str, float]) -> str:
+    def _note(
+        self, film: DigitFilm, label: int, best: int, share: float, sizes: dict[str, float]
+    ) -> str:
         verdict = f"<b>fooled</b>, label {label}" if best != label else "right"
         return (
-            f"The classifier says <b>{best}</b> with posterior {share:.3f} ({verdict}). Size of the change in "
-            f"pixels: L∞ {sizes['linf']:.3f}, which is {255 * sizes['linf']:.0f}/255 of the range; L2 "
-            f"{sizes['l2']:.2f}."
+            f"Attack on {self.described(**film.settings)}: {film.outcome}. At the step shown the classifier says "
+            f"<b>{best}</b> with posterior {share:.3f} ({verdict}). Size of the change in pixels: "
+            f"L∞ {sizes['linf']:.3f}, which is {255 * sizes['linf']:.0f}/255 of the range; L2 {sizes['l2']:.2f}."
         )

@@ -1,7 +1,9 @@
 """Frames of the audit: 36 lamps in six rows, and what the chosen one measured."""
 
 import html
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from diffclass import audit
 from diffclass.audit import AMBER, GREEN, GROUPS, RED, Check, planted
@@ -27,45 +29,81 @@ class AuditScene:
         self.audits: dict[str, list[Check]] = {
             name: list(audit.run(planted.case(fault, count))) for name, fault in faults.items()
         }
+        own = f"audited here on {count} pictures"
+        self.settings: dict[str, str] = dict.fromkeys(self.audits, own)
         for document in stored:
             name = f"{document['classifier']} on {document['world']}"
+            settings = _settings_of(document)
+            if name in self.audits:
+                name = f"{name}, {settings}"
+            if name in self.audits:
+                raise ValueError(
+                    f"expected stored audits that differ, got {name} twice; is the same file listed twice?"
+                )
             self.audits[name] = [_check_of(row) for row in document["checks"]]
+            self.settings[name] = settings
 
-    def numbers(self) -> list[int]:
-        """The checks' numbers as their lamps are shown, group by group."""
-        return [
-            one.number for group in GROUPS for one in self.audits["honest"] if one.group == group
-        ]
+    def numbers(self, name: str = "honest") -> list[int]:
+        """The checks' numbers of one audit as their lamps are shown, group by group."""
+        return [one.number for group in GROUPS for one in self.audits[name] if one.group == group]
 
     def at(self, name: str, number: int) -> dict:
         """The frame of one classifier with the lamp of one check chosen."""
         checks = {one.number: one for one in self.audits[name]}
-        chosen = checks[number]
+        chosen = checks.get(number)
         counts = [sum(one.light == light for one in checks.values()) for light in audit.LIGHTS]
         lights = ", ".join(map("{} {}".format, counts, audit.LIGHTS))
+        panels = [self._lamps(name, checks, number, lights)]
+        ending = f"In all: {lights} ({html.escape(name)}, {html.escape(self.settings[name])})."
+        if chosen is None:
+            return figures.frame(panels, f"This audit has no check <b>{number}</b>. {ending}")
         note = f"<b>{number} {chosen.name}</b> is <b>{chosen.light}</b>: {html.escape(chosen.evidence)}."
         if chosen.light == RED:
             note = f"{note} <b>What to do:</b> {html.escape(chosen.advice)}."
-        note = f"{note} In all: {lights}."
-        return figures.frame([self._lamps(name, checks, number, lights), _drawn(chosen)], note)
+        if chosen.picture is None or chosen.picture.finite:
+            panels.append(_drawn(chosen))
+        else:
+            note = f"{note} Some of its numbers are not finite or missing, so they are not drawn."
+        return figures.frame(panels, f"{note} {ending}")
 
     def _lamps(self, name: str, checks: dict[int, Check], number: int, lights: str) -> dict:
+        shown = self.numbers(name)
+        words = f"number {number} is chosen" if number in shown else f"number {number} is not there"
         rows = []
         for group in GROUPS:
-            own = [checks[other] for other in self.numbers() if checks[other].group == group]
+            own = [one for one in checks.values() if one.group == group]
             lamps = [(one.number, SIGN[one.light], PAINT[one.light]) for one in own]
             rows.append(dict(label=group, lamps=lamps))
         return figures.lamps(
             rows,
-            chosen=self.numbers().index(number),
+            chosen=shown.index(number) if number in shown else None,
             title=f"{name}: + passed, {SIGN[RED]} failed, ? not judged (click one)",
-            alt=f"Six rows of lamps for {name}: {lights}; number {number} is chosen.",
+            alt=f"Six rows of lamps for {name}: {lights}; {words}.",
         )
+
+
+def _settings_of(document: dict) -> str:
+    """What a stored audit was run with, in words: what its document says of it."""
+    words = []
+    if "images" in document:
+        words.append(f"{document['images']} pictures")
+    if "epsilon" in document:
+        words.append(f"{document['norm']} within {document['epsilon']:g}")
+    if "seed" in document:
+        words.append(f"seed {document['seed']}")
+    return f"stored: {', '.join(words) or 'its settings are not recorded'}"
 
 
 def _check_of(row: dict) -> Check:
     """A check from what `diffclass audit --json` printed of it."""
-    picture = audit.Picture(**row["picture"]) if row["picture"] else None
+    picture = None
+    if row["picture"]:
+        picture = audit.Picture(**row["picture"])
+        lines = {  # JSON has no NaN: what was not measured is null
+            name: tuple(math.nan if value is None else value for value in line)
+            for name, line in picture.lines.items()
+        }
+        picture = replace(picture, lines=lines)
     return Check(**{**row, "picture": picture})
 
 

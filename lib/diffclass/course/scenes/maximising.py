@@ -1,7 +1,7 @@
 """Frames of likelihood maximisation on one digit, clean and attacked: the pictures, their change, loss and verdict."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from diffclass.classifiers.purified import LikelihoodMaximisation, PurifiedClass
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, posterior_bars
+from diffclass.course.scenes.results import DONE, RUNNING, Result, recorded
 
 STEPS = 20  # of the walk that is shown
 DEFENCE = 5  # of the defence, whose noise is that of the walk's first steps
@@ -31,6 +32,16 @@ class Moment:
     x: Tensor
     loss: Tensor
     logits: Tensor
+
+
+@dataclass(eq=False, kw_only=True)
+class Walk(Result):
+    """The moments of a walk, with the settings that it was taken with; `budget` is None where the walk has no limit."""
+
+    settings: dict
+    label: int
+    budget: float | None
+    moments: list[Moment] = field(default_factory=list)
 
 
 class MaximisationScene:
@@ -58,8 +69,30 @@ class MaximisationScene:
         low, high = whole.band
         self.band = (levels >= low) & (levels <= high)  # where the walk's loss is, and is shown
         self.noise = whole.sample_noise(1, torch.Generator().manual_seed(seed))
-        self.film: list[Moment] = []
-        self._films: dict[tuple, list[Moment]] = {}
+        self.shown: Walk | None = None
+        self._films: dict[tuple, Walk] = {}
+
+    @property
+    def film(self) -> list[Moment]:
+        """The moments of the walk that is shown."""
+        return [] if self.shown is None else self.shown.moments
+
+    @property
+    def settings(self) -> dict | None:
+        """What the walk that is shown was taken with: the arguments of `shoot`."""
+        return None if self.shown is None else self.shown.settings
+
+    @property
+    def label(self) -> int:
+        """The label of the digit that is shown."""
+        return self.shown.label
+
+    def described(self, index: int, budget: float, variant: str, target: str) -> str:
+        """Settings in words. Units: pixels."""
+        limit = (
+            f"L∞ limit {budget:.3f}" if variant == PAPER else "no limit"
+        )  # the limit is the paper's alone
+        return f"digit {index}, steps {variant} with {limit}, attack on {target} within L∞ {self.epsilon:.3f}"
 
     def maximisation(self, variant: str, budget: float) -> LikelihoodMaximisation:
         """The defence's steps in a variant; the budget (pixels, L-inf) is the paper's alone."""
@@ -82,32 +115,34 @@ class MaximisationScene:
     def shoot(self, index: int, budget: float, variant: str, target: str) -> Iterator[float]:
         """Attack, then walk; yields the share of the work done. A finished film is kept and not shot again.
 
+        The walk that is shown gives way when the new one begins, after its attack.
         Units       budget in pixels, L-inf
         """
         key = (index, budget, variant, target)
+        if key in self._films:
+            self.shown = self._films[key]
+            yield 1.0
+            return
         maximisation = self.maximisation(variant, budget)
         x = self.world.test_images[index : index + 1]
         y = self.world.test_labels[index : index + 1]
-        finished = key in self._films
-        if finished:
-            film = self._films[key]
-        else:
+        film = Walk(
+            settings=dict(index=index, budget=budget, variant=variant, target=target),
+            label=int(y),
+            budget=maximisation.budget,
+        )
+        with recorded(film):
             for frame in attacks.pgd(
                 self._attacked(variant, budget, target), x, y, self.epsilon, steps=ATTACK_STEPS
             ):
                 yield 0.5 * frame.step / ATTACK_STEPS
             start = units.to_model(torch.cat([x, frame.x]))
-            film = [self._moment(start)]
-        self.index = index
-        self.label = int(y)
-        self.variant = variant
-        self.film = film
-        self.budget = maximisation.budget
-        if not finished:
+            film.moments.append(self._moment(start))
+            self.shown = film
             for u in maximisation.changed(steps=STEPS).walk(start, self.noise):
-                film.append(self._moment(u))
-                yield 0.5 + 0.5 * (len(film) - 1) / STEPS
-            self._films[key] = film
+                film.moments.append(self._moment(u))
+                yield 0.5 + 0.5 * (len(film.moments) - 1) / STEPS
+        self._films[key] = film
         yield 1.0
 
     def _attacked(self, variant: str, budget: float, target: str) -> Classifier:
@@ -124,10 +159,13 @@ class MaximisationScene:
 
     def at(self, step: int) -> dict:
         """The frame of a step; of the last one there is, while the film is being shot."""
-        step = max(0, min(step, len(self.film) - 1))
-        start = self.film[0]
-        now = self.film[step]
-        label = self.label
+        if self.shown is None:
+            return figures.frame([], "There is no film yet.")
+        film = self.shown
+        step = max(0, min(step, len(film.moments) - 1))
+        start = film.moments[0]
+        now = film.moments[step]
+        label = film.label
         best = now.logits.argmax(1).tolist()
         share = torch.softmax(now.logits[1], 0)
         wrong = [figures.WRONG if k != label else None for k in best]
@@ -141,7 +179,7 @@ class MaximisationScene:
                     [start.x[0], now.x[0], start.x[1], now.x[1], *(0.5 + now.x - start.x)],
                     columns=6,
                     size=88,
-                    title=f"Test digit {self.index}, a {label}, clean and attacked: before, after {step} steps",
+                    title=f"Test digit {film.settings['index']}, a {label}, clean and attacked: before, after {step} steps",
                     captions=[
                         "clean",
                         f"now {best[0]}",
@@ -158,7 +196,7 @@ class MaximisationScene:
                     step,
                     "‖D − u‖²",
                     "Unconditional loss: what the steps lower",
-                    [moment.loss for moment in self.film],
+                    [moment.loss for moment in film.moments],
                     w=420,
                 ),
                 self._curves(
@@ -167,14 +205,14 @@ class MaximisationScene:
                     "How far the label leads",
                     [
                         -attacks.margin_loss(moment.logits, torch.tensor([label, label]))
-                        for moment in self.film
+                        for moment in film.moments
                     ],
                     w=570,
                     zero_is_the_limit=True,
                 ),
                 posterior_bars(share, colours, "Posterior of the attacked digit", w=410, h=220),
             ],
-            self._note(step, best, share, moved),
+            self._note(film, step, best, share, moved),
         )
 
     def _curves(
@@ -210,19 +248,24 @@ class MaximisationScene:
             alt=f"{alt}.",
         )
 
-    def _note(self, step: int, best: list[int], share: Tensor, moved: list[float]) -> str:
-        first = self.film[0]
-        now = self.film[step]
-        limit = (
-            f"within L∞ {self.budget:.3f} of the start"
-            if self.budget is not None
-            else "without a limit"
-        )
-        defended = self.film[min(DEFENCE, len(self.film) - 1)].logits.argmax(1).tolist()
+    def _note(
+        self, film: Walk, step: int, best: list[int], share: Tensor, moved: list[float]
+    ) -> str:
+        first = film.moments[0]
+        now = film.moments[step]
+        taken = len(film.moments) - 1
+        state = ""
+        if film.ending == RUNNING:
+            state = f" Walking, {taken} of {STEPS} steps so far."
+        elif film.ending != DONE:
+            state = f" The walk was {film.ending} after step {taken} of {STEPS}."
+        answer = f"The defence stops after {DEFENCE} steps, which this walk has not taken."
+        if taken >= DEFENCE:
+            defended = film.moments[DEFENCE].logits.argmax(1).tolist()
+            answer = f"The defence stops after {DEFENCE} steps and answers {defended[0]} and {defended[1]}."
         return (
-            f"Label {self.label}. After {step} steps ({self.variant}, {limit}) the clean digit is called "
-            f"<b>{best[0]}</b>, the attacked one <b>{best[1]}</b> (posterior {float(share[best[1]]):.3f}); the "
+            f"Label {film.label}: {self.described(**film.settings)}.{state} After {step} steps the clean digit is "
+            f"called <b>{best[0]}</b>, the attacked one <b>{best[1]}</b> (posterior {float(share[best[1]]):.3f}); the "
             f"unconditional loss went from {float(first.loss[1]):.2f} to {float(now.loss[1]):.2f} and the pixels "
-            f"moved by up to {moved[1]:.2f}. The defence stops after {DEFENCE} steps and answers {defended[0]} and "
-            f"{defended[1]}."
+            f"moved by up to {moved[1]:.2f}. {answer}"
         )

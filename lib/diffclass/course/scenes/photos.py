@@ -12,6 +12,11 @@ from diffclass.noise import WEIGHTINGS, Weighting, discrete_elbo_weight, elbo_we
 SHORT = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
+def named(weighting: Weighting) -> str:
+    """The name of a weighting, as the reader chooses it."""
+    return next((name for name, one in WEIGHTINGS.items() if one is weighting), "another")
+
+
 class PhotoScene:
     """Stored losses of pictures, shown one picture at a time. Nothing is run: every frame is a weighted sum.
 
@@ -33,6 +38,7 @@ class PhotoScene:
     def at(self, index: int, weighting: Weighting, band: tuple[int, int]) -> dict:
         """The frame of one picture under a weighting of the levels band[0] to band[1], both included."""
         label = int(self.losses.labels[index])
+        number = int(self.losses.index[index])
         kept = slice(band[0], band[1] + 1)
         losses = self.losses.losses[index][:, kept]
         levels = self.losses.levels[kept].to(losses)
@@ -44,13 +50,19 @@ class PhotoScene:
         terms = losses * weighting(levels)
         lead = terms[rival] - terms[label]  # nats for the true class, level by level
         unit = "nats" if weighting in (elbo_weight, discrete_elbo_weight) else "units"
+        used = (
+            f"{named(weighting)}, {len(levels.sigma)} levels, σ {float(levels.sigma.min()):.2g} to "
+        )
+        first = float(levels.sigma.min())
+        last = float(levels.sigma.max())
+        used = f"{named(weighting)} weighting, {len(levels.sigma)} levels from σ {first:.2g} to {last:.2g}"
         return figures.frame(
             [
                 figures.tiles(
                     [self.images[index]],
                     columns=1,
                     size=176,
-                    title=f"{self.kind} {index}: {self.names[label]}",
+                    title=f"{self.kind} {number}: {self.names[label]}",
                     captions=[f"read as {self.names[best]}"],
                     borders=[None if best == label else figures.WRONG],
                     alt=f"A picture of class {self.names[label]}.",
@@ -61,7 +73,7 @@ class PhotoScene:
                 posterior_bars(
                     share,
                     colours,
-                    "Posterior under this weighting",
+                    f"Posterior ({named(weighting)} weighting)",
                     names=self.names,
                     w=430,
                     h=250,
@@ -78,7 +90,7 @@ class PhotoScene:
                     alt=f"What each level adds to the lead of {self.names[label]} over {self.names[rival]}.",
                 ),
             ],
-            f"True class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
+            f"With {used}: true class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
             f"{float(share[best]):.3f}; {self.names[second]} is {float(logits[best] - logits[second]):.1f} "
             f"{unit} behind.",
         )

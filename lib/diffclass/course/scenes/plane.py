@@ -95,7 +95,7 @@ class PlaneScene:
         )
 
     def plane(self, xy, title: str, **more) -> dict:
-        """The plane with the sampled points and the handle."""
+        """The plane with the sampled points and the handle; the colours are those of `backdrop`, whatever the controls."""
         where = f"{float(xy[0]):.2f}, {float(xy[1]):.2f}"
         return figures.plane(
             title=title,
@@ -103,7 +103,8 @@ class PlaneScene:
             backdrop="posterior",
             dots=self.dots,
             dot_colours=self.dot_colours,
-            alt=f"Plane of the {self.law.name} law; the point is at {where}.",
+            alt=f"Plane of the {self.law.name} law, coloured by its exact posterior without noise, under its own "
+            f"prior; the point is at {where}.",
             **more,
         )
 
@@ -124,7 +125,8 @@ class PlaneScene:
         best = int(evidence.argmax())
         note = (
             f"Posterior {_spoken(self.names, share)}; exact {_spoken(self.names, exact)}. "
-            f"Total variation {float((share - exact).abs().sum() / 2):.3f}."
+            f"Total variation {float((share - exact).abs().sum() / 2):.3f}. The plane is coloured by the exact "
+            f"posterior under the law's own prior, {_spoken(self.names, self.log_prior.exp())}."
         )
         return figures.frame(
             [
@@ -242,7 +244,8 @@ class PlaneScene:
         ]
         note = (
             f"The unconditional denoiser (black) is the posterior-weighted mean of the others: "
-            f"|D(x) − Σ p(k|x) D_k(x)| = {float((means[-1] - mixed).norm()):.1e}."
+            f"|D(x) − Σ p(k|x) D_k(x)| = {float((means[-1] - mixed).norm()):.1e}. The plane is coloured by the "
+            "posterior without noise, at σ = 0."
         )
         return figures.frame(
             [

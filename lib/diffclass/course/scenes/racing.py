@@ -118,7 +118,7 @@ class RaceScene:
             posterior_bars(share, colours, "Posterior of the living classes", w=290),
             self._meter(now, film[-1]),
         ]
-        return figures.frame(panels, self._note(film, now, strategy, share, label))
+        return figures.frame(panels, self._note(film, now, strategy, scale, share, label))
 
     def _curves(
         self, film: list[Moment], now: Moment, strategy: str, scale: float, colours: list[str]
@@ -162,8 +162,24 @@ class RaceScene:
             "classes at all levels.",
         )
 
+    def described(self, strategy: str, scale: float) -> str:
+        """A strategy with the settings that it uses, in words; what it does not use is left out."""
+        return {
+            RACE: f"{RACE}, α = {ALPHA:g}, assumed scale {scale:.1f} nats",
+            STAGED: f"{STAGED} to {SURVIVORS[0]} and {SURVIVORS[1]} classes at {STAGES[0]} and {STAGES[1]} levels; it uses "
+            "no assumed scale",
+            SIFT_AND_REFINE: f"{SIFT_AND_REFINE}, threshold {THRESHOLD:g} nats; it uses no assumed scale",
+            NO_ELIMINATION: f"{NO_ELIMINATION}; it uses no assumed scale",
+        }[strategy]
+
     def _note(
-        self, film: list[Moment], now: Moment, strategy: str, share: Tensor, label: int
+        self,
+        film: list[Moment],
+        now: Moment,
+        strategy: str,
+        scale: float,
+        share: Tensor,
+        label: int,
     ) -> str:
         last = film[-1]
         best = int(now.answer.prediction)
@@ -173,7 +189,7 @@ class RaceScene:
             ending = f"remains undecided, its budget of {LEVELS} levels being spent"
         return (
             f"After {now.bill} evaluations: <b>{best}</b> (label {label}), living classes {', '.join(left)}; the "
-            f"run ({strategy}) {ending}. A network with one head for each class would have paid "
+            f"run ({self.described(strategy, scale)}) {ending}. A network with one head for each class would have paid "
             f"{int(now.answer.evaluations)} so far. Largest scale seen in the pilot: {self.pilot.scale:.1f} nats."
         )
 

@@ -107,7 +107,7 @@ class TranslationScene:
                     low=-1,
                     high=1,
                     captions=[f"m = {float(self.bridge.shares[step.t]):.2f}" for step in walk],
-                    title="Estimated label at each step",
+                    title="The network's estimated label at each step",
                     alt=f"The network's estimates of the label; the last is nearest to label {best}.",
                 ),
             ],
@@ -126,8 +126,9 @@ class TranslationScene:
             yrange=(0, max(0.6, float(distances.max()) * 1.05)),
             w=400,
             h=250,
-            title="Distance to the ten labels (read from right to left)",
+            title="Distance to the network's own labels (read right to left)",
             xlabel="share m of the picture (drag)",
             ylabel="mean absolute difference",
-            alt=f"Distances of the estimates of a {label} to ten labels, from picture to label.",
+            alt=f"Distances of the estimates of a {label} to the ten labels that the network was trained on, from "
+            "picture to label.",
         )
