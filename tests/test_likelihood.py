@@ -616,7 +616,7 @@ class PixelsInTheFormula(NoisedBayesClassifier):
 def test_a_noised_classifier_converts_the_noise_of_its_pixels(logits_of=noised_logits):
     """Centred logits against E log p_b(z_tau + r eps | k), in nats: b^2 = tau^2 + r^2 is where its levels begin.
 
-    tau = 2 sigma_pixel is the noise in model units, r = tau / 4 what the lowest level adds.
+    tau = 2 sigma_pixel is the noise in model units, r = tau / 64 what the lowest of 128 levels adds.
     """
     denoiser = exact("mixtures")
     generator = torch.Generator().manual_seed(4)
@@ -624,8 +624,8 @@ def test_a_noised_classifier_converts_the_noise_of_its_pixels(logits_of=noised_l
         x = units.to_pixel(points("mixtures", 4))
         x_tau = x + sigma_pixel * torch.randn(x.shape, generator=generator, dtype=torch.float64)
         tau = 2 * sigma_pixel
-        lowest = math.hypot(tau, tau / 4)
-        truth = expected_density(denoiser, units.to_model(x_tau), lowest, added=tau / 4)
+        lowest = math.hypot(tau, tau / 64)
+        truth = expected_density(denoiser, units.to_model(x_tau), lowest, added=tau / 64)
         off = centred(logits_of(denoiser, sigma_pixel, x_tau)) - centred(truth)
         assert float(off.abs().max()) < 0.03, (sigma_pixel, off)
 

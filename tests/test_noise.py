@@ -2,13 +2,18 @@
 
 import hashlib
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import twins
-from diffclass import noise
+from diffclass import data, noise, units
+from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.denoisers import network, sampling
+from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import Levels, NoiseBank
+from numpy.polynomial import hermite_e
 from scipy import integrate, stats
 
 SHAPE = (1, 2, 2)
@@ -107,11 +112,84 @@ def test_linear_and_chain_levels_are_measured_at_opposite_ends():
     assert torch.equal(chain.sigma, chain.upper) and len(chain) == 2
 
 
-def test_noised_levels_are_geometric_in_the_added_noise():
-    levels = noise.noised_levels(0.5, 20.0, 16)
-    added = (levels.lower**2 - 0.25).sqrt()
-    assert torch.allclose(added[1:] / added[:-1], (added[1] / added[0]).expand(15), rtol=1e-6)
-    assert abs(float(added[0]) - 0.025) < 1e-9 and abs(float(levels.upper[-1]) - 20) < 1e-9
+def levels_from_a_quarter(sigma_tau, high, count):
+    """Levels whose first added noise is sigma_tau / 4 however many there are, as it once was."""
+    r = noise.log_levels(sigma_tau / 4, math.sqrt(high**2 - sigma_tau**2), count)
+    return Levels(*((sigma_tau**2 + part**2).sqrt() for part in (r.sigma, r.lower, r.upper)))
+
+
+@twins.rejected(
+    {
+        "a first level that stays": dict(levels_of=levels_from_a_quarter),
+        "geometric in sigma": dict(levels_of=noise.log_levels),
+    }
+)
+def test_noised_levels_are_geometric_in_the_added_noise(levels_of=noise.noised_levels):
+    """From 2/count of sigma_tau, but never more than half of what can be added, to the end, without a gap."""
+    for count in (4, 8, 16):
+        levels = levels_of(0.5, 20.0, count)
+        assert torch.equal(levels.lower[1:], levels.upper[:-1])
+        added = (levels.lower**2 - 0.25).sqrt()
+        ratio = (added[1:] / added[:-1]).log()
+        assert torch.allclose(ratio, ratio[:1].expand(count - 1), rtol=1e-6)
+        middle = (levels.sigma**2 - 0.25) ** 2
+        assert torch.allclose(
+            middle, (levels.lower**2 - 0.25) * (levels.upper**2 - 0.25), rtol=1e-6
+        )
+        assert abs(float(added[0]) - 0.5 * 2 / count) < 1e-9
+        assert abs(float(levels.upper[-1]) - 20) < 1e-9
+    for sigma_tau in (0.5, 4.999):
+        only = levels_of(sigma_tau, 5.0, 1)
+        most = min(sigma_tau, math.sqrt(25 - sigma_tau**2))
+        assert abs(float((only.lower**2 - sigma_tau**2).sqrt()) - most / 2) < 1e-6
+
+
+def logits_on_average(denoiser, x_tau, build, count):
+    """The mean of a noised classifier's logits over its noise, by 24 x 24 Gauss-Hermite nodes: [B,K], B pictures."""
+    nodes, weights = map(torch.from_numpy, hermite_e.hermegauss(24))
+    share = torch.outer(weights, weights).flatten() / weights.sum() ** 2
+    eps = torch.cartesian_prod(nodes, nodes).reshape(-1, 1, 1, 2, 1, 1)  # a picture for each node
+    model = build(denoiser, 0.1, levels=count, chunk=1 << 15)
+    drawn = eps.expand(-1, count, -1, -1, -1, -1)
+    with torch.no_grad():
+        each = [model(x.expand(len(eps), -1, -1, -1), drawn) for x in x_tau]
+    return torch.stack([share @ logits for logits in each])
+
+
+class FirstLevelStays(NoisedBayesClassifier):
+    """Levels from sigma_tau / 4 of added noise on, as they once were, to the same end."""
+
+    def __init__(self, denoiser, sigma_pixel, *, levels, **options):
+        super().__init__(denoiser, sigma_pixel, levels=levels, **options)
+        end = float(self.levels.upper[-1])
+        self.levels = levels_from_a_quarter(2 * sigma_pixel, end, levels)
+
+
+@twins.rejected(
+    {
+        "a first level that stays": dict(build=FirstLevelStays),
+        "the end where it is for 8 levels": dict(build=partial(NoisedBayesClassifier, high=5.0)),
+    }
+)
+def test_more_levels_bring_a_noised_classifier_to_the_truth(build=NoisedBayesClassifier):
+    """On exact mixtures the worst centred logit is off by less than half as much at each doubling of the levels.
+
+    Default options, sigma_pixel .1; the noise is averaged by quadrature, so nothing but the levels is left.
+    """
+    for name in ("gaussians", "mixtures"):
+        law = data.PLANE_LAWS[name]()
+        denoiser = MixtureDenoiser.of_law(law)
+        generator = torch.Generator().manual_seed(4)
+        x = law.sample(3, generator, torch.float64)[0]
+        x_tau = x + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        truth = denoiser.log_density(units.to_model(x_tau), 0.2)
+        truth = truth - truth.mean(1, keepdim=True)
+        off = []
+        for count in (4, 8, 16, 32, 64):
+            logits = logits_on_average(denoiser, x_tau, build, count)
+            off.append(float((logits - logits.mean(1, keepdim=True) - truth).abs().max()))
+        assert all(finer < coarser / 2 for coarser, finer in pairwise(off)), (name, off)
+        assert off[-1] < 0.002, (name, off)
 
 
 def test_some_levels_are_levels():

@@ -162,11 +162,15 @@ def chain_levels(edges: Tensor) -> Levels:
     return Levels(edges[1:], edges[:-1], edges[1:])
 
 
-def noised_levels(sigma_tau: float, high: float, count: int, first: float = 0.05) -> Levels:
-    """Levels above the noise `sigma_tau` that an image already carries, geometric in the added noise r.
+def noised_levels(sigma_tau: float, high: float, count: int) -> Levels:
+    """`count` levels above the noise `sigma_tau` that an image already carries, geometric in the added noise r.
 
-    Formula     sigma = sqrt(sigma_tau^2 + r^2), r from first * sigma_tau to sqrt(high^2 - sigma_tau^2)
-    Why         near sigma_tau the integrand of a noised image changes on the scale of r, not of sigma
+    Formula     sigma = sqrt(sigma_tau^2 + r^2), r from 2/count of sigma_tau, at most half of it, to
+                sqrt(high^2 - sigma_tau^2)
+    Why         near sigma_tau the integrand of a noised image changes on the scale of r, not of sigma. Leaving out what
+                lies below the first r costs about r^2; one noise there scatters the classes by 1/r, which would cost
+                more. So the first r falls as levels are added, and what is left out as count^-2: with a first r that
+                stays, no number of levels brings it back
     Units       model space
     """
     if not 0 < sigma_tau < high:
@@ -174,7 +178,9 @@ def noised_levels(sigma_tau: float, high: float, count: int, first: float = 0.05
             f"expected 0 < sigma_tau < high, got sigma_tau {sigma_tau:.3g} and high {high:.3g}; "
             "the chain must start at the noise that the image carries and end above it."
         )
-    r_edges = log_levels(first * sigma_tau, math.sqrt(high**2 - sigma_tau**2), count)
+    last = math.sqrt(high**2 - sigma_tau**2)
+    first = min(0.5, 2 / max(1, count)) * min(sigma_tau, last)
+    r_edges = log_levels(first, last, count)
     sigma_of = [(sigma_tau**2 + r**2).sqrt() for r in (r_edges.sigma, r_edges.lower, r_edges.upper)]
     return Levels(*sigma_of)
 

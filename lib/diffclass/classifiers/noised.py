@@ -17,6 +17,19 @@ from diffclass.classifiers.bayes import (
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Weighting
 
+LEVELS = 8
+HIGH = 5.0  # where that many levels end, in model units
+
+
+def highest(denoiser: Denoiser, levels: int) -> float:
+    """Where `levels` levels end: 5 for up to 8 of them, then in proportion, as far as the denoiser can be trusted.
+
+    Why         what is left out above falls as the square of this level, the error of the midpoint rule as the square of
+                the number of levels: neither waits for the other
+    Units       model space
+    """
+    return min(HIGH * max(1.0, levels / LEVELS), denoiser.sigma_range[1])
+
 
 class NoisedBayesClassifier(Classifier):
     """p(y | x + sigma_pixel eps): Bayes' rule for an image that already carries noise.
@@ -25,6 +38,9 @@ class NoisedBayesClassifier(Classifier):
     Source      Chen et al. 2024 (NDC)
     Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value; noise [B or 1,T,S,C,H,W] -> logits [B,K] in nats
     Randomness  `sample_noise`: S samples at each of T levels above the noise that the image carries
+    Exact when  the denoiser is exact, and S and T grow. What lies below the first level and above the last is left out:
+                of the second, about -||z_tau - m_k||^2 / (2 high^2), m_k the mean of class k. So T levels end at 5 T/8,
+                5 at least, unless `high` is given, and both fall as T^-2
     """
 
     def __init__(
@@ -32,8 +48,8 @@ class NoisedBayesClassifier(Classifier):
         denoiser: Denoiser,
         sigma_pixel: float,
         *,
-        levels: int = 8,
-        high: float = 5.0,
+        levels: int = LEVELS,
+        high: float | None = None,
         samples: int = 1,
         prior: Sequence[float] | None = None,
         weighting: Weighting = noise.elbo_weight,
@@ -44,7 +60,8 @@ class NoisedBayesClassifier(Classifier):
             raise ValueError(f"expected at least one noise sample a level, got {samples}.")
         self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
         sigma_tau = units.sigma_to_model(self.sigma_pixel)
-        self.levels = noise.noised_levels(sigma_tau, high, levels, first=0.25)
+        end = highest(denoiser, levels) if high is None else high
+        self.levels = noise.noised_levels(sigma_tau, end, levels)
         self.denoiser = denoiser
         self.high = high
         self.samples = samples
@@ -76,7 +93,7 @@ class NoisedBayesClassifier(Classifier):
         return half_and_double(len(self.levels))
 
     def at_levels(self, count: int) -> "NoisedBayesClassifier":
-        """The same classifier with `count` levels."""
+        """The same classifier with `count` levels, up to the same `high` where one was given."""
         check_level_count(self, count)
         return NoisedBayesClassifier(
             self.denoiser,
