@@ -24,8 +24,7 @@ HIGH = 5.0  # where that many levels end, in model units
 def highest(denoiser: Denoiser, levels: int) -> float:
     """Where `levels` levels end: 5 for up to 8 of them, then in proportion, as far as the denoiser can be trusted.
 
-    Why         what is left out above falls as the square of this level, the error of the midpoint rule as the square of
-                the number of levels: neither waits for the other
+    Why         what is left out above falls as high^-2, the error of the midpoint rule as levels^-2
     Units       model space
     """
     return min(HIGH * max(1.0, levels / LEVELS), denoiser.sigma_range[1])
