@@ -67,7 +67,7 @@ def _likely_range(low: float, high: float) -> str:
         return "these look like [0,65535], of 16 bits; divide by 65535"
     if low >= -1e-6 and high > 2:
         return "these look like [0,255]; divide by 255"
-    if high - low < 0.05:
+    if max(-low, high) < 0.05:
         return (
             f"these hardly vary, by {high - low:.2g} in all; were they divided by 255 though they were no [0,255]? Go "
             "back to the pictures before that"

@@ -72,7 +72,7 @@ def _attack(name: str, norm: str):
         raise ValueError(
             f"expected a norm of {', '.join(entry.norms)} for {entry.name}, got {norm!r}."
         )
-    if entry.own_loss or entry.steps or entry.needs != "gradient":
+    if entry.own_loss or entry.steps:
         raise ValueError(
             "expected an attack that can be told its loss and its steps, such as pgd or apgd, got "
             f"{entry.name}."
