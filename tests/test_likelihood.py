@@ -61,11 +61,10 @@ def expected_errors(denoiser, z, levels: Levels, nodes: int = 40) -> torch.Tenso
         return likelihood.diffusion_errors(denoiser, z, bank, chunk=1 << 16) @ weights
 
 
-def expected_density(denoiser, z, sigma: float, nodes: int = 40, added=None) -> torch.Tensor:
-    """E log p_sigma(z + added eps | k) by quadrature, `added` being sigma where z is clean: [B,K]."""
-    added = sigma if added is None else added
+def expected_density(denoiser, z, sigma: float, nodes: int = 40) -> torch.Tensor:
+    """E log p_sigma(z + sigma eps | k) by quadrature: [B,K]."""
     grid, weights = hermite(nodes)
-    z_sigma = (z[:, None] + added * grid[:, :, None, None]).flatten(0, 1)
+    z_sigma = (z[:, None] + sigma * grid[:, :, None, None]).flatten(0, 1)
     density = denoiser.log_density(z_sigma, sigma).unflatten(0, (len(z), -1))
     return (density * weights[:, None]).sum(1)
 
@@ -614,18 +613,13 @@ class PixelsInTheFormula(NoisedBayesClassifier):
     }
 )
 def test_a_noised_classifier_converts_the_noise_of_its_pixels(logits_of=noised_logits):
-    """Centred logits against E log p_b(z_tau + r eps | k), in nats: b^2 = tau^2 + r^2 is where its levels begin.
-
-    tau = 2 sigma_pixel is the noise in model units, r = tau / 64 what the lowest of 128 levels adds.
-    """
+    """Centred logits against log p_tau(z_tau | k), in nats; tau = 2 sigma_pixel is the noise in model units."""
     denoiser = exact("mixtures")
     generator = torch.Generator().manual_seed(4)
     for sigma_pixel in (0.1, 0.2):
         x = units.to_pixel(points("mixtures", 4))
         x_tau = x + sigma_pixel * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        tau = 2 * sigma_pixel
-        lowest = math.hypot(tau, tau / 64)
-        truth = expected_density(denoiser, units.to_model(x_tau), lowest, added=tau / 64)
+        truth = denoiser.log_density(units.to_model(x_tau), 2 * sigma_pixel)
         off = centred(logits_of(denoiser, sigma_pixel, x_tau)) - centred(truth)
         assert float(off.abs().max()) < 0.03, (sigma_pixel, off)
 
