@@ -184,7 +184,7 @@ def test_draw_the_static_twin(path, lab, page):
             page.wait_for_timeout(500)
             hero.get_by_text("done", exact=True).wait_for()
     page.add_style_tag(content=".jp-Toolbar { visibility: hidden }")
-    hero.screenshot(path=browser.ROOT / "assets" / f"{path.name[:2]}_hero.png")
+    hero.screenshot(path=browser.ROOT / "assets" / f"{path.stem.partition('_')[0]}_hero.png")
     browser.close_notebook(page)
 
 

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 import twins
 from diffclass import data, likelihood, noise, units
-from diffclass.denoisers import network
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.denoisers import nets, network
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.denoisers.network import ConditionalDenoiser, MultiHeadDenoiser
 from diffclass.storage import files, weights
@@ -386,6 +387,7 @@ CASES = {
     "patches multi-head": ("MultiHeadDenoiser", "PatchNet", dict(width=16, blocks=1, patch=2)),
     "unet conditional": ("ConditionalDenoiser", "UNet", dict(widths=(16, 16), layers=1)),
     "unet multi-head": ("MultiHeadDenoiser", "UNet", dict(widths=(16, 16), layers=1)),
+    "unet on patches": ("MultiHeadDenoiser", "UNet", dict(widths=(16, 16), layers=1, patch=2)),
 }
 
 
@@ -462,6 +464,37 @@ def test_a_network_that_says_nothing_gives_the_skip_connection():
     for case in ("digits conditional", "digits multi-head"):
         denoised = build(case, awake=False)(x, 0.5)
         assert torch.allclose(denoised, (x / 2)[:, None].expand_as(denoised), atol=1e-6)
+
+
+def test_a_unet_on_patches_is_one_on_their_pixels_as_channels():
+    """The same weights around the patches of the picture, cut and put together by hand."""
+    channels, size, _ = SHAPE
+    config = dict(widths=(16, 16), layers=1, attention=False)
+    patched = nets.UNet(channels, heads=3, size=size, patch=2, **config)
+    plain = nets.UNet(4 * channels, heads=3, size=size // 2, **config)
+    plain.load_state_dict(patched.state_dict())
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    half = size // 2
+    cut = x.reshape(2, channels, half, 2, half, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    log_sigma = torch.tensor([-1.0, 0.5])
+    with torch.no_grad():
+        answers = plain(cut, log_sigma, None).reshape(2, 3 * channels, 2, 2, half, half)
+        whole = answers.permute(0, 1, 4, 2, 5, 3).reshape(2, 3 * channels, size, size)
+        assert torch.allclose(patched(x, log_sigma, None), whole, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="expected a patch that divides a picture of 8x8 pixels, got 3"
+    ):
+        nets.UNet(1, size=8, patch=3, **config)
+
+
+def test_a_level_outside_the_range_of_a_denoiser_is_refused():
+    narrow = network.build(
+        "MultiHeadDenoiser", "DigitNet", 4, SHAPE, (0.05, 1.0), width=16, blocks=1
+    )
+    levels = noise.log_levels(0.05, 1.0, 6)
+    assert BayesClassifier(narrow, levels).levels is levels
+    with pytest.raises(ValueError, match="expected noise levels between 0.05 and 1, which this"):
+        BayesClassifier(narrow, noise.log_levels(0.05, 10.0, 6))
 
 
 def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay_where_they_are():

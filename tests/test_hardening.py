@@ -8,6 +8,7 @@ import test_cnn
 import torch
 from diffclass import attacks, data, units
 from diffclass.classifiers.base import Classifier, Held
+from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers import network
 from diffclass.noise import Levels, elbo_weight
 from diffclass.storage import assets
@@ -167,6 +168,43 @@ def test_the_loss_is_cross_entropy_on_attacked_images_plus_the_clean_diffusion_l
         torch.nn.functional.cross_entropy(-total / 10, y) + own,
     ):
         assert not torch.allclose(value, slip, rtol=1e-2)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_noise_that_an_attack_met_judges_it_where_it_is_held(held, monkeypatch):
+    x = data.digits().train_images[:8]
+    y = data.digits().train_labels[:8]
+    met = []
+    judged = []
+
+    def attacked(classifier, images, labels, inner, source, noise):
+        met.append((classifier.levels.sigma, noise))
+        return (images + 0.05).clamp(0, 1)
+
+    def entropy(logits, labels):
+        judged.append(logits.detach())
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(hardening, "adversarial_images", attacked)
+    monkeypatch.setattr(hardening, "cross_entropy", entropy)
+    denoiser = networks.load_digits_denoiser()
+    recipe = replace(RECIPE, held=held, clean=0.25)
+    hardening_loss(recipe)(denoiser, units.to_model(x), y, seeded(5))
+    ((sigma, noise),) = met
+    source = seeded(5)
+    again = drawn_levels(recipe.low, recipe.high, recipe.levels, source)
+    assert torch.equal(sigma, again.sigma)
+    classifier = BayesClassifier(denoiser, again, temperature=recipe.temperature)
+    # a quarter of the images is spared, the others are those of the attack
+    seen = torch.cat([x[:2], (x + 0.05).clamp(0, 1)[2:]])
+    with torch.no_grad():
+        same = classifier(seen, noise)
+    assert torch.allclose(judged[0], same, rtol=1e-4, atol=1e-3) == held
+
+
+def test_a_share_of_clean_images_leaves_some_to_attack():
+    with pytest.raises(ValueError, match=r"expected a share of clean images in \[0, 1\), got 1.0"):
+        replace(RECIPE, clean=1.0)
 
 
 def test_the_attack_inside_stays_in_its_budget_and_raises_the_loss(monkeypatch):

@@ -10,6 +10,7 @@ from diffclass.denoisers import network
 from diffclass.evaluation import accuracies
 from diffclass.noise import log_levels
 from diffclass.training import measures
+from diffclass.zoo import networks
 
 
 def denoiser(kind="MultiHeadDenoiser"):
@@ -63,7 +64,7 @@ def test_a_denoiser_is_measured_by_its_diffusion_classifier_with_held_noise():
     x, y = first(20)
     asked = denoiser()
     held = Held.seeded(BayesClassifier(asked, log_levels(0.1, 3.0, 4)), 0)
-    stated = measures.bayes_accuracy("digits", 4, "fp32")(asked, x, y, 5)["accuracy"]
+    stated = measures.bayes_accuracy(networks.DIGIT_RANGE, 4, "fp32")(asked, x, y, 5)["accuracy"]
     assert stated["correct"] == accuracies.accuracy(held, x, y) and stated["n"] == 20
     assert stated["levels"] == "4 log-spaced in [0.1, 3]" and stated["weighting"] == "ELBO"
 
@@ -79,5 +80,5 @@ def test_a_denoiser_is_measured_by_its_diffusion_classifier_with_held_noise():
 def test_what_takes_too_long_is_not_watched(kind, accelerated, watched, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
     x, y = first(4)
-    point = measures.bayes_curve("digits", "fp32")(denoiser(kind), x, y, 0)
+    point = measures.bayes_curve(networks.DIGIT_RANGE, "fp32")(denoiser(kind), x, y, 0)
     assert bool(point) == watched and point.get("n", 4) == 4

@@ -367,7 +367,7 @@ def test_a_hardened_network_goes_on_and_states_its_accuracy_under_attack(tmp_pat
     small = network.build("MultiHeadDenoiser", "DigitNet", 10, (1, 8, 8), width=16, blocks=1)
     network.save_denoiser(small, tmp_path / networks.STUDENT)
     name = networks.HARDENED["digits"]
-    attacked = measures.bayes_under_attack("digits", 16, "fp32", 0.1, attacked=8)
+    attacked = measures.bayes_under_attack(networks.DIGIT_RANGE, 16, "fp32", 0.1, attacked=8)
     monkeypatch.setattr(measures, "CARD_STEPS", 2)
     monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], measure=attacked))
     with pytest.raises(

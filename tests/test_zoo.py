@@ -36,6 +36,8 @@ DIGITS = (
     "dc",
     "contrastive",
     "adversarial-dc",
+    "one-call",
+    "one-call-hardened",
     "vote",
     "rdc1",
     "rdc5",
@@ -46,7 +48,7 @@ DIGITS = (
     "idc",
 )
 ATTACKS = ("fgsm", "pgd", "apgd", "square", "mifgsm", "cw", "autoattack-10", "autoattack-100")
-PLANE = ("dc", "vote", "rdc1", "rdc5", "rdc-released")
+PLANE = ("dc", "one-call", "vote", "rdc1", "rdc5", "rdc-released")
 DETERMINISTIC = ("cnn", "adversarial")
 PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
 
@@ -228,6 +230,8 @@ def test_checkpoints_name_every_file_that_is_read(network_folder, monkeypatch):
         "lm-cnn": [networks.STUDENT, "digits-cnn.safetensors"],
         "diffpure": [networks.STUDENT, "digits-cnn.safetensors"],
         "contrastive": [networks.CONTRASTIVE["digits"]],
+        "one-call": [networks.CONTRASTIVE["digits"]],
+        "one-call-hardened": [networks.HARDENED["digits"]],
         "rdc-contrastive": [networks.STUDENT, networks.CONTRASTIVE["digits"]],
     }
     assert set(wanted) == set(zoo.names("digits"))

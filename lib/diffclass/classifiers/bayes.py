@@ -75,6 +75,7 @@ class BayesClassifier(Classifier):
             raise ValueError(f"expected a temperature > 0, got {temperature}; 1 is Bayes' rule.")
         if samples < 1:
             raise ValueError(f"expected at least one noise sample a level, got {samples}.")
+        denoiser.check_levels(levels.sigma)
         self.denoiser = denoiser
         self.levels = levels
         self.samples = samples

@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from diffclass import units
@@ -176,7 +178,9 @@ class LikelihoodMaximisation(Purifier):
     def slope(self, u: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """g at one level: the gradient that a step follows. Shapes: [B,C,H,W], [1 or B] -> [B,C,H,W]."""
         wanted = torch.is_grad_enabled() and u.requires_grad
-        with torch.enable_grad():
+        # the fused attention of torch has no second derivative
+        attention = sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+        with torch.enable_grad(), attention:
             u = u if wanted else u.detach().requires_grad_()
             sigma = sigma.expand(len(u))
             denoised = self.denoiser.unconditional(u + sigma[:, None, None, None] * eps, sigma)

@@ -3,8 +3,9 @@
 import asyncio
 import html
 import logging
+import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import anywidget
@@ -20,6 +21,7 @@ from diffclass.course.scenes.audit import AuditScene
 from diffclass.course.scenes.digits import DigitScene, OptimalDigitsScene
 from diffclass.course.scenes.explorer import NORMS, ExplorerScene
 from diffclass.course.scenes.maximising import MaximisationScene
+from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.photos import PhotoScene
 from diffclass.course.scenes.plane import ForwardScene, PlaneScene
 from diffclass.course.scenes.racing import RaceScene
@@ -27,6 +29,7 @@ from diffclass.course.scenes.translation import TranslationScene
 from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation.measuring import Losses
+from diffclass.noise import Levels
 
 log = logging.getLogger(__name__)
 
@@ -309,6 +312,22 @@ def photo_hero(images: Tensor, losses: Losses) -> Hero:
             index, scene.WEIGHTINGS[weighting], band
         ),
         controls,
+    )
+
+
+def one_call_hero(
+    denoiser: Denoiser, levels: Levels, images: Tensor, labels: Tensor, names: Sequence[str], **more
+) -> Hero:
+    """A photograph, its noised copy, eleven denoised ones, and the posterior from that one call (notebook 06)."""
+    scene = OneCallScene(denoiser, levels, images, labels, names, **more)
+    low = float(levels.sigma[0])
+    high = float(levels.sigma[-1])
+    controls = dict(
+        index=slider("picture", 0, 0, len(images) - 1, 1),
+        sigma=slider("noise σ", low, math.log10(low), math.log10(high), 0.02, log=True),
+    )
+    return Hero(
+        lambda index, sigma, point, picked: scene.at(index, sigma), controls, cursor="sigma"
     )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from diffclass import units
 
+RANGE_SLACK = 1.01  # how far outside its range a level may lie, as a factor
+
 
 class Denoiser(nn.Module, ABC):
     """E[x0 | x_sigma, class]: all that a diffusion classifier needs to know about a diffusion model.
@@ -64,6 +66,19 @@ class Denoiser(nn.Module, ABC):
     def unconditional(self, x_sigma: Tensor, sigma: Tensor | float) -> Tensor:
         """Denoise without a class: E[x0 | x_sigma]. Shapes: [B,C,H,W], sigma a number or [B] -> [B,C,H,W]."""
         return self(x_sigma, sigma, [self.num_classes])[:, 0]
+
+    def check_levels(self, sigma: Tensor) -> Tensor:
+        """Return noise levels at which the estimate can be trusted; raise for those outside of `sigma_range`.
+
+        Units       model space
+        """
+        low, high = self.sigma_range
+        if bool((sigma < low / RANGE_SLACK).any()) or bool((sigma > high * RANGE_SLACK).any()):
+            raise ValueError(
+                f"expected noise levels between {low:.4g} and {high:.4g}, which this denoiser was trained at, got "
+                f"{float(sigma.min()):.4g} to {float(sigma.max()):.4g}; choose levels inside its sigma_range."
+            )
+        return sigma
 
     def check_classes(self, classes: Sequence[int] | Tensor | None) -> Tensor:
         """Return class indices as a long tensor [k], all K for None; raise if one does not exist."""

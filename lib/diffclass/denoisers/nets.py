@@ -120,7 +120,10 @@ class PatchNet(nn.Module):
 class UNet(nn.Module):
     """`diffusers.UNet2DModel` as F(x, ln sigma, classes): its timestep is 250 ln sigma, its null class the last.
 
-    Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding for t in 0..1000
+    Source      EDM's c_noise = ln(sigma)/4, in the units of a positional embedding for t in 0..1000; patches of pixels
+                as channels (space-to-depth), Shi et al. 2016: a quarter of the work for patches of 2x2
+    Shapes      x [B,C,H,W], log_sigma [B], classes [B] or None -> [B, heads*C, H, W]
+    Errors      ValueError for a patch that does not divide the picture
     """
 
     def __init__(
@@ -133,8 +136,14 @@ class UNet(nn.Module):
         layers: int = 2,
         attention: bool = True,
         dropout: float = 0.0,
+        patch: int = 1,
     ):
         super().__init__()
+        if patch < 1 or size % patch:
+            raise ValueError(
+                f"expected a patch that divides a picture of {size}x{size} pixels, got {patch}; "
+                "were the weights made for pictures of another size?"
+            )
         # here, not above: it takes seconds and digits do not need it
         from diffusers import UNet2DModel
 
@@ -147,16 +156,18 @@ class UNet(nn.Module):
             layers=layers,
             attention=attention,
             dropout=dropout,
+            patch=patch,
         )
+        self.patch = patch
         plain = ["DownBlock2D"] * len(widths)
         attentive = ["UpBlock2D"] * len(widths)
         if attention and len(widths) > 1:
             plain[1] = "AttnDownBlock2D"
             attentive[-2] = "AttnUpBlock2D"
         self.unet = UNet2DModel(
-            sample_size=size,
-            in_channels=channels,
-            out_channels=heads * channels,
+            sample_size=size // patch,
+            in_channels=channels * patch**2,
+            out_channels=heads * channels * patch**2,
             block_out_channels=tuple(widths),
             layers_per_block=layers,
             down_block_types=tuple(plain),
@@ -170,7 +181,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, log_sigma: Tensor, classes: Tensor | None) -> Tensor:
         """One call of the network."""
-        return self.unet(x, 250 * log_sigma, class_labels=classes).sample
+        patches = pixel_unshuffle(x, self.patch)
+        return pixel_shuffle(
+            self.unet(patches, 250 * log_sigma, class_labels=classes).sample, self.patch
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,6 @@ FOREIGN_SETTINGS = {
 }
 # Names of attention in networks that were saved before 2023.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-SLACK = 1.01  # how far beyond the ends of its chain a network is asked, as a factor of sigma
 
 
 class ScheduledDenoiser(Denoiser):
@@ -119,13 +118,13 @@ class ScheduledDenoiser(Denoiser):
 
         Errors      ValueError for a level outside the chain, where the network would be told another one than it sees
         """
-        low, high = self.sigma_range
-        if bool((sigma < low / SLACK).any()) or bool((sigma > high * SLACK).any()):
-            raise ValueError(
-                f"expected noise levels between {low:.4g} and {high:.4g}, which this network was trained at, got "
-                f"{float(sigma.min()):.4g} to {float(sigma.max()):.4g}; choose levels inside its sigma_range."
-            )
-        at = sigma.log().float().clamp(self.log_levels[0], self.log_levels[-1]).contiguous()
+        at = (
+            self.check_levels(sigma)
+            .log()
+            .float()
+            .clamp(self.log_levels[0], self.log_levels[-1])
+            .contiguous()
+        )
         right = torch.searchsorted(self.log_levels, at).clamp(1, len(self.log_levels) - 1)
         low = self.log_levels[right - 1]
         high = self.log_levels[right]

@@ -86,10 +86,7 @@ def bayes_trial(
     """
     place = world_of(world)
     weighting = units.chosen(weighting, list(noise.WEIGHTINGS), "the weighting")
-    span = networks.RANGES[place.kind]
-    settings = dict(
-        world=place.name, levels=levels, samples=1, weighting=weighting, sigma=list(span)
-    )
+    settings = dict(world=place.name, levels=levels, samples=1, weighting=weighting)
     own = dict(world=place, name="dc", seed=seed)
     if place.law is not None:
         if model is not None:
@@ -103,13 +100,19 @@ def bayes_trial(
             classifier=classifier,
             images=images,
             labels=labels,
-            settings={**settings, "model": "exact", "samples": networks.PLANE_SAMPLES},
+            settings={
+                **settings,
+                "sigma": list(networks.PLANE_RANGE),
+                "model": "exact",
+                "samples": networks.PLANE_SAMPLES,
+            },
             detail=f"exact denoiser, {weighting} weights",
             optimal=int(best),
             **own,
         )
     denoiser, file = networks.load(place.kind, model)
     name = file.partition(".")[0].partition("-")[2]
+    span = networks.range_of(file)
     images, labels = place.test(limit, seed)
     return Trial(
         classifier=BayesClassifier(
@@ -117,7 +120,7 @@ def bayes_trial(
         ),
         images=images,
         labels=labels,
-        settings={**settings, "model": name},
+        settings={**settings, "sigma": list(span), "model": name},
         detail=f"{name} denoiser, {weighting} weights",
         checkpoint=assets.fingerprint(file),
         **own,

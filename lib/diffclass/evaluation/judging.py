@@ -22,10 +22,9 @@ class Judge:
     """
 
     def __init__(self, world: str, model: str | None = None):
-        denoiser, self.model = networks.load(world, model)
         place = world_of(world)
-        levels = networks.PHOTO_LEVELS if place.kind == "cifar10" else networks.DIGIT_LEVELS
-        self.classifier = BayesClassifier(denoiser, levels)
+        denoiser, self.model = networks.load(world, model or networks.quick_model(place.kind))
+        self.classifier = BayesClassifier(denoiser, networks.few_levels_of(self.model))
         self.noise = self.classifier.sample_noise(1, torch.Generator().manual_seed(0))
         self.class_names = place.class_names
         self.familiar = None

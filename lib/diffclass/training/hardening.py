@@ -86,6 +86,9 @@ class Hardening:
     inner        the attack on each batch; levels: noise levels a step, in [low, high]
     temperature  of the logits in the cross-entropy, in nats: at 1 the margins of an ELBO leave it flat
     denoising    weight of the clean images' own loss, by which the network stays a diffusion model
+    clean        share of the images that stay as they are, in [0, 1)
+    shift        by how many pixels images are moved before, mirrored at their edges
+    held         whether the noise that an attack met also judges it: the attack is then as strong as it can be
     """
 
     inner: Inner
@@ -94,6 +97,15 @@ class Hardening:
     levels: int = 4
     temperature: float = 10.0
     denoising: float = 0.5
+    clean: float = 0.0
+    shift: int = 0
+    held: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.clean < 1:
+            raise ValueError(
+                f"expected a share of clean images in [0, 1), got {self.clean}; at 1 nothing would be attacked."
+            )
 
 
 def drawn_levels(low: float, high: float, count: int, generator: torch.Generator) -> Levels:
@@ -111,7 +123,7 @@ def hardening_loss(hardening: Hardening) -> Loss:
     """Cross-entropy of the Bayes classifier on attacked images, plus the diffusion loss of the clean ones.
 
     Formula     mean of -log softmax(ELBO(x') / temperature)_y - denoising ELBO_y(x) / D,
-                x' = argmax over |x' - x|_inf <= epsilon of the same cross-entropy, under other noise
+                x' = argmax over |x' - x|_inf <= epsilon of the same cross-entropy, under other noise or the same
     Source      Madry et al. 2018 for the maximisation; the classifier is `BayesClassifier` with levels drawn anew
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     """
@@ -126,10 +138,13 @@ def hardening_loss(hardening: Hardening) -> Loss:
     def loss(
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
-        x = units.to_pixel(images)
-        victim, noise = drawn(denoiser, len(x), generator)
-        attacked = adversarial_images(victim, x, labels, hardening.inner, generator, noise)
+        x = moved(units.to_pixel(images), hardening.shift, generator, "reflect")
         judge, noise = drawn(denoiser, len(x), generator)
+        attacked = adversarial_images(judge, x, labels, hardening.inner, generator, noise)
+        spared = int(hardening.clean * len(x))
+        attacked = torch.cat([x[:spared], attacked[spared:]])
+        if not hardening.held:
+            judge, noise = drawn(denoiser, len(x), generator)
         own = judge.losses(x, noise)[torch.arange(len(x), device=x.device), labels]
         evidence = likelihood.evidence(own, judge.levels.to(own), judge.weighting)
         wrong = cross_entropy(judge(attacked, noise), labels)

@@ -80,14 +80,16 @@ def distillation_loss(teacher: Denoiser) -> Loss:
 
 
 def contrastive_loss(
-    low: float, high: float, temperature: float = 10.0, denoising: float = 0.5
+    low: float, high: float, temperature: float = 10.0, denoising: float = 0.5, shift: int = 0
 ) -> Loss:
     """Cross-entropy of the ELBO that one drawn level estimates, so that the heads of wrong classes learn without a
     teacher; plus the diffusion losses of the true class and of "no class", by which both stay denoisers.
 
     Formula     e_k = ln(high / low) |D_k(x + sigma eps, sigma) - x|^2 / sigma^2 with ln sigma ~ U(ln low, ln high): its
-                mean is the ELBO's integral. Mean of -log softmax(-e / temperature)_y + denoising (e_y + e_null) / 2D
-    Why 10      one level is a noisy estimate of a sum of many: colder logits would follow its noise
+                mean is the ELBO's integral. Mean of -log softmax(-e / temperature)_y + denoising (e_y + e_null) / 2D,
+                of images x moved by up to `shift` pixels, mirrored at their edges
+    Why hot     one level is a noisy estimate of a sum of many: colder logits would follow its noise. The errors of digits
+                take 10; those of photographs, of fifty times as many numbers, 300
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     Errors      ValueError for a denoiser without a null class
     """
@@ -99,6 +101,7 @@ def contrastive_loss(
             raise ValueError(
                 "expected a denoiser with a null class, which is trained along, got one without."
             )
+        images = moved(images, shift, generator, "reflect")
         part = torch.rand(len(images), generator=generator, device=generator.device).to(images)
         sigma = low * (high / low) ** part
         eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
@@ -145,10 +148,10 @@ def translation_loss(inter: float = 0.2) -> Loss:
     return loss
 
 
-def moved(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `most` pixels in both directions, black where it left: a crop of the padded image.
+def moved(images: Tensor, most: int, generator: torch.Generator, edge: str = "constant") -> Tensor:
+    """Each image moved by up to `most` pixels in both directions: a crop of the padded image.
 
-    Shapes      images [B,C,H,W] -> the same
+    Shapes      images [B,C,H,W] -> the same; edge: what is where it left, "constant" (0: black, of pixels) or "reflect"
     Randomness  one move for each image, from `generator`; none is drawn for most = 0
     """
     if not most:
@@ -161,7 +164,7 @@ def moved(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     columns = first[1] + torch.arange(width, device=images.device)
     image = torch.arange(count, device=images.device)
     channel = torch.arange(channels, device=images.device)
-    padded = nn.functional.pad(images, [most] * 4)
+    padded = nn.functional.pad(images, [most] * 4, mode=edge)
     return padded[
         image[:, None, None, None],
         channel[:, None, None],

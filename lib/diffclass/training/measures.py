@@ -13,7 +13,6 @@ from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.idc import TranslationClassifier, Translator
 from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation import accuracies
-from diffclass.zoo import networks
 
 CARD_STEPS = 20  # of the attack behind a card
 CURVE_STEPS = 10  # of the attack along a run
@@ -69,19 +68,22 @@ def under_attack(
 # Denoisers, as the diffusion classifier that the course makes of them
 
 
-def held_bayes(world: str, denoiser: Denoiser, levels: int) -> Held:
-    """The diffusion classifier of a world at so many levels, one noise each, the same for every picture."""
-    spread = noise.log_levels(*networks.RANGES[world], levels)
-    return Held.seeded(BayesClassifier(denoiser, spread))
+# Lowest and highest edge of the noise levels, in model units
+Span = tuple[float, float]
 
 
-def bayes_accuracy(world: str, levels: int, precision: str) -> Measure:
+def held_bayes(span: Span, denoiser: Denoiser, levels: int) -> Held:
+    """The diffusion classifier at so many levels of a span, one noise each, the same for every picture."""
+    return Held.seeded(BayesClassifier(denoiser, noise.log_levels(*span, levels)))
+
+
+def bayes_accuracy(span: Span, levels: int, precision: str) -> Measure:
     """The accuracy of a denoiser's diffusion classifier, in the precision that the denoiser was trained in."""
-    low, high = networks.RANGES[world]
+    low, high = span
     how = dict(weighting="ELBO", levels=f"{levels} log-spaced in [{low:g}, {high:g}]")
 
     def measure(denoiser: Denoiser, images: Tensor, labels: Tensor, seed: int) -> dict:
-        classifier = held_bayes(world, denoiser, levels)
+        classifier = held_bayes(span, denoiser, levels)
         with in_precision(precision, images):
             correct = accuracies.accuracy(classifier, images, labels)
         return dict(accuracy=counted(correct, len(labels)) | how)
@@ -90,13 +92,13 @@ def bayes_accuracy(world: str, levels: int, precision: str) -> Measure:
 
 
 def bayes_under_attack(
-    world: str, levels: int, precision: str, epsilon: float, attacked: int = 100
+    span: Span, levels: int, precision: str, epsilon: float, attacked: int = 100
 ) -> Measure:
     """The accuracy of a denoiser's diffusion classifier, and that of the first `attacked` images under attack."""
-    clean = bayes_accuracy(world, levels, precision)
+    clean = bayes_accuracy(span, levels, precision)
 
     def measure(denoiser: Denoiser, images: Tensor, labels: Tensor, seed: int) -> dict:
-        classifier = held_bayes(world, denoiser, levels)
+        classifier = held_bayes(span, denoiser, levels)
         with in_precision(precision, images):
             hit = under_attack(classifier, images[:attacked], labels[:attacked], epsilon, batch=50)
         return clean(denoiser, images, labels, seed) | dict(accuracy_under_attack=hit)
@@ -104,13 +106,13 @@ def bayes_under_attack(
     return measure
 
 
-def bayes_curve(world: str, precision: str) -> Measure:
+def bayes_curve(span: Span, precision: str) -> Measure:
     """The accuracy along a run: nothing on a CPU where the denoiser is called for each class, which takes too long."""
 
     def measure(denoiser: Denoiser, images: Tensor, labels: Tensor, seed: int) -> dict:
         if not (torch.accelerator.is_available() or denoiser.one_call):
             return {}
-        classifier = held_bayes(world, denoiser, CURVE_LEVELS)
+        classifier = held_bayes(span, denoiser, CURVE_LEVELS)
         with in_precision(precision, images):
             correct = accuracies.accuracy(classifier, images, labels)
         return dict(correct=correct, n=len(labels), levels=CURVE_LEVELS)

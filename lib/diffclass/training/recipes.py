@@ -113,6 +113,7 @@ def denoiser(
     loss: Callable[[Beginning], Loss],
     *,
     levels: int,
+    span: measures.Span | None = None,
     measure: Measure | None = None,
     stored: torch.dtype = torch.float32,
     precision: str = "fp32",
@@ -121,15 +122,17 @@ def denoiser(
 ) -> Recipe:
     """The recipe of a denoiser, measured as the diffusion classifier of its world at so many levels.
 
-    Shapes      stored: the precision of its weights file; settings: other fields of `Recipe`
+    Shapes      span: of the levels, None for its world's; stored: the precision of its weights file; settings: other
+                fields of `Recipe`
     """
+    span = span or networks.RANGES[world]
     return Recipe(
         world,
         method,
         build=build,
         loss=loss,
-        measure=measure or measures.bayes_accuracy(world, levels, precision),
-        watch=measures.bayes_curve(world, precision),
+        measure=measure or measures.bayes_accuracy(span, levels, precision),
+        watch=measures.bayes_curve(span, precision),
         save=partial(network.save_denoiser, dtype=stored),
         config=network.describe,
         precision=precision,
@@ -196,10 +199,21 @@ def origin(teacher: str | None = None, start: str | None = None, contrastive: bo
 
 
 def hardened(
-    world: str, start: str, inner: Inner, *, levels: int, precision: str = "fp32", **settings
+    world: str,
+    start: str,
+    inner: Inner,
+    *,
+    levels: int,
+    precision: str = "fp32",
+    choices: dict | None = None,
+    **settings,
 ) -> Recipe:
-    """The recipe of a denoiser that goes on from the weights `start`, on the images that fool it."""
-    hardening = Hardening(inner, *networks.RANGES[world])
+    """The recipe of a denoiser that goes on from the weights `start`, on the images that fool it.
+
+    Shapes      choices: other fields of `Hardening`; settings: other fields of `Recipe`
+    """
+    span = networks.range_of(networks.HARDENED[world])
+    hardening = Hardening(inner, *span, **(choices or {}))
     return denoiser(
         world,
         "adversarial-dc",
@@ -208,7 +222,8 @@ def hardened(
         needs=start,
         levels=levels,
         precision=precision,
-        measure=measures.bayes_under_attack(world, levels, precision, inner.epsilon),
+        span=span,
+        measure=measures.bayes_under_attack(span, levels, precision, inner.epsilon),
         says=origin(start=start) | dict(hardening=asdict(hardening)),
         **settings,
     )
@@ -424,14 +439,28 @@ RECIPES: dict[str, Recipe] = {
     networks.CONTRASTIVE["cifar10"]: denoiser(
         "cifar10",
         "contrastive",
-        fresh("MultiHeadDenoiser", "PatchNet"),
-        from_data(losses.contrastive_loss(*networks.RANGES["cifar10"])),
+        fresh(
+            "MultiHeadDenoiser",
+            "UNet",
+            several_widths,
+            widths=(96, 192, 256),
+            layers=1,
+            attention=False,
+            patch=2,
+            sigma_range=networks.NARROW_RANGE,
+        ),
+        from_data(
+            losses.contrastive_loss(
+                *networks.NARROW_RANGE, temperature=300.0, denoising=0.3, shift=3
+            )
+        ),
         says=origin(contrastive=True),
-        steps=4000,
-        batch=128,
+        steps=6000,
+        batch=1024,
         rate=2e-3,
         ema=0.998,
-        levels=12,
+        levels=6,
+        span=networks.NARROW_RANGE,
         **_CIFAR_DENOISER,
     ),
     networks.HARDENED["digits"]: hardened(
@@ -447,12 +476,13 @@ RECIPES: dict[str, Recipe] = {
     networks.HARDENED["cifar10"]: hardened(
         "cifar10",
         networks.CONTRASTIVE["cifar10"],
-        Inner(8 / 255, 2, 0.8),
-        steps=6000,
-        batch=256,
-        rate=5e-4,
+        Inner(8 / 255, 2, 0.75),
+        choices=dict(levels=2, temperature=300.0, denoising=0.3, clean=0.25, shift=3, held=True),
+        steps=7000,
+        batch=512,
+        rate=1.5e-3,
         ema=0.998,
-        levels=36,
+        levels=6,
         **_CIFAR_DENOISER,
     ),
     networks.BASELINES["digits"]["cnn"]: plain("digits", **_DIGITS_CNN),

@@ -7,6 +7,7 @@ from diffclass import units
 from diffclass.classifiers import cnn, idc
 from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.one_call import OneCallClassifier
 from diffclass.classifiers.purified import (
     LikelihoodMaximisation,
     Purification,
@@ -37,10 +38,14 @@ class Parts:
 
     def bayes(self, role: str = "denoiser") -> BayesClassifier:
         """The course's diffusion classifier of this world, by the denoiser of a role."""
-        denoiser = self.denoiser(role)
         if self.world.law is not None:
             return networks.plane_classifier(self.world.law)
-        return BayesClassifier(denoiser, networks.LEVELS[self.world.kind])
+        return BayesClassifier(self.denoiser(role), networks.levels_of(self.files[role]))
+
+    def one_call(self, role: str = "denoiser") -> OneCallClassifier:
+        """Bayes' rule from one call of the denoiser of a role, at the lowest of the levels that it is asked at."""
+        level = networks.ONE_CALL_LEVELS[self.world.kind]
+        return OneCallClassifier(self.denoiser(role), level)
 
     def cnn(self, role: str = "cnn") -> cnn.ConvClassifier:
         """The convolutional network of a role."""
@@ -137,6 +142,10 @@ def _bayes(parts: Parts) -> Classifier:
     return parts.bayes()
 
 
+def _one_call(parts: Parts) -> Classifier:
+    return parts.one_call()
+
+
 def _cnn(parts: Parts) -> Classifier:
     return parts.cnn()
 
@@ -213,6 +222,24 @@ for _entry in (
         "this course, after Madry et al. 2018",
         "madry",
         _bayes,
+        _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
+    ),
+    Entry(
+        "one-call",
+        "Bayes' rule from one call",
+        "Where the contrastive network's answer without a class lies among those with one: the posterior, from one call.",
+        "this course, notebook 06b",
+        "madry",
+        _one_call,
+        lambda kind: {} if kind == "plane" else _contrastive(kind),
+    ),
+    Entry(
+        "one-call-hardened",
+        "Bayes' rule from one call, adversarially trained",
+        "The same, of the network that was trained on the images that fool it.",
+        "this course, notebook 06b",
+        "madry",
+        _one_call,
         _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
     ),
     Entry(

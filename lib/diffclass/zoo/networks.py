@@ -46,6 +46,9 @@ DIGIT_LEVELS = noise.log_levels(*DIGIT_RANGE, 16)
 CIFAR_RANGE = (0.05, 10.0)  # the same for photographs of 32x32 pixels
 CIFAR_LEVELS = noise.log_levels(*CIFAR_RANGE, 36)
 PHOTO_LEVELS = noise.log_levels(*CIFAR_RANGE, 12)  # for one photograph, in seconds on two cores
+# Networks that are trained to tell photographs apart know these levels only, and need no more: notebook 06.
+NARROW_RANGE = (0.05, 1.0)
+NARROW_LEVELS = noise.log_levels(*NARROW_RANGE, 6)
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
 RANGES = {"digits": DIGIT_RANGE, "cifar10": CIFAR_RANGE, "plane": PLANE_RANGE}
@@ -54,6 +57,33 @@ LEVELS = {
     "cifar10": CIFAR_LEVELS,
     "plane": noise.log_levels(*PLANE_RANGE, 16),
 }
+# Of Bayes' rule from one call: the lowest level that a network is asked at, where noise hides least.
+ONE_CALL_LEVELS = {
+    "digits": float(DIGIT_LEVELS.sigma[0]),
+    "cifar10": float(NARROW_LEVELS.sigma[0]),
+    "plane": PLANE_RANGE[0],
+}
+NARROW = (CONTRASTIVE["cifar10"], HARDENED["cifar10"])
+
+
+def range_of(file: str) -> tuple[float, float]:
+    """The noise levels that the denoiser of a weights file is trained at and asked at: lowest and highest edge."""
+    return NARROW_RANGE if file in NARROW else RANGES[_world(file)]
+
+
+def levels_of(file: str) -> Levels:
+    """The noise levels at which the course asks the denoiser of a weights file."""
+    return NARROW_LEVELS if file in NARROW else LEVELS[_world(file)]
+
+
+def few_levels_of(file: str) -> Levels:
+    """The same, as many as a network answers at in seconds on two cores."""
+    levels = levels_of(file)
+    return PHOTO_LEVELS if levels is CIFAR_LEVELS else levels
+
+
+def _world(file: str) -> str:
+    return file.partition("-")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +123,16 @@ def denoiser_file(world: str, model: str | None = None) -> str:
     if model is not None:
         return units.chosen(model, models, "the model")
     return next(filter(is_present, models.values()), next(iter(models.values())))
+
+
+def quick_model(world: str) -> str | None:
+    """The model that a reader's own picture is asked of where none is named; None for the best.
+
+    Why         a single call of the contrastive network answers for all kinds of photographs, where a conditional one takes
+                minutes
+    """
+    quick = world == "cifar10" and is_present(CONTRASTIVE[world])
+    return "contrastive" if quick else None
 
 
 def null_denoiser_file(world: str) -> str:

@@ -17,7 +17,7 @@ from diffclass.course.exercises.bayes import (
     TWEEDIE,
 )
 from diffclass.course.exercises.certify import CERTIFIED_RADIUS
-from diffclass.course.exercises.cost import LEVEL_WEIGHTS, NEYMAN, PAIRED_VARIANCE
+from diffclass.course.exercises.cost import LEVEL_WEIGHTS, NEYMAN, PAIRED_VARIANCE, TWO_HEADS
 from diffclass.course.exercises.forward import (
     FORWARD_NOISE,
     KL_GAUSSIANS,
@@ -59,6 +59,7 @@ EXERCISES: dict[str, Exercise] = {
         PAIRED_VARIANCE,
         LEVEL_WEIGHTS,
         NEYMAN,
+        TWO_HEADS,
         CONTRACTION,
         LOSS_GRADIENT,
         STRAIGHT_THROUGH,
@@ -102,6 +103,7 @@ __all__ = [
     "PAIRED_VARIANCE",
     "LEVEL_WEIGHTS",
     "NEYMAN",
+    "TWO_HEADS",
     "CONTRACTION",
     "LOSS_GRADIENT",
     "STRAIGHT_THROUGH",

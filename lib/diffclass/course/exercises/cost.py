@@ -1,4 +1,6 @@
-"""Exercises of notebook 06: the variance of a paired difference, drawn noise levels, and where to draw them."""
+"""Exercises of notebooks 06 and 06b: the variance of a paired difference, drawn noise levels, and where to draw them;
+Bayes' rule for two classes from one call.
+"""
 
 import torch
 
@@ -128,4 +130,45 @@ NEYMAN = Exercise(
         ),
     ),
     meaning="Draw where it scatters, in proportion to the deviation; the even part caps the weights at G / even.",
+)
+
+
+def _two_heads(first: torch.Tensor, second: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
+    apart = first - second
+    return (((null - second) * apart).sum(1) / (apart * apart).sum(1)).clamp(0, 1)
+
+
+def _answers(seed: int, off: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first, second, beside = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
+    share = torch.rand(6, 1, generator=generator, dtype=torch.float64)
+    return first, second, share * first + (1 - share) * second + off * beside
+
+
+TWO_HEADS = Exercise(
+    key="06b-two-heads",
+    prompt="first, second and null [B,d] are the denoised pictures of two classes and of none; return the share of the "
+    "first class [B], in [0,1].",
+    reference=_two_heads,
+    cases=lambda: [_answers(0, 0.0), _answers(1, 0.3)],
+    mistakes=(
+        Mistake(
+            lambda first, second, null: _two_heads(second, first, null),
+            "that is the share of the second class: at null = first the share must be 1",
+        ),
+        Mistake(
+            lambda first, second, null: (
+                (null - second).norm(dim=1) / (first - second).norm(dim=1)
+            ).clamp(0, 1),
+            "a ratio of lengths also counts what stands at a right angle to the line: project onto it",
+        ),
+        Mistake(
+            lambda first, second, null: (
+                (null - second).norm(dim=1)
+                / ((null - first).norm(dim=1) + (null - second).norm(dim=1))
+            ),
+            "a ratio of distances is the share only while the answer without a class lies on the line",
+        ),
+    ),
+    meaning="Two denoised pictures and their mean are Bayes' rule for two classes.",
 )

@@ -1,0 +1,126 @@
+"""Frames of a photograph, live: its noised copy, ten denoised ones and one without a class, and what one call says."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffclass import units
+from diffclass.classifiers.base import Held
+from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.one_call import OneCallClassifier
+from diffclass.course import figures
+from diffclass.course.figures import OTHER
+from diffclass.course.scenes.digits import excess_curves
+from diffclass.denoisers.base import Denoiser
+from diffclass.noise import Levels
+
+
+class OneCallScene:
+    """A network with a head for each class and one for none, and pictures; a frame is a picture at a noise level.
+
+    Shapes      images [N,C,H,W] in [0,1], labels [N]; levels: those of the curves
+    Randomness  one held noise for the curves, one for the noised picture
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        levels: Levels,
+        images: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        kind: str = "Picture",
+        seed: int = 0,
+    ):
+        self.denoiser = denoiser
+        self.images = images
+        self.labels = labels
+        self.names = tuple(names)
+        self.kind = kind
+        self.bayes = Held.seeded(BayesClassifier(denoiser, levels), seed)
+        self.levels = levels
+        one = OneCallClassifier(denoiser, float(levels.sigma[0]))
+        self.noise = one.sample_noise(1, torch.Generator().manual_seed(seed + 1))
+        self._measured: dict[int, Tensor] = {}
+
+    def curves(self, index: int) -> Tensor:
+        """The losses of a picture, measured once. Shapes: -> [K,T]."""
+        if index not in self._measured:
+            with torch.no_grad():
+                losses = self.bayes.classifier.losses(
+                    self.images[index : index + 1], self.bayes.noise
+                )
+            self._measured[index] = losses[0]
+        return self._measured[index]
+
+    def at(self, index: int, sigma: float) -> dict:
+        """The frame of one picture at one noise level."""
+        x = self.images[index : index + 1]
+        label = int(self.labels[index])
+        losses = self.curves(index)
+        by_losses = self.bayes.classifier.logits_of(losses[None]).softmax(1)[0]
+        classifier = OneCallClassifier(self.denoiser, sigma)
+        with torch.no_grad():
+            heads, null = classifier.answers(x, self.noise)
+            share = classifier.of_answers(heads, null).softmax(1)[0]
+        away = (heads - null[:, None])[0].flatten(1).norm(dim=1)
+        z = units.to_model(x)[0]
+        noised = z + sigma * self.noise[0]
+        best = int(share.argmax())
+        colours = figures.emphasis(share)
+        note = (
+            f"One call at σ = {sigma:.2f} says <b>{self.names[best]}</b> with {float(share[best]):.2f} "
+            f"({self.kind.lower()} of class {self.names[label]}); the nearest head to the one without a class is "
+            f"{self.names[int(away.argmin())]}. The losses at {len(self.levels)} levels say "
+            f"{self.names[int(by_losses.argmax())]} with {float(by_losses.max()):.3f}."
+        )
+        return figures.frame(
+            [
+                figures.tiles(
+                    [z, noised / (1 + sigma)],
+                    columns=1,
+                    size=118,
+                    low=-1,
+                    high=1,
+                    title=f"{self.kind} {index}",
+                    captions=[self.names[label], f"noised, σ = {sigma:.2f}"],
+                    alt=f"A picture of class {self.names[label]} and its noised copy.",
+                ),
+                figures.tiles(
+                    [*heads[0], null[0]],
+                    columns=6,
+                    size=72,
+                    low=-1,
+                    high=1,
+                    title="Denoised as each class, and without one; below: distance from the latter",
+                    captions=[
+                        *(f"{n}\n{float(d):.2f}" for n, d in zip(self.names, away, strict=True)),
+                        "no class",
+                    ],
+                    borders=[*(None if c == OTHER else c for c in colours), figures.COLOURS[2]],
+                    alt="The noised picture denoised under each class and without one, with distances.",
+                ),
+                excess_curves(
+                    losses,
+                    best,
+                    colours,
+                    self.levels.sigma,
+                    sigma,
+                    names=self.names,
+                ),
+                figures.bars(
+                    self.names,
+                    share,
+                    colours=colours,
+                    marks=by_losses,
+                    title="Posterior from one call (line: from the losses)",
+                    xlabel="class",
+                    texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
+                    alt=f"Posterior from one call; the largest is {self.names[best]} with {float(share[best]):.2f}.",
+                    w=420,
+                    h=240,
+                ),
+            ],
+            note,
+        )
