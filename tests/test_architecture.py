@@ -129,6 +129,18 @@ def probes_nothing(source):
     return found
 
 
+def decides_by_decided(source):
+    """Classes come from logits by `classifiers.base.decided`, which refuses NaN; `np.argmax` is about counts."""
+    return [
+        f"line {node.lineno}: .argmax"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "argmax"
+        and not (isinstance(node.func.value, ast.Name) and node.func.value.id == "np")
+    ]
+
+
 def can_fail(source):
     def checks(node):
         if isinstance(node, ast.Assert):
@@ -172,10 +184,35 @@ def asking_rooms() -> dict[str, str]:
     }
 
 
+# Rooms in which an argmax names a class. The audit looks at broken classifiers, exercises are the reader's own.
+DECIDING = (
+    "attacks",
+    "classifiers",
+    "certify",
+    "cli",
+    "course/scenes",
+    "evaluation",
+    "training",
+    "zoo",
+)
+DECIDES = "classifiers/base.py"
+
+
+def deciding_rooms() -> dict[str, str]:
+    """The sources of the rooms in which logits become classes."""
+    code = sources(PACKAGE)
+    return {
+        name: source
+        for name, source in code.items()
+        if name.startswith(DECIDING) and name != DECIDES
+    }
+
+
 RULES = {
     names_no_device: lambda: sources(PACKAGE),
     draws_from_given_generators: lambda: sources(PACKAGE),
     probes_nothing: asking_rooms,
+    decides_by_decided: deciding_rooms,
     can_fail: lambda: sources(ROOT / "tests"),
 }
 CLEAN = '''"""A module that may speak of cuda in its prose."""
@@ -202,6 +239,7 @@ PLANTED = [
     (probes_nothing, "if hasattr(classifier, 'bank'): pass"),
     (probes_nothing, "deterministic = getattr(classifier, 'deterministic', True)"),
     (probes_nothing, "try:\n    classifier.bank\nexcept AttributeError:\n    pass"),
+    (decides_by_decided, "best = int(logits.argmax())"),
     (can_fail, "def test_nothing():\n    compare(1, 2)"),
 ]
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from diffclass import __version__, cli, data, noise
 from diffclass.classifiers.base import Held
 from diffclass.data import cifar
@@ -21,6 +22,8 @@ from diffclass.evaluation import accuracies
 from diffclass.storage import assets, files, results
 from diffclass.training import loop, recipes
 from diffclass.zoo import networks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 COMMANDS = (
@@ -521,6 +524,22 @@ def test_doctor_finds_a_broken_asset_with_the_right_checksum(folder):
     done = run("--json", "doctor")
     check = statuses(document(done))[networks.STUDENT]
     assert done.exit_code == 1 and check["status"] == "problem" and "safetensors" in check["detail"]
+
+
+def test_doctor_finds_weights_that_are_not_numbers_with_the_right_checksum(folder):
+    path = folder / networks.STUDENT
+    with safe_open(path, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(path)
+    name, value = next((name, value) for name, value in tensors.items() if value.ndim > 1)
+    value.flatten()[3] = torch.nan
+    save_file(tensors, path, header)
+    assets.record([networks.STUDENT], folder)
+    done = run("--json", "doctor")
+    check = statuses(document(done))[networks.STUDENT]
+    assert done.exit_code == 1 and document(done)["ok"] is False
+    assert check["status"] == "problem" and "expected finite weights" in check["detail"]
+    assert repr(name) in check["detail"]
 
 
 def test_doctor_survives_a_damaged_list_and_an_empty_folder(folder):

@@ -46,6 +46,13 @@ def test_the_verdict_is_the_posterior_of_the_whole_classifier(photo):
     )
 
 
+def test_a_network_that_answers_nothing_names_no_class(photo):
+    judge = judging.Judge("cifar10")
+    judge.classifier.weighting = lambda levels: levels.sigma * torch.nan
+    with pytest.raises(FloatingPointError, match="logits became NaN and cannot be judged"):
+        list(judge.verdict(photo))
+
+
 def test_what_could_not_be_measured_is_said(photo, monkeypatch):
     *_, (_, _, verdict) = judging.Judge("cifar10").verdict(photo)
     assert verdict["familiarity"] is None and "not at hand" in judging.described(verdict)

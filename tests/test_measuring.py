@@ -340,11 +340,21 @@ def test_hits_are_counted_batch_by_batch(digits):
     assert accuracies.accuracy(held, images, wrong) == 8
     assert accuracies.accuracy(held, images[:0], labels[:0]) == 0
 
-    def broken(x):
-        return held(x) * (torch.nan if torch.equal(x[0], images[5]) else 1.0)
+    for wrong, kind in ((torch.nan, "NaN"), (torch.inf, "infinite")):
 
-    with pytest.raises(FloatingPointError, match="became NaN on images 5 to 9; are its weights"):
-        list(accuracies.hits(broken, images, labels, batch=5))
+        def broken(x, wrong=wrong):
+            return held(x) + (wrong if torch.equal(x[0], images[5]) else 0.0)
+
+        counted = accuracies.hits(broken, images, labels, batch=5)
+        assert next(counted) == (5, 5)
+        with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged"):
+            next(counted)
+
+
+def test_stored_losses_under_weights_that_are_not_finite_name_no_class(whole):
+    for wrong, kind in ((torch.nan, "NaN"), (torch.inf, "infinite")):
+        with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged"):
+            whole.hits(lambda levels, wrong=wrong: wrong * levels.sigma)
 
 
 def test_stored_losses_become_a_record_for_every_weighting(digits, whole):

@@ -448,6 +448,17 @@ def test_classifiers_that_cannot_be_attacked(points, tmp_path, wrong, error, sai
         finished(Odd(wrong), points, few(), tmp_path)
 
 
+@pytest.mark.parametrize("wrong, kind", [(torch.nan, "NaN"), (torch.inf, "infinite")])
+def test_logits_that_are_not_finite_are_no_hits(points, wrong, kind):
+    x, y = points[0][:4], points[1][:4]
+
+    def unchecked(x, noise):
+        return torch.tensor([[0.0, wrong]]).expand(len(x), 2)
+
+    with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged"):
+        runs.judge(unchecked, x, y, [()])
+
+
 def test_what_was_done_before_a_failure_is_kept(points, tmp_path):
     # two calls judge, six attack, one judges, one calibrates
     failing = Odd(lambda f: f * torch.nan, since=10)

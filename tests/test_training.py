@@ -16,6 +16,8 @@ from diffclass.denoisers import network
 from diffclass.evaluation import accuracies
 from diffclass.training import loop, losses
 from diffclass.training.loop import Training
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 SHAPE = (1, 8, 8)
@@ -371,6 +373,21 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(kept, tmp_path):
     second = run(checkpoint=tmp_path / "run.safetensors", denoiser=tiny(seed=5))
     assert second.step == kept
     assert early + [p.loss for p in second] == losses and equal(whole, second)
+
+
+def test_a_checkpoint_with_nan_is_not_resumed(tmp_path):
+    path = tmp_path / "run.safetensors"
+    begun = iter(run(checkpoint=path, save_every=100))
+    next(begun)
+    begun.close()
+    with safe_open(path, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("now."))
+    tensors[name].flatten()[0] = torch.nan
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=r"expected finite weights of run\.safetensors, got 1 NaN"):
+        run(checkpoint=path)
 
 
 def test_an_exception_between_steps_saves_what_is_done(tmp_path):

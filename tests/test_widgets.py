@@ -176,6 +176,12 @@ def test_the_bound_of_the_elbo_frame_stays_below_the_truth_and_closes():
     assert (gaps[2] < gaps[0]).all() and gaps[2].max() < gaps[0].max() / 4
 
 
+def test_losses_that_are_not_numbers_name_no_class():
+    scene = PlaneScene(data.gaussians())
+    with pytest.raises(FloatingPointError, match="became NaN and cannot be judged"):
+        scene.bayes((0.1, 0.1), 0.5, 1.0, lambda levels: levels.sigma * torch.nan)
+
+
 def test_the_backdrop_is_the_exact_posterior():
     law = data.gaussians()
     scene = PlaneScene(law)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffclass import noise, units, zoo
-from diffclass.classifiers.base import Classifier, Held
+from diffclass.classifiers.base import Classifier, Held, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.data.worlds import World, world_of
 from diffclass.evaluation import measuring
@@ -24,17 +24,13 @@ def hits(
 
     Shapes      classifier: a function of the pixels alone (`Held`, `Fresh`, or a deterministic one); images [N,C,H,W] in
                 [0,1], labels [N]
-    Errors      FloatingPointError for logits that are NaN, whose argmax would count as a class
+    Errors      those of `decided`, for logits that are not finite, whose argmax would count as a class
     """
     correct = 0
     for start in range(0, len(images), batch):
         with torch.no_grad():
             logits = classifier(images[start : start + batch])
-        if bool(torch.isnan(logits).any()):
-            raise FloatingPointError(
-                f"the classifier's logits became NaN on images {start} to {start + len(logits) - 1}; are its weights finite?"
-            )
-        correct += int((logits.argmax(1) == labels[start : start + batch]).sum())
+        correct += int((decided(logits) == labels[start : start + batch]).sum())
         yield correct, min(start + batch, len(images))
 
 
@@ -95,7 +91,7 @@ def bayes_trial(
             )
         classifier = networks.plane_classifier(place.law, levels, noise.WEIGHTINGS[weighting])
         images, labels = place.test(limit, seed)
-        best = (place.law.posterior(images).argmax(1) == labels).sum()
+        best = (decided(place.law.posterior(images)) == labels).sum()
         return Trial(
             classifier=classifier,
             images=images,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffclass import data
+from diffclass.classifiers.base import decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.data import cifar, pictures
 from diffclass.data.worlds import world_of
@@ -43,7 +44,7 @@ class Judge:
 
         Shapes      the verdict: prediction, classes, their posterior and losses (weighted, in nats), and how familiar
                     the picture is (None where the training images are not at hand)
-        Errors      those of `pictures.load_picture`
+        Errors      those of `pictures.load_picture`; those of `decided` for logits that are not finite
         """
         image = pictures.load_picture(path, self.classifier.image_shape)
         parts = []
@@ -63,7 +64,7 @@ class Judge:
             total,
             total,
             dict(
-                prediction=self.class_names[int(logits.argmax())],
+                prediction=self.class_names[int(decided(logits))],
                 classes=list(self.class_names),
                 posterior=posterior,
                 losses=losses,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffclass import likelihood
-from diffclass.classifiers.base import Held, Noise
+from diffclass.classifiers.base import Held, Noise, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.data.worlds import world_of
 from diffclass.noise import Levels, Weighting, elbo_weight
@@ -43,8 +43,11 @@ class Losses:
         return likelihood.evidence(self.losses, self.levels.to(self.losses), weighting)
 
     def hits(self, weighting: Weighting = elbo_weight) -> Tensor:
-        """Which images are classified correctly. Shapes: -> [N] of booleans, ready for a paired test."""
-        return self.logits(weighting).argmax(1) == self.labels
+        """Which images are classified correctly. Shapes: -> [N] of booleans, ready for a paired test.
+
+        Errors      those of `decided`, for logits that are not finite
+        """
+        return decided(self.logits(weighting)) == self.labels
 
     def thinned(self, every: int) -> "Losses":
         """The same images with every `every`-th level, each standing for the span of those left out.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffclass import attacks, units
-from diffclass.classifiers.base import BLOCK, Classifier, Noise, block_noise, take
+from diffclass.classifiers.base import BLOCK, Classifier, Noise, block_noise, decided, take
 from diffclass.evaluation.protocols import AttackNoise, Protocol
 from diffclass.noise import generator_of
 from diffclass.storage import files
@@ -138,19 +138,14 @@ def judge(
     """How often each image is classified correctly, and the mean margin of the best wrong class.
 
     Shapes      x [B,C,H,W], y [B], a noise for every draw -> hits [B], margin [B]
-    Errors      FloatingPointError for logits that are NaN, whose argmax would count as a class
+    Errors      those of `decided`, for logits that are not finite, whose argmax would count as a class
     """
     hits = torch.zeros_like(y)
     margins = []
     for noise in noises:
         with torch.no_grad():
             logits = classifier(x, noise)
-        if bool(torch.isnan(logits).any()):
-            raise FloatingPointError(
-                "the classifier's logits became NaN and cannot be judged; infinity minus infinity "
-                "or 0/0 in it is the likely cause."
-            )
-        hits = hits + (logits.argmax(1) == y)
+        hits = hits + (decided(logits) == y)
         margins.append(attacks.margin_loss(logits, y).double())
     return hits, torch.stack(margins).mean(0)
 

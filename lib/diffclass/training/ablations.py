@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffclass import attacks
-from diffclass.classifiers.base import Fresh, Held
+from diffclass.classifiers.base import Fresh, Held, decided
 from diffclass.classifiers.idc import TranslationClassifier
 from diffclass.data.worlds import images_of
 from diffclass.evaluation import accuracies
@@ -77,8 +77,8 @@ def ablate(
         y = answers[:ATTACKED]
         adversarial = attacked(classifier, x, y, generator, seed)
         with torch.no_grad():
-            before = fresh(x).argmax(1) == y
-            after = fresh(adversarial).argmax(1) == y
+            before = decided(fresh(x)) == y
+            after = decided(fresh(adversarial)) == y
         settings = dict(
             **run.settings,
             **recipe.says["recipe"],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
 from diffclass.storage import files
+from diffclass.storage.weights import check_finite
 from diffclass.training.losses import Loss, denoising_loss
 
 
@@ -316,6 +317,7 @@ class Training:
                 f"the checkpoint {self.checkpoint.name} holds another architecture; "
                 "delete it to start afresh."
             )
+        check_finite(tensors, self.checkpoint.name)
         self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
         self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
         state: dict[int, dict] = {}

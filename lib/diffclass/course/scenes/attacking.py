@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffclass import attacks
 from diffclass.attacks.search import AttackStep
+from diffclass.classifiers.base import decided
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
@@ -130,7 +131,7 @@ class AttackScene:
         losses = self.losses(now.step)
         label = int(film.y)
         logits = now.logits[0]
-        best = int(logits.argmax())
+        best = int(decided(now.logits))
         colours = figures.emphasis(logits)
         share = torch.softmax(logits, 0)
         delta = now.x - x

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffclass import data, likelihood, noise, units
-from diffclass.classifiers.base import Held
+from diffclass.classifiers.base import Held, check_logits, decided
 from diffclass.course import figures
 from diffclass.course.figures import BEST, OTHER, SECOND
 from diffclass.denoisers.base import Denoiser
@@ -66,7 +66,7 @@ class DigitScene:
         with torch.no_grad():
             denoised = self.denoiser(z_sigma[None], sigma)[0]
         error = ((denoised - z) ** 2).flatten(1).sum(1)
-        best, second = logits.topk(2).indices.tolist()
+        best, second = check_logits(logits[None])[0].topk(2).indices.tolist()
         colours = figures.emphasis(logits)
         if picked is not None and picked not in (best, second):
             colours[picked] = figures.WRONG
@@ -180,7 +180,7 @@ def posterior_bars(
 ) -> dict:
     """The posterior of ten classes. Shapes: share [K] -> a panel."""
     names = digit_names(share) if names is None else names
-    best = int(share.argmax())
+    best = int(decided(share[None]))
     return figures.bars(
         names,
         share,

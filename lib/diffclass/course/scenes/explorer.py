@@ -14,7 +14,7 @@ from torch import Tensor
 from diffclass import attacks
 from diffclass.attacks.search import AttackStep
 from diffclass.certify import certificates, counting
-from diffclass.classifiers.base import fresh_noise
+from diffclass.classifiers.base import decided, fresh_noise
 from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures
@@ -114,7 +114,7 @@ class ExplorerScene:
     @property
     def predicted(self) -> int:
         """What the plain classifier says about the clean digit."""
-        return int(self._curves_and_logits(None, 0)[1].argmax())
+        return int(decided(self._curves_and_logits(None, 0)[1][None]))
 
     @property
     def film(self) -> list[AttackStep]:
@@ -158,7 +158,7 @@ class ExplorerScene:
                     nearest.offer(float(attacks.size_of(frame.x - x, "l2")), str(attacked))
                 yield (frame.step + 1) / (steps + 1)
             closest = attacks.shrink(
-                lambda image: bool(self.classifier(image).argmax(1) != y), x, frame.x
+                lambda image: bool(decided(self.classifier(image)) != y), x, frame.x
             )
             if closest is not None:
                 nearest.offer(float(attacks.size_of(closest - x, "l2")), str(attacked))
@@ -246,7 +246,7 @@ class ExplorerScene:
         x = self.x if attacked is None else attacked.frames[step].x
         curve, logits = self._curves_and_logits(attacked, step)
         share = torch.softmax(logits, 0)
-        best = int(logits.argmax())
+        best = int(decided(logits[None]))
         colours = figures.emphasis(logits)
         delta = x - self.x
         size = float(attacks.size_of(delta, "l2"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffclass import attacks, units
-from diffclass.classifiers.base import Classifier, Held
+from diffclass.classifiers.base import Classifier, Held, decided
 from diffclass.classifiers.purified import LikelihoodMaximisation, PurifiedClassifier
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
@@ -166,7 +166,7 @@ class MaximisationScene:
         start = film.moments[0]
         now = film.moments[step]
         label = film.label
-        best = now.logits.argmax(1).tolist()
+        best = decided(now.logits).tolist()
         share = torch.softmax(now.logits[1], 0)
         wrong = [figures.WRONG if k != label else None for k in best]
         moved = (now.x - start.x).flatten(1).abs().amax(1).tolist()
@@ -261,7 +261,7 @@ class MaximisationScene:
             state = f" The walk was {film.ending} after step {taken} of {STEPS}."
         answer = f"The defence stops after {DEFENCE} steps, which this walk has not taken."
         if taken >= DEFENCE:
-            defended = film.moments[DEFENCE].logits.argmax(1).tolist()
+            defended = decided(film.moments[DEFENCE].logits).tolist()
             answer = f"The defence stops after {DEFENCE} steps and answers {defended[0]} and {defended[1]}."
         return (
             f"Label {film.label}: {self.described(**film.settings)}.{state} After {step} steps the clean digit is "

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffclass import likelihood
+from diffclass.classifiers.base import check_logits, decided
 from diffclass.course import figures
 from diffclass.course.scenes.digits import excess_curves, posterior_bars
 from diffclass.evaluation.measuring import Losses
@@ -44,9 +45,11 @@ class PhotoScene:
         levels = self.losses.levels[kept].to(losses)
         logits = likelihood.evidence(losses, levels, weighting)
         share = torch.softmax(logits, 0)
-        best, second = logits.topk(2).indices.tolist()
+        best, second = check_logits(logits[None])[0].topk(2).indices.tolist()
         colours = figures.emphasis(logits)
-        rival = int(torch.where(torch.arange(len(logits)) == label, -torch.inf, logits).argmax())
+        others = logits.clone()
+        others[label] = logits.min() - 1
+        rival = int(decided(others[None]))
         terms = losses * weighting(levels)
         lead = terms[rival] - terms[label]  # nats for the true class, level by level
         unit = "nats" if weighting in (elbo_weight, discrete_elbo_weight) else "units"

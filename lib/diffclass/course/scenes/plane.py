@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from diffclass import likelihood, noise, units
+from diffclass.classifiers.base import decided
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
 from diffclass.data.plane import MixtureLaw
@@ -122,7 +123,7 @@ class PlaneScene:
         share = torch.softmax(evidence / temperature + log_prior, 0)
         exact = torch.softmax(self.denoiser.log_density(z, 0.0)[0] + log_prior, 0)
         density = losses * weighting(levels) / levels.step * levels.sigma  # per unit of ln sigma
-        best = int(evidence.argmax())
+        best = int(decided(evidence[None]))
         note = (
             f"Posterior {_spoken(self.names, share)}; exact {_spoken(self.names, exact)}. "
             f"Total variation {float((share - exact).abs().sum() / 2):.3f}. The plane is coloured by the exact "
@@ -152,7 +153,7 @@ class PlaneScene:
         counts = [4, 8, 16, 32, 64, 128]
         bounds = {count: self._bound(z, count)[1] for count in counts}
         kl, bound, sigma = self._bound(z, steps)
-        best = int(exact.argmax())
+        best = int(decided(exact[None]))
         gaps = [max(float(exact[best] - bounds[count][best]), 1e-3) for count in counts]
         here = float(exact[best] - bound[best])
         low = min(float(bound.min()), float(exact.min())) - 1

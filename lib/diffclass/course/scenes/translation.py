@@ -5,6 +5,7 @@ from torch import Tensor
 
 from diffclass import data, units
 from diffclass.classifiers import bridges
+from diffclass.classifiers.base import check_logits
 from diffclass.classifiers.bridges import Bridge
 from diffclass.classifiers.idc import TranslationClassifier, TranslationStep, Translator
 from diffclass.course import figures
@@ -63,7 +64,7 @@ class TranslationScene:
         spread = f"{float(apart.min()):+.2f} to {float(apart.max()):+.2f}"
         walk = self.walk(index)
         ends = walk[-1].distances[0]
-        best, second = ends.topk(2, largest=False).indices.tolist()
+        best, second = check_logits(ends[None])[0].topk(2, largest=False).indices.tolist()
         note = (
             f"{family} labels with black stored as {low:.2f}: cosines {spread}. The network, trained on its own "
             f"labels, translates this {c} and ends {float(ends[best]):.3f} from label {best} and "
