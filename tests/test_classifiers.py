@@ -558,6 +558,17 @@ def test_parts_that_do_not_fit_get_a_sentence():
     with pytest.raises(ValueError, match="expected a finite noise level sigma_pixel > 0, got 0"):
         NoisedBayesClassifier(denoiser, 0.0)
     with pytest.raises(ValueError, match="expected 0 < sigma_tau < high"):
-        NoisedBayesClassifier(denoiser, 3.0)
+        NoisedBayesClassifier(denoiser, 0.5, high=0.9)
+    for build in (
+        lambda sigma: NoisedBayesClassifier(denoiser, sigma),
+        lambda sigma: ExactClassifier(denoiser, sigma_pixel=sigma),
+    ):
+        with pytest.raises(ValueError, match="at most 1, got 12; did you mean 12/255"):
+            build(12)
+        with pytest.raises(ValueError, match="finite noise level sigma_pixel > 0, got nan"):
+            build(math.nan)
+        with pytest.raises(ValueError, match="finite noise level sigma_pixel > 0, got -0.1"):
+            build(-0.1)
+    assert ExactClassifier(denoiser, sigma_pixel=0).sigma_pixel is None
     with pytest.raises(ValueError, match="expected finite images"):
         Held.seeded(noised())(pixels() * math.nan)

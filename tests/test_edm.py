@@ -234,8 +234,14 @@ def test_a_state_dict_says_it_in_its_header(tmp_path):
         edm.from_edm(path)
     save_file(released(net), path, {"sigma_data": "0.5", "sigma_min": "0.02"})
     assert edm.from_edm(path).sigma_range == (0.02, 80.0)
-    save_file(released(net), path, {"sigma_data": "half"})
-    with pytest.raises(ValueError, match="is refused"):
+    for refused in ("half", '"half"', "[0.5]", "null"):
+        save_file(released(net), path, {"sigma_data": refused})
+        with pytest.raises(ValueError, match="is refused"):
+            edm.from_edm(path)
+    save_file(released(net), path, {"sigma_min": "NaN"})
+    with pytest.raises(
+        ValueError, match="expected numbers in edm.safetensors, got NaN for its sig"
+    ):
         edm.from_edm(path)
 
 
@@ -261,6 +267,44 @@ def test_lost_and_spoilt_weights_are_refused(tmp_path, change, sentence):
     save_file(change(released(nets.SongUNet(**SMALL))), tmp_path / "edm.safetensors")
     with pytest.raises(ValueError, match=sentence):
         edm.from_edm(tmp_path / "edm.safetensors")
+
+
+def test_two_weights_of_one_name_are_refused(tmp_path):
+    state = released(patterned(nets.SongUNet(**SMALL)))
+    name = next(iter(state))
+    bare = name.removeprefix("model.")
+    twice = {**state, bare: state[name] + 1, f"model.{bare}": state[name]}
+    save_file(twice, tmp_path / "edm.safetensors")
+    with pytest.raises(ValueError, match="expected weights of one network .* twice"):
+        edm.from_edm(tmp_path / "edm.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, value: torch.zeros(7),
+        lambda name, value: value.flatten(),
+        lambda name, value: value[:0],
+    ],
+)
+def test_weights_of_other_shapes_get_a_sentence(tmp_path, change):
+    state = released(patterned(nets.SongUNet(**SMALL)))
+    shaped = [name for name, value in state.items() if value.ndim > 1 and "filter" not in name]
+    assert len(shaped) > 20
+    for name in shaped:
+        spoilt = {**state, name: change(name, state[name]).clone()}
+        save_file(spoilt, tmp_path / "edm.safetensors")
+        with pytest.raises(ValueError, match="^expected "):
+            edm.from_edm(tmp_path / "edm.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"enc.8x8_conv.weight": 3}, {1: torch.zeros(2)}, [torch.zeros(2)], {}, None, torch.zeros(2)],
+)
+def test_an_architecture_is_read_off_tensors_by_name(content):
+    with pytest.raises(ValueError, match="^expected .* the weights of a SongUNet"):
+        edm.architecture_of(content)
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,14 @@ def test_hits_are_counted_batch_by_batch(digits):
             next(counted)
 
 
+def test_a_line_that_no_reader_can_read_gets_a_sentence(classifier, digits, tmp_path):
+    run(classifier, digits, tmp_path, batch=12)
+    path = tmp_path / "losses-0.jsonl"
+    path.write_text('{"index": ' + "[" * 100_000 + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=f"expected stored losses in {tmp_path}, got something"):
+        measuring.read(tmp_path)
+
+
 def test_stored_losses_under_weights_that_are_not_finite_name_no_class(whole):
     for wrong, kind in ((torch.nan, "NaN"), (torch.inf, "infinite")):
         with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged"):

@@ -712,6 +712,14 @@ def test_damaged_folders_get_a_sentence(points, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"schema": 2, "levels": 0}))
     with pytest.raises(ValueError, match="to be that of an attack, got one without"):
         runs.read(tmp_path)
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="expected JSON in .*settings.json"):
+        runs.read(tmp_path)
+    (tmp_path / "settings.json").write_text(whole)
+    rows.write_text(lines.replace('"index": 0', f'"index": 0, "more": {"[" * 100_000}', 1))
+    with pytest.raises(ValueError, match=f"expected the results of an attack in {tmp_path}, got"):
+        runs.read(tmp_path)
+    rows.write_text(lines)
     (tmp_path / "settings.json").write_text(whole[:-10])
     with pytest.raises(ValueError, match="expected JSON in .*settings.json"):
         runs.read(tmp_path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from diffclass import units
 from diffclass.intervals import interval, lower_bound, upper_bound
 
 
@@ -59,7 +60,7 @@ class Votes:
                 f"expected as many selection as estimation counts, got {len(self.selection)} and "
                 f"{len(self.estimation)}; both need one count for every class."
             )
-        _check_sigma(self.sigma_pixel)
+        units.check_sigma_pixel(self.sigma_pixel)
 
     @property
     def n(self) -> int:
@@ -141,7 +142,7 @@ def largest_radius(n: int, sigma_pixel: float, alpha: float = 0.001) -> float:
 
     Units       L2, pixels in [0,1]; 0 where even unanimous votes do not prove a majority
     """
-    _check_sigma(sigma_pixel)
+    units.check_sigma_pixel(sigma_pixel)
     return max(0.0, _radius_of(lower_bound(n, n, alpha), sigma_pixel))
 
 
@@ -150,7 +151,7 @@ def votes_needed(radius: float, n: int, sigma_pixel: float, alpha: float = 0.001
 
     Units       radius: L2, pixels in [0,1]
     """
-    _check_sigma(sigma_pixel)
+    units.check_sigma_pixel(sigma_pixel)
     if not (math.isfinite(radius) and radius >= 0):
         raise ValueError(f"expected a radius >= 0, got {radius}.")
 
@@ -248,11 +249,3 @@ def _votes_of(counts, name: str) -> tuple[int, ...]:
 
 def _radius_of(p_lower: float, sigma_pixel: float) -> float:
     return float(sigma_pixel * stats.norm.ppf(p_lower))
-
-
-def _check_sigma(sigma_pixel: float) -> None:
-    if not (math.isfinite(sigma_pixel) and sigma_pixel > 0):
-        raise ValueError(
-            f"expected a smoothing noise sigma_pixel > 0, got {sigma_pixel}; without noise there is "
-            "nothing to count."
-        )

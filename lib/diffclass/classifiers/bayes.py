@@ -234,6 +234,7 @@ class ExactClassifier(Classifier):
     Formula     logit_k(x) = log p_sigma(2x - 1 | k) + ln prior_k
     Shapes      x [B,C,H,W]; pixels in [0,1] for sigma_pixel = 0, any finite value with noise -> [B,K] in nats
     Randomness  none
+    Errors      TypeError for a denoiser without a density; those of `check_prior`, and of `units.check_sigma_pixel`
     """
 
     calls = 1
@@ -248,7 +249,7 @@ class ExactClassifier(Classifier):
                 "use BayesClassifier for a network."
             )
         self.denoiser = denoiser
-        self.sigma_pixel = sigma_pixel or None
+        self.sigma_pixel = units.check_sigma_pixel(sigma_pixel) if sigma_pixel else None
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
         self.num_classes = denoiser.num_classes
         self.image_shape = denoiser.image_shape

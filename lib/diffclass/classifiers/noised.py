@@ -57,7 +57,7 @@ class NoisedBayesClassifier(Classifier):
         super().__init__()
         if samples < 1:
             raise ValueError(f"expected at least one noise sample a level, got {samples}.")
-        self.sigma_pixel = float(units.check_sigma(sigma_pixel, "sigma_pixel"))
+        self.sigma_pixel = units.check_sigma_pixel(sigma_pixel)
         sigma_tau = units.sigma_to_model(self.sigma_pixel)
         end = highest(denoiser, levels) if high is None else high
         self.levels = noise.noised_levels(sigma_tau, end, levels)

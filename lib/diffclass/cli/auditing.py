@@ -42,10 +42,8 @@ def _stored(folder: Path | None, place, name: str):
     if folder is None:
         return None
     from diffclass.evaluation import runs
-    from diffclass.storage import files
 
-    with files.reading(f"the run of an attack in {folder}"):
-        run = runs.read(folder)
+    run = runs.read(folder)
     settings = run.settings
     if run.finished < settings["n"]:
         raise ValueError(

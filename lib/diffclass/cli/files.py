@@ -215,7 +215,7 @@ def convert(
 ):
     """Turn a network that others trained into weights of the course, without running the code inside its file."""
     from diffclass.denoisers import edm
-    from diffclass.storage import assets, files
+    from diffclass.storage import assets
     from diffclass.zoo import networks
 
     ctx.obj.content |= dict(command="convert")
@@ -225,8 +225,7 @@ def convert(
             f"expected a name that ends in .safetensors to write to, got {out.name!r}."
         )
     assets.check_name(out.name)
-    with files.reading(f"the tensors of a network in {source.name}"):
-        denoiser, card = edm.convert(source, out)
+    denoiser, card = edm.convert(source, out)
     assets.record([out.name], out.parent)
     ctx.obj.content |= dict(file=str(out), card=card)
     ctx.obj.say(

@@ -5,6 +5,7 @@ Files are read without running the code inside them.
 
 import io
 import json
+import math
 import pickle
 import re
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from torch import Tensor
 from diffclass.denoisers.network import ConditionalDenoiser, build, save_denoiser
 from diffclass.denoisers.pretrained import classes_of, load_unet, state_dict_of
 from diffclass.noise import EDM_SIGMA_DATA
+from diffclass.storage import files
 from diffclass.storage.results import sha256_of
 from diffclass.storage.weights import filled, unwrapped
 
@@ -35,6 +37,7 @@ def architecture_of(state: dict[str, Tensor]) -> dict:
 
     Errors      ValueError that names what another architecture has: NCSN++'s Fourier features, ADM's output norm
     """
+    state = state_dict_of(state, "the weights of a SongUNet")
     entries = [
         m for m in (re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name) for name in state) if m
     ]
@@ -55,7 +58,12 @@ def architecture_of(state: dict[str, Tensor]) -> dict:
             f"{foreign[0]!r}, of another architecture."
         )
     size = int(entries[0][1])
-    width, channels = state[entries[0][0]].shape[:2]
+    first = state[entries[0][0]]
+    if first.ndim != 4:
+        raise ValueError(
+            f"expected {entries[0][0]} of shape [width,channels,3,3], got {list(first.shape)}."
+        )
+    width, channels = first.shape[:2]
     matches = (re.match(r"enc\.(\d+)x\1_block0\.", name) for name in state)
     sides = sorted({int(match[1]) for match in matches if match}, reverse=True)
     inputs = {
@@ -149,7 +157,7 @@ def read_edm(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
             state = load_file(path)
             with safe_open(path, framework="pt") as opened:
                 header = opened.metadata() or {}
-            said = {key: json.loads(header[key]) for key in SAID if key in header}
+            said = {key: float(json.loads(header[key])) for key in SAID if key in header}
         elif path.suffix == ".pkl":
             state, said = _pickled(_TensorsOnly(io.BytesIO(path.read_bytes())).load())
         else:
@@ -171,7 +179,14 @@ def read_edm(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
             f"({str(reason).splitlines()[0]}); fetch it again from its official source."
         ) from None
     state = unwrapped(state_dict_of(state, path.name))
-    return {name.removeprefix("model."): value for name, value in state.items()}, said
+    own = {name.removeprefix("model."): value for name, value in state.items()}
+    if len(own) < len(state):
+        twice = sorted(name for name in own if {name, f"model.{name}"} <= state.keys())
+        raise ValueError(
+            f"expected weights of one network in {path.name}, got {twice[0]!r} twice, also as 'model.{twice[0]}'; keep one "
+            "of the copies."
+        )
+    return own, said
 
 
 def _pickled(content) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -194,6 +209,9 @@ def range_of(said: dict[str, float], what: str) -> tuple[float, float]:
             f"expected a network scaled for sigma_data {EDM_SIGMA_DATA}, got {sigma_data:g} in {what}; with another scaling "
             "it would be another function."
         )
+    unknown = [key for key, value in said.items() if math.isnan(value)]
+    if unknown:
+        raise ValueError(f"expected numbers in {what}, got NaN for its {unknown[0]}.")
     low = max(EDM_RANGE[0], said.get("sigma_min", 0.0))
     high = min(EDM_RANGE[1], said.get("sigma_max", EDM_RANGE[1]))
     if not low < high:
@@ -215,18 +233,19 @@ def from_edm(path: str | Path) -> ConditionalDenoiser:
     """
     path = Path(path).expanduser()
     state, said = read_edm(path)
-    own = architecture_of(state)
-    classes = own["labels"]
-    size = own.pop("size")
-    denoiser = build(
-        "ConditionalDenoiser",
-        "SongUNet",
-        classes,
-        (own.pop("channels"), size, size),
-        sigma_range=range_of(said, path.name),
-        has_null=classes == 0,
-        **own,
-    )
+    with files.reading(f"the tensors of a SongUNet in {path.name}"):
+        own = architecture_of(state)
+        classes = own["labels"]
+        size = own.pop("size")
+        denoiser = build(
+            "ConditionalDenoiser",
+            "SongUNet",
+            classes,
+            (own.pop("channels"), size, size),
+            sigma_range=range_of(said, path.name),
+            has_null=classes == 0,
+            **own,
+        )
     kept = {
         f"network.{name}": value.float()
         for name, value in state.items()

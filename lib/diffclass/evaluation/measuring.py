@@ -148,7 +148,11 @@ def read(folder: str | Path, labels: Tensor | None = None) -> Losses:
     Errors      FileNotFoundError; ValueError that names the line, for one that is not one image's losses: labels and indices
                 out of range, an image twice, losses that are negative or not finite
     """
-    folder = Path(folder)
+    with files.reading(f"stored losses in {folder}"):
+        return _read(Path(folder), labels)
+
+
+def _read(folder: Path, labels: Tensor | None) -> Losses:
     paths = sorted(folder.glob("losses-*.jsonl"))
     if not paths or not (folder / "settings.json").exists():
         raise FileNotFoundError(

@@ -212,7 +212,11 @@ def read(folder: str | Path) -> Run:
 
     Errors      FileNotFoundError for a folder without a run; ValueError for a file that is damaged, or of another schema
     """
-    folder = Path(folder)
+    with files.reading(f"the results of an attack in {folder}"):
+        return _read(Path(folder))
+
+
+def _read(folder: Path) -> Run:
     missing = [
         name
         for name in (files.SETTINGS, ROWS, "deltas-0.safetensors")
