@@ -14,6 +14,7 @@ from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import Levels, NoiseBank
+from diffclass.training.loop import global_draws_from
 from diffclass.training.losses import contrastive_loss
 
 SHAPE = (2, 1, 1)
@@ -890,3 +891,40 @@ def test_the_end_slope_is_the_gradient_of_the_end_term(end_slope=likelihood.end_
     wanted = [torch.autograd.grad(ends[:, k].sum(), z, retain_graph=True)[0] for k in range(3)]
     got = end_slope(z.detach(), means, traces, 1.5)
     assert torch.allclose(got, torch.stack(wanted, 1), rtol=1e-12)
+
+
+class Dropping(Denoiser):
+    """A network that drops half of its inputs at random while it is trained."""
+
+    num_classes = 2
+    image_shape = SHAPE
+    sigma_range = (1e-3, 1e3)
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def estimate(self, x_sigma, sigma, classes):
+        """Something bent, the same for every class but for a factor."""
+        bent = self.dropout((x_sigma + sigma[:, None, None, None]).sin())
+        return bent[:, None] * (1 + classes.to(bent))[:, None, None, None]
+
+
+@pytest.mark.parametrize("denoiser", [exact("moons"), Dropping().train()])
+def test_losses_that_are_recomputed_have_the_gradient_of_losses_that_are_kept(
+    denoiser, monkeypatch
+):
+    bank = sobol_bank(noise.log_levels(0.1, 2, 4), 3)
+
+    def slope(seed: int = 0):
+        z = points("moons", 3).requires_grad_()
+        with global_draws_from(torch.Generator().manual_seed(seed)):
+            errors = likelihood.diffusion_errors(denoiser, z, bank, chunk=8)
+        return torch.autograd.grad((errors * torch.arange(3.0)).sum(), z)[0]
+
+    recomputed = slope()
+    monkeypatch.setattr(
+        likelihood, "checkpoint", lambda function, *arguments, **_: function(*arguments)
+    )
+    torch.testing.assert_close(recomputed, slope(), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(slope(1), slope(), rtol=1e-3) == (not isinstance(denoiser, Dropping))

@@ -69,13 +69,14 @@ def elbo(
     classes: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The evidence lower bound of log p(z | k), up to a constant shared by the classes.
+    """The evidence lower bound of the model's log p_k(z), up to a constant shared by the classes.
 
     Formula     - sum_t w_t mean_s ||D_k(z + sigma_t eps_ts, sigma_t) - z||^2
     Source      Ho et al. 2020; Kingma et al. 2021; Kong et al. 2023; Chen et al. 2024 (RDC), Theorem 3.1
     Shapes      z [B,C,H,W] in [-1,1], bank T x S -> [B,K]
     Units       nats per image, for `elbo_weight` and `discrete_elbo_weight`; other weightings give other classifiers
-    Exact when  the denoiser is exact, the levels reach from ~0 to infinity and T, S grow (tests/test_likelihood.py)
+    Meaning     a bound for the density that the denoiser generates by, p_k, not for that of the data, p(z | k)
+    Exact when  the denoiser is exact, so that the two are one, the levels reach from ~0 to infinity and T, S grow (tests/test_likelihood.py)
     """
     return evidence(diffusion_loss(denoiser, z, bank, classes, chunk), bank.levels, weighting)
 
@@ -252,7 +253,8 @@ def _errors(
     """||(z - shift eps) - D_k(z + spread eps, sigma)||^2 - shift^2 ||eps||^2 for every level and sample: [B,K,T,S].
 
     Rows (level, sample, image) are evaluated `chunk` at a time. Under autograd each chunk is recomputed in the
-    backward pass instead of being kept, so memory does not grow with T, S or K.
+    backward pass instead of being kept, so memory does not grow with T, S or K. Noise is given, not drawn inside; what
+    a network in training mode draws there, such as dropout, is drawn again from the global state that `checkpoint` keeps.
     """
     levels, samples, own = bank.noise.shape[:3]
     if own not in (1, len(z)):

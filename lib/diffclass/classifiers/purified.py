@@ -108,7 +108,10 @@ def _for_autograd(tensor: Tensor) -> Tensor:
 
 
 def _recomputed(function, *arguments: Tensor):
-    """function(*arguments), its inner values recomputed in the backward pass if there is going to be one."""
+    """function(*arguments), its inner values recomputed in the backward pass if there is going to be one.
+
+    Why         all noise is an argument; a function that drew its own would be differentiated under other noise
+    """
     if torch.is_grad_enabled() and any(a.requires_grad for a in arguments):
         return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
@@ -151,7 +154,8 @@ class LikelihoodMaximisation(Purifier):
     def released(cls, denoiser: Denoiser, **options) -> "LikelihoodMaximisation":
         """As RDC's code does it: 5 steps of Adam at rate 0.1 in model space, sigma ~ U(0.4, 0.6), no active limit.
 
-        Why         a pixel can move by about 0.25, eight times the paper's 8/255; here by name, to compare the two
+        Why         a pixel can move by up to 0.2511, as Adam's five directions sum to at most 5.0225, which is eight times the
+                    paper's 8/255; here by name, to compare the two
         """
         return cls(denoiser, **{**dict(steps=5, rate=0.1, budget=None), **options})
 

@@ -204,8 +204,8 @@ class PlaneScene:
             alt=f"ELBO {_spoken(self.names, bound)}; exact {_spoken(self.names, exact)}.",
         )
         note = (
-            f"With {steps} steps the bound on log p(x | {self.names[best]}) is {float(bound[best]):.3f} nats, the "
-            f"exact E log p at σ = {FIRST:g} is {float(exact[best]):.3f}: a gap of {here:.3f}."
+            f"With {steps} steps the bound on the model's log p_k(x), k = {self.names[best]}, is "
+            f"{float(bound[best]):.3f} nats, the exact E log p_k at σ = {FIRST:g} is {float(exact[best]):.3f}: a gap of {here:.3f}."
         )
         return figures.frame([self.plane(xy, "Drag the point"), kl_panel, bars, gap_panel], note)
 
