@@ -128,6 +128,27 @@ def test_the_budget_of_the_world_is_the_default_and_a_run_resumes(store):
     assert len(results.read(store / "records.jsonl")) == 3 and "rows.jsonl" in before
 
 
+def test_a_number_of_pictures_that_verify_would_refuse_is_refused_before_the_attack(tmp_path):
+    options = (
+        "--world",
+        "plane:moons",
+        "--attack",
+        "pgd",
+        "--steps",
+        1,
+        "--store",
+        tmp_path / "run",
+    )
+    said = sentence(run("evaluate", *options, "--limit", 20))
+    assert "got the first 20; attack with --limit 16 or 24" in said
+    assert not (tmp_path / "run").exists()
+    said = sentence(run("evaluate", *options, "--limit", 70))
+    assert "attack with --limit 64 or 100" in said
+    assert run("evaluate", *options, "--limit", 24).exit_code == 0
+    done = run("verify", tmp_path / "run", "--reattack", 0)
+    assert done.exit_code == 0, done.stdout
+
+
 def test_the_plane_is_attacked_without_weights(tmp_path):
     options = ("--world", "plane:moons", "--limit", 2, "--store")
     done = run(

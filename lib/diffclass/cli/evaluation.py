@@ -207,6 +207,7 @@ def _attacked(
     where = device()
     classifier = zoo.classifier(world, name).to(where)
     images, labels = place.test(limit, seed)
+    claims.check_count(place, len(images))
     _refuse(classifier, images[:4].to(where))
     protocol = _protocol(attack, classifier, entry.paper, norm.lower(), budget, steps)
     own = dict(

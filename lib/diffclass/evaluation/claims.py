@@ -1,6 +1,7 @@
 """What a run under attack claims, as records with intervals; and whether a verifier who trusts none of it agrees."""
 
 import hashlib
+import itertools
 import json
 import secrets
 from collections.abc import Iterator, Sequence
@@ -299,12 +300,26 @@ def _other_world(images: Tensor, run: Run, world: World | None) -> list[str]:
             *faults,
             f"the claim is about {n} images, but {world.name} has {len(images)} for {len(run.rows)} rows.",
         ]
-    if not _is_round(n) and not _is_whole(world, n):
-        faults.append(
-            f"the claim is about the first {n} images: a claim of more than {FEW} is about a multiple of 8 (from {BLOCK} on "
-            f"of 50 or {BLOCK}) or all of them, so that nobody stops where luck is best; attack again with a round --limit."
-        )
+    try:
+        check_count(world, n)
+    except ValueError as error:
+        faults.append(f"the claim is about a number of images that may be chosen: {error}")
     return faults
+
+
+def check_count(world: World, n: int) -> int:
+    """Return how many images of a world a claim is about if nobody can have stopped where luck is best.
+
+    Errors      ValueError for more than `FEW` images that are neither a round number nor all of them
+    """
+    if not _is_round(n) and not _is_whole(world, n):
+        less = next(fewer for fewer in range(n - 1, 0, -1) if _is_round(fewer))
+        more = next(greater for greater in itertools.count(n + 1) if _is_round(greater))
+        raise ValueError(
+            f"expected a claim of more than {FEW} images to be about a multiple of 8 (from {BLOCK} on of 50 or {BLOCK}) or "
+            f"all of them, so that nobody stops where luck is best, got the first {n}; attack with --limit {less} or {more}."
+        )
+    return n
 
 
 def _is_round(n: int) -> bool:
