@@ -236,10 +236,10 @@ def test_shrink_returns_what_was_tested_and_fools():
         tested.append(image)
         return float(image.max()) > 0.0603
 
-    best = attacks.shrink(fooled, x0, x, rounds=12)
+    *_, best = attacks.shrink(fooled, x0, x, rounds=12)
     assert fooled(best) and any(torch.equal(best, t) for t in tested)
     assert 0.0603 < float(best.max()) < 0.0603 + 2 * 0.2 / 2**12
-    assert attacks.shrink(lambda image: False, x0, x) is None
+    assert list(attacks.shrink(lambda image: False, x0, x)) == [None]
 
 
 def test_the_smallest_attack_on_a_linear_model_is_its_distance():
@@ -252,6 +252,38 @@ def test_the_smallest_attack_on_a_linear_model_is_its_distance():
         distance = float(model.margin(x[i : i + 1]) / model.normal.norm())
         assert distance * (1 - 1e-9) <= size <= 1.02 * distance + 0.25 * 2**-9, (size, distance)
         assert int(model(best).argmax(1)) != int(y[i])
+
+
+def test_the_smallest_attack_can_be_stopped_after_every_frame_and_decision():
+    """Between two items lies one frame of an attack or one decision, and no more items come than is said."""
+    x, y = images(1)
+    asked = []
+
+    class Counted(Linear):
+        def logits(self, x, noise):
+            asked.append("frame")
+            return super().logits(x, noise)
+
+    model = Counted()
+
+    def fooled(image):
+        asked.append("decision")
+        return bool(Linear()(image).argmax(1) != y)
+
+    # an attack of 5 frames, one decision where it fails, 4 where it fools; then once more
+    for budgets, wanted in (((1e-6, 1e-5), (12,)), ((1e-6, 1.0), (6 + 9 + 6, 6 + 9 + 9))):
+        asked.clear()
+        seen = 0
+        longest = 0
+        for _ in attacks.smallest_l2(
+            model, x, y, fooled=fooled, budgets=budgets, steps=4, rounds=3
+        ):
+            longest = max(longest, len(asked) - seen)
+            seen = len(asked)
+        assert longest == 1 and seen == len(asked)
+        assert seen in wanted and seen <= attacks.longest_search(2, steps=4, rounds=3)
+    always = list(attacks.smallest_l2(model, x, y, fooled=lambda _: True, budgets=(1.0,), steps=4))
+    assert len(always) == attacks.longest_search(1, steps=4, rounds=8)
 
 
 def test_no_attack_within_the_budgets_is_none():

@@ -339,17 +339,19 @@ def _where(chosen: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> t
 
 def shrink(
     fooled: Callable[[Tensor], bool], x0: Tensor, x: Tensor, rounds: int = 8
-) -> Tensor | None:
-    """The smallest fooling image found on the segment from x0 to x, by bisection; None if x itself does not fool.
+) -> Iterator[Tensor | None]:
+    """Bisection for the smallest fooling image on the segment from x0 to x; yields the best so far after each decision.
 
-    Shapes      x0, x [1,C,H,W] -> [1,C,H,W]
-    Units       `fooled` decides for one image; what it accepted last is what is returned, never an untested point
+    Shapes      x0, x [1,C,H,W] -> yields [1,C,H,W]; None, and nothing more, if x itself does not fool
+    Units       `fooled` decides for one image; what it accepted last is what is yielded, never an untested point
     """
     if not fooled(x):
-        return None
+        yield None
+        return
     best = x
     low = 0.0
     high = 1.0
+    yield best
     for _ in range(rounds):
         middle = (low + high) / 2
         candidate = x0 + middle * (x - x0)
@@ -358,7 +360,7 @@ def shrink(
             high = middle
         else:
             low = middle
-    return best
+        yield best
 
 
 def smallest_l2(
@@ -376,50 +378,52 @@ def smallest_l2(
 ) -> Iterator[Tensor | None]:
     """Search one image's smallest L2 perturbation by PGD at growing budgets and bisection; yields the best so far.
 
-    Shapes      x [1,C,H,W], y [1] -> yields the adversarial image [1,C,H,W], or None while there is none; the last
-                one is the result: `*_, best = smallest_l2(...)`
+    Shapes      x [1,C,H,W], y [1] -> yields the adversarial image [1,C,H,W], or None while there is none, after every
+                frame of an attack and every decision of a bisection, at most `longest_search` times; the last one is
+                the result: `*_, best = smallest_l2(...)`
     Units       budgets in pixels; the norm of the result is an *upper bound* of the distance to the decision boundary
     Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
     held = noise_at(noise, 0, 0)
     decide = fooled or (lambda image: bool(decided(classifier(image, held)) != y))
-    best = None
     largest = x[0].numel() ** 0.5
     if len(x) != 1 or not len(budgets):
         raise ValueError(
             f"expected one image and at least one budget, got {len(x)} images and {len(budgets)} budgets."
         )
-    for budget in budgets:
-        *_, last = pgd(
+
+    def within(budget: float, step_size: float | None = None) -> Iterator[Tensor | None]:
+        reached = x
+        for frame in pgd(
             classifier,
             x,
             y,
-            min(budget, largest),
+            budget,
             noise=noise,
             norm="l2",
             steps=steps,
+            step_size=step_size,
             loss=loss,
             draws=draws,
-        )
-        best = shrink(decide, x, last.x, rounds)
-        yield best
+        ):
+            reached = frame.x
+            yield None
+        yield from shrink(decide, x, reached, rounds)
+
+    best = None
+    for budget in budgets:
+        for best in within(min(budget, largest)):
+            yield best
         if best is not None:
             break
     radius = 0.0 if best is None else float(size_of(best - x, "l2"))
     if radius > 0:  # once more from just inside: the nearest boundary is often elsewhere
-        *_, last = pgd(
-            classifier,
-            x,
-            y,
-            radius,
-            noise=noise,
-            norm="l2",
-            steps=steps,
-            step_size=radius / 8,
-            loss=loss,
-            draws=draws,
-        )
-        closer = shrink(decide, x, last.x, rounds)
-        yield min(
-            (b for b in (best, closer) if b is not None), key=lambda b: float(size_of(b - x, "l2"))
-        )
+        for other in within(radius, radius / 8):
+            if other is not None and bool(size_of(other - x, "l2") < size_of(best - x, "l2")):
+                best = other
+            yield best
+
+
+def longest_search(budgets: int, steps: int, rounds: int) -> int:
+    """How many items `smallest_l2` yields at most: the frames and decisions of each budget, and once more at the end."""
+    return (budgets + 1) * (steps + 1 + rounds + 1)

@@ -35,6 +35,8 @@ SMOOTHED_BUDGETS = (
     3.0,
     4.5,
 )
+SMOOTHED_STEPS = 8
+SMOOTHED_ROUNDS = 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -157,11 +159,12 @@ class ExplorerScene:
                 if bool(frame.fooled):
                     nearest.offer(float(attacks.size_of(frame.x - x, "l2")), str(attacked))
                 yield (frame.step + 1) / (steps + 1)
-            closest = attacks.shrink(
+            for closest in attacks.shrink(
                 lambda image: bool(decided(self.classifier(image)) != y), x, frame.x
-            )
-            if closest is not None:
-                nearest.offer(float(attacks.size_of(closest - x, "l2")), str(attacked))
+            ):
+                if closest is not None:
+                    nearest.offer(float(attacks.size_of(closest - x, "l2")), str(attacked))
+                yield 1.0
 
     def _show(self, attacked: Attacked) -> None:
         """Let a new film take the last one's place."""
@@ -216,13 +219,14 @@ class ExplorerScene:
             noise=fresh_noise(climbed, 1, self.seed, "attack", certified.index),
             fooled=changed,
             budgets=SMOOTHED_BUDGETS,
-            steps=8,
-            rounds=5,
+            steps=SMOOTHED_STEPS,
+            rounds=SMOOTHED_ROUNDS,
         )
+        whole = attacks.longest_search(len(SMOOTHED_BUDGETS), SMOOTHED_STEPS, SMOOTHED_ROUNDS)
         for trial, best in enumerate(search):
             if best is not None:
                 certified.smallest = float(attacks.size_of(best - x, "l2"))
-            yield 0.5 + 0.5 * (trial + 1) / (len(SMOOTHED_BUDGETS) + 2)
+            yield 0.5 + 0.5 * (trial + 1) / whole
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
