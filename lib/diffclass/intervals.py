@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from diffclass import units
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact bounds for a probability from counted successes
 
@@ -44,9 +46,7 @@ def interval(successes, trials: int, level: float = 0.95):
     Shapes      successes [...] -> (low [...], high [...]), floats for a number
     Errors      ValueError for counts outside 0..n or a level outside (0, 1)
     """
-    if not 0 < level < 1:
-        raise ValueError(f"expected a confidence level between 0 and 1, got {level}; 95 % is 0.95.")
-    alpha = (1 - level) / 2
+    alpha = (1 - _check_level(level)) / 2
     return lower_bound(successes, trials, alpha), upper_bound(successes, trials, alpha)
 
 
@@ -59,6 +59,9 @@ def mean_interval(values: Sequence[float], draws: int, level: float = 0.95) -> t
     Shapes      values [N], each a mean over `draws` -> (low, high)
     Errors      ValueError for values outside [0,1]
     """
+    values = units.check_numbers(values, "shares").flatten().tolist()
+    draws = units.check_whole(draws, "draws", least=1)
+    level = _check_level(level)
     n = len(values)
     if not n or min(values) < 0 or max(values) > 1:
         raise ValueError(
@@ -74,6 +77,13 @@ def mean_interval(values: Sequence[float], draws: int, level: float = 0.95) -> t
     return low, high
 
 
+def _check_level(level: float) -> float:
+    level = units.check_real(level, "a confidence level")
+    if not 0 < level < 1:
+        raise ValueError(f"expected a confidence level between 0 and 1, got {level}; 95 % is 0.95.")
+    return level
+
+
 def _lower(successes, trials, alpha):
     """Clopper and Pearson's lower bound of a probability, also for counts that are no whole numbers."""
     return stats.beta.ppf(alpha, successes, trials - successes + 1)
@@ -85,8 +95,10 @@ def _upper(successes, trials, alpha):
 
 
 def _counted(successes, trials: int, alpha: float) -> tuple[np.ndarray, int, float]:
-    s = np.asarray(successes)
-    if int(trials) != trials or trials < 1:
+    s = units.check_numbers(successes, "successes").numpy()
+    trials = units.check_whole(trials, "the number of trials", most=None)
+    alpha = units.check_real(alpha, "alpha")
+    if trials < 1:
         raise ValueError(f"expected at least one trial, a whole number, got {trials}.")
     if s.size and not (np.all(s == np.floor(s)) and s.min() >= 0 and s.max() <= trials):
         raise ValueError(

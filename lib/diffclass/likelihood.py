@@ -14,6 +14,7 @@ from diffclass import noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import NoiseBank, Weighting
 
+LARGEST = 2**62  # of a chunk, which may be meant as "all at once"
 CHUNK = 4096  # network inputs evaluated at once: bounds memory, changes no value
 
 
@@ -57,7 +58,11 @@ def evidence(
 
     Formula     - sum_t w_t losses_t
     Shapes      losses [...,T], T levels -> [...]
+    Errors      TypeError, ValueError for losses that are no numbers of T levels
     """
+    if not isinstance(losses, Tensor) or losses.ndim == 0 or losses.shape[-1] != len(levels):
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"expected losses [...,{len(levels)}], one for each level, got {got}.")
     return -(losses * weighting(levels)).sum(-1)
 
 
@@ -96,7 +101,8 @@ def log_likelihood(
     Shapes      z [B,C,H,W] -> [B,K]
     Units       nats per image, with respect to the volume of model space
     """
-    return noise_constant(bank.levels, z[0].numel()) + elbo(
+    units.check_images(z, denoiser.image_shape, pixel_range=False)
+    return noise_constant(bank.levels, math.prod(z.shape[1:])) + elbo(
         denoiser, z, bank, weighting, classes, chunk
     )
 
@@ -108,6 +114,7 @@ def noise_constant(levels: noise.Levels, dimensions: int) -> float:
     Source      the limit of the pointwise identity, derived in notebook 04
     Units       nats
     """
+    dimensions = units.check_whole(dimensions, "dimensions", least=1)
     return -dimensions / 2 * math.log(2 * math.pi * math.e * float(levels.lower[0]) ** 2)
 
 
@@ -119,13 +126,15 @@ def end_term(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float)
     Source      E log p_sigma(z + sigma eps | k) of a Gaussian with these moments; add it to `elbo` for levels that end
                 at sigma
     Shapes      z [B,C,H,W], class_means [K,C,H,W], class_traces [K] -> [B,K]
+    Errors      those of `units.check_images` and `units.check_sigma`; ValueError for moments that do not fit
     """
+    square_sigma = _check_moments(z, class_means, class_traces, sigma)
     square = ((z[:, None] - class_means) ** 2).flatten(2).sum(-1)
-    dimensions = z[0].numel()
+    dimensions = math.prod(z.shape[1:])
     variance = class_traces / dimensions
-    return -(square - class_traces) / (2 * (sigma**2 + variance)) - dimensions / 2 * torch.log1p(
-        variance / sigma**2
-    )
+    return -(square - class_traces) / (
+        2 * (square_sigma + variance)
+    ) - dimensions / 2 * torch.log1p(variance / square_sigma)
 
 
 def end_slope(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float) -> Tensor:
@@ -133,9 +142,24 @@ def end_slope(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float
 
     Formula     -(z - m_k) / (sigma^2 + v_k)
     Shapes      z [B,C,H,W], class_means [K,C,H,W], class_traces [K] -> [B,K,C,H,W]
+    Errors      those of `end_term`
     """
-    variance = class_traces / z[0].numel()
-    return -(z[:, None] - class_means) / (sigma**2 + variance)[:, None, None, None]
+    square_sigma = _check_moments(z, class_means, class_traces, sigma)
+    variance = class_traces / math.prod(z.shape[1:])
+    return -(z[:, None] - class_means) / (square_sigma + variance)[:, None, None, None]
+
+
+def _check_moments(z: Tensor, class_means: Tensor, class_traces: Tensor, sigma: float) -> float:
+    """The square of a level, where images and moments fit one another."""
+    units.check_images(class_means, pixel_range=False)
+    units.check_images(z, tuple(class_means.shape[1:]), pixel_range=False)
+    units.check_numbers(class_traces, "traces")
+    level = float(units.check_sigma(sigma))
+    if tuple(class_traces.shape) != (len(class_means),) or bool((class_traces < 0).any()):
+        raise ValueError(
+            f"expected a trace >= 0 for each of {len(class_means)} classes, got {class_traces.tolist()}."
+        )
+    return level * level
 
 
 def class_moments(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -144,6 +168,7 @@ def class_moments(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     Shapes      images [N,C,H,W], labels [N] -> [K,C,H,W], [K]
     Errors      ValueError for a class without images, or labels that do not fit
     """
+    units.check_images(images, pixel_range=False)
     units.check_labels(labels, len(images), num_classes)
     counts = torch.bincount(labels, minlength=num_classes)
     if int(counts.min()) == 0:
@@ -173,6 +198,8 @@ def vp_elbo(
     Shapes      betas [T], bank of T-1 levels (`noise.chain_levels` of this schedule's sigmas) -> [B,K]
     Equal to    `elbo` with `discrete_elbo_weight`: the same number by another road
     """
+    units.check_images(z, denoiser.image_shape, pixel_range=False)
+    betas = units.check_numbers(betas, "betas")
     abar = noise.alpha_bar(betas).to(z)
     sigma = noise.sigma_of_alpha_bar(abar)
     if len(bank.sigma) != len(betas) - 1 or not torch.allclose(
@@ -194,7 +221,7 @@ def vp_elbo(
         eps_k = (z_t[:, None] - signal * denoiser(z_t / signal, sigma[t], classes)) / spread
         square = ((eps.flatten(0, 1)[:, None] - eps_k) ** 2).flatten(2).sum(-1)  # [S*B,K]
         total = total - weight * square.unflatten(0, eps.shape[:2]).mean(0)
-    return total
+    return _finite(total)
 
 
 def noised_elbo(
@@ -215,6 +242,7 @@ def noised_elbo(
     Shapes      z_tau [B,C,H,W], any range; bank over `noise.noised_levels(sigma_tau, ...)` -> [B,K]
     Units       sigma_tau in model space; nats per image
     """
+    sigma_tau = units.check_real(sigma_tau, "sigma_tau")
     if not 0 < sigma_tau < float(bank.sigma.min()):
         raise ValueError(
             f"expected 0 < sigma_tau below every level of the bank, got sigma_tau {sigma_tau:.3g} and a "
@@ -256,6 +284,8 @@ def _errors(
     backward pass instead of being kept, so memory does not grow with T, S or K. Noise is given, not drawn inside; what
     a network in training mode draws there, such as dropout, is drawn again from the global state that `checkpoint` keeps.
     """
+    units.check_images(z, denoiser.image_shape, pixel_range=False)
+    chunk = units.check_whole(chunk, "chunk", least=1, most=LARGEST)
     levels, samples, own = bank.noise.shape[:3]
     if own not in (1, len(z)):
         raise ValueError(
@@ -296,7 +326,18 @@ def _errors(
         else errors_of(z, part)
         for part in rows.split(keep)
     ]
-    return torch.cat(parts).unflatten(0, (levels, samples, len(z))).permute(2, 3, 0, 1)
+    errors = torch.cat(parts).unflatten(0, (levels, samples, len(z))).permute(2, 3, 0, 1)
+    return _finite(errors)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Return what was computed of finite images if it is finite, else raise a FloatingPointError."""
+    if not bool(torch.isfinite(values.detach()).all()):
+        raise FloatingPointError(
+            f"expected finite losses and gradients, got NaN or infinity of images that are finite, at a precision of "
+            f"{str(values.dtype).removeprefix('torch.')}; are the images in [-1,1]?"
+        )
+    return values
 
 
 def telescoped_gradient(
@@ -310,10 +351,24 @@ def telescoped_gradient(
     Exact when  the denoiser is exact and S grows
     Meaning     class k minus class j is (D_k - D_j)/low^2 - the same at high: where the denoisers disagree
     """
-    if not 0 < low < high:
+    units.check_images(z, denoiser.image_shape, pixel_range=False)
+    low = units.check_real(low, "the lower level")
+    high = units.check_real(high, "the higher level")
+    _check_draws(eps, z)
+    if not (0 < low < high and math.isfinite(high)):
         raise ValueError(f"expected levels with 0 < low < high, got {low} and {high}.")
     with torch.no_grad():
         return _mean_score(denoiser, z, low, eps) - _mean_score(denoiser, z, high, eps)
+
+
+def _check_draws(eps: Tensor, z: Tensor) -> None:
+    """Raise unless these are draws of noise for the images, or for one of them all."""
+    eps = units.check_numbers(eps, "noise")
+    fits = eps.ndim == 5 and eps.shape[1] in (1, len(z)) and eps.shape[2:] == z.shape[1:]
+    if not fits or not len(eps):
+        raise ValueError(
+            f"expected noise [S,1 or {len(z)},{','.join(map(str, z.shape[1:]))}], got {list(eps.shape)}."
+        )
 
 
 def _mean_score(denoiser: Denoiser, z: Tensor, sigma: float, eps: Tensor) -> Tensor:
@@ -325,7 +380,7 @@ def _mean_score(denoiser: Denoiser, z: Tensor, sigma: float, eps: Tensor) -> Ten
 
 def _denoised(denoiser: Denoiser, z: Tensor, sigma, eps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some draws at a time: eps [s,B,C,H,W] and D_k(z + sigma eps, sigma) [s,B,K,C,H,W]."""
-    for some in eps.expand(-1, len(z), *z.shape[1:]).split(max(1, CHUNK // len(z))):
+    for some in eps.expand(-1, len(z), *z.shape[1:]).split(max(1, CHUNK // max(1, len(z)))):
         yield some, denoiser((z + sigma * some).flatten(0, 1), sigma).unflatten(0, some.shape[:2])
 
 
@@ -340,6 +395,12 @@ def jacobian_free_gradient(
     Shapes      z [B,C,H,W], weights [T], bank T x S with its own noise for each image or one for all -> [B,K,C,H,W]
     Exact when  S grows; for any denoiser, but with more variance than autograd through the same noise
     """
+    units.check_images(z, denoiser.image_shape, pixel_range=False)
+    weights = units.check_numbers(weights, "weights")
+    if tuple(weights.shape) != (len(bank.sigma),):
+        raise ValueError(
+            f"expected a weight for each of {len(bank.sigma)} levels, got shape {list(weights.shape)}."
+        )
     total = 0.0
     with torch.no_grad():
         for sigma, weight, draws in zip(
@@ -352,4 +413,4 @@ def jacobian_free_gradient(
                 total = total - weight / bank.samples * (
                     eps[:, :, None] / sigma * contrast + 2 * gap
                 ).sum(0)
-    return total
+    return _finite(total)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffclass import units
+
 EDM_LOG_MEAN = -1.2  # Karras et al. 2022, Table 1
 EDM_LOG_STD = 1.2
 EDM_SIGMA_DATA = 0.5
@@ -22,11 +24,13 @@ EDM_SIGMA_DATA = 0.5
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """DDPM's schedule. Source: Ho et al. 2020, section 4. Shapes: -> [T], float64."""
+    first, last, steps = _check_betas(first, last, steps)
     return torch.linspace(first, last, steps, dtype=torch.float64)
 
 
 def scaled_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
     """Stable Diffusion's schedule, linear in sqrt(beta). Source: Rombach et al. 2022. Shapes: -> [T], float64."""
+    first, last, steps = _check_betas(first, last, steps)
     return torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64) ** 2
 
 
@@ -36,13 +40,22 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.99
     Source      Nichol & Dhariwal 2021, equation 17
     Shapes      -> [T], float64
     """
+    steps = units.check_whole(steps, "steps", least=1)
+    offset = units.check_number(offset, "offset", above=0)
+    largest, _, _ = _check_betas(largest, largest, steps)
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=largest)
 
 
 def alpha_bar(betas: Tensor) -> Tensor:
-    """Signal power left after t steps. Formula: abar_t = prod_{s<=t} (1 - beta_s). Shapes: [T] -> [T]."""
+    """Signal power left after t steps. Formula: abar_t = prod_{s<=t} (1 - beta_s). Shapes: [T] -> [T].
+
+    Errors      those of `units.check_numbers`; ValueError for betas outside (0,1), or none
+    """
+    betas = units.check_numbers(betas, "betas")
+    if betas.numel() == 0:
+        raise ValueError("expected betas strictly between 0 and 1, got none.")
     if float(betas.min()) <= 0 or float(betas.max()) >= 1:
         raise ValueError(
             f"expected betas strictly between 0 and 1, got {float(betas.min()):.3g} to "
@@ -52,22 +65,44 @@ def alpha_bar(betas: Tensor) -> Tensor:
 
 
 def sigma_of_alpha_bar(abar: Tensor) -> Tensor:
-    """The noise level of a DDPM signal coefficient. Formula: sigma = sqrt((1 - abar)/abar). Units: model space."""
+    """The noise level of a DDPM signal coefficient. Formula: sigma = sqrt((1 - abar)/abar). Units: model space.
+
+    Errors      those of `units.check_numbers`; ValueError for coefficients outside (0,1]
+    """
+    abar = units.check_numbers(abar, "signal coefficients")
+    outside = abar[~((abar > 0) & (abar <= 1))]
+    if outside.numel():
+        raise ValueError(
+            f"expected signal coefficients above 0 and at most 1, got {float(outside.flatten()[0]):.3g}."
+        )
     return ((1 - abar) / abar).sqrt()
 
 
 def alpha_bar_of_sigma(sigma: Tensor) -> Tensor:
-    """The DDPM signal coefficient of a noise level. Formula: abar = 1 / (1 + sigma^2). Units: model space."""
+    """The DDPM signal coefficient of a noise level. Formula: abar = 1 / (1 + sigma^2). Units: model space.
+
+    Errors      those of `units.check_sigma`
+    """
+    units.check_sigma(sigma)
     return 1 / (1 + sigma**2)
 
 
 def snr(sigma: Tensor) -> Tensor:
-    """Signal-to-noise ratio of a level, for signals of unit variance. Formula: sigma^-2."""
+    """Signal-to-noise ratio of a level, for signals of unit variance. Formula: sigma^-2.
+
+    Errors      those of `units.check_sigma`
+    """
+    units.check_sigma(sigma)
     return sigma**-2
 
 
 def edm_sigmas(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
-    """EDM's sampling levels, descending. Source: Karras et al. 2022, equation 5. Shapes: -> [T], float64."""
+    """EDM's sampling levels, descending. Source: Karras et al. 2022, equation 5. Shapes: -> [T], float64.
+
+    Errors      ValueError unless 0 < low < high, rho > 0 and there is a step
+    """
+    low, high, steps = _check_grid(low, high, steps)
+    rho = units.check_number(rho, "rho", above=0)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
@@ -88,6 +123,8 @@ class Levels:
     upper: Tensor
 
     def __post_init__(self):
+        for name in ("sigma", "lower", "upper"):
+            object.__setattr__(self, name, units.check_numbers(getattr(self, name), name))
         if not (
             self.sigma.shape == self.lower.shape == self.upper.shape
             and self.sigma.ndim == 1
@@ -126,7 +163,7 @@ class Levels:
 
 def midpoint_levels(edges: Tensor) -> Levels:
     """Levels at the geometric midpoints of ascending `edges` [T+1]: the midpoint rule in ln sigma."""
-    edges = torch.as_tensor(edges)
+    edges = _check_edges(edges)
     return Levels((edges[:-1] * edges[1:]).sqrt(), edges[:-1], edges[1:])
 
 
@@ -136,7 +173,7 @@ def log_levels(low: float, high: float, count: int) -> Levels:
     Why         the exact weight on the noise error is uniform in ln sigma, so equal steps there are equal work
     Units       model space
     """
-    _check_grid(low, high, count)
+    low, high, count = _check_grid(low, high, count)
     return midpoint_levels(
         torch.logspace(math.log10(low), math.log10(high), count + 1, dtype=torch.float64)
     )
@@ -147,7 +184,7 @@ def linear_levels(low: float, high: float, count: int) -> Levels:
 
     Units       model space
     """
-    _check_grid(low, high, count)
+    low, high, count = _check_grid(low, high, count)
     edges = torch.linspace(low, high, count + 1, dtype=torch.float64)
     return Levels(edges[:-1], edges[:-1], edges[1:])
 
@@ -158,7 +195,7 @@ def chain_levels(edges: Tensor) -> Levels:
     Shapes      edges [T+1], ascending, edges[0] > 0 -> T levels
     Why         the network call of the step t+1 -> t happens at sigma_{t+1} (derived in notebook 02)
     """
-    edges = torch.as_tensor(edges)
+    edges = _check_edges(edges)
     return Levels(edges[1:], edges[:-1], edges[1:])
 
 
@@ -173,7 +210,10 @@ def noised_levels(sigma_tau: float, high: float, count: int) -> Levels:
                 stays, no number of levels brings it back
     Units       model space
     """
-    if not 0 < sigma_tau < high:
+    sigma_tau = units.check_real(sigma_tau, "sigma_tau")
+    high = units.check_real(high, "high")
+    count = units.check_whole(count, "the number of noise levels")
+    if not (0 < sigma_tau < high and math.isfinite(high)):
         raise ValueError(
             f"expected 0 < sigma_tau < high, got sigma_tau {sigma_tau:.3g} and high {high:.3g}; "
             "the chain must start at the noise that the image carries and end above it."
@@ -185,7 +225,29 @@ def noised_levels(sigma_tau: float, high: float, count: int) -> Levels:
     return Levels(*sigma_of)
 
 
-def _check_grid(low: float, high: float, count: int) -> None:
+def _check_betas(first: float, last: float, steps: int) -> tuple[float, float, int]:
+    """Two betas between 0 and 1, and a number of steps."""
+    first = units.check_real(first, "a beta")
+    last = units.check_real(last, "a beta")
+    if not (0 < first < 1 and 0 < last < 1):
+        raise ValueError(f"expected betas strictly between 0 and 1, got {first:.3g} to {last:.3g}.")
+    return first, last, units.check_whole(steps, "steps", least=1)
+
+
+def _check_edges(edges) -> Tensor:
+    """The edges of intervals of levels, ascending; `Levels` says what is wrong with their order."""
+    edges = units.check_numbers(edges, "the edges of noise levels")
+    if edges.ndim != 1 or len(edges) < 2:
+        raise ValueError(
+            f"expected the edges of noise levels as two numbers or more, got shape {list(edges.shape)}."
+        )
+    return edges
+
+
+def _check_grid(low: float, high: float, count: int) -> tuple[float, float, int]:
+    low = units.check_real(low, "the lowest noise level")
+    high = units.check_real(high, "the highest noise level")
+    count = units.check_whole(count, "the number of noise levels")
     if not (0 < low < high and math.isfinite(high)):
         raise ValueError(
             f"expected noise levels with 0 < low < high, got low {low:g} and high {high:g}; "
@@ -193,6 +255,7 @@ def _check_grid(low: float, high: float, count: int) -> None:
         )
     if count < 1:
         raise ValueError(f"expected at least one noise level, got {count}.")
+    return low, high, count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +380,11 @@ def generator_of(seed: int, *purpose) -> torch.Generator:
 
 
 def seed_of(seed: int, *purpose) -> int:
-    """A seed of its own for every purpose. Formula: the first 7 bytes of SHA-256 of the key."""
+    """A seed of its own for every purpose. Formula: the first 7 bytes of SHA-256 of the key.
+
+    Errors      TypeError, ValueError for a seed that is no whole number
+    """
+    seed = units.check_whole(seed, "a seed", most=None)
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
@@ -332,6 +399,7 @@ class NoiseBank(nn.Module):
 
     def __init__(self, levels: Levels, noise: Tensor):
         super().__init__()
+        noise = units.check_numbers(noise, "the noise of a bank")
         if noise.ndim != 6 or noise.shape[0] != len(levels):
             raise ValueError(
                 f"expected noise of shape [T,S,N,C,H,W] with T = {len(levels)}, got {list(noise.shape)}."
@@ -350,9 +418,8 @@ class NoiseBank(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> "NoiseBank":
         """One noise for every image, drawn from `seed`: the bank of a deterministic classifier."""
-        return cls.fresh(
-            levels, image_shape, 1, torch.Generator().manual_seed(seed), samples, dtype
-        )
+        generator = torch.Generator().manual_seed(units.check_whole(seed, "a seed", most=None))
+        return cls.fresh(levels, image_shape, 1, generator, samples, dtype)
 
     @classmethod
     def fresh(
@@ -365,7 +432,9 @@ class NoiseBank(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> "NoiseBank":
         """Independent noise for each of `images` images, drawn from `generator`, which advances."""
-        shape = (len(levels), samples, images, *image_shape)
+        samples = units.check_whole(samples, "noise samples a level", least=1)
+        images = units.check_whole(images, "images", least=0)
+        shape = (len(levels), samples, images, *units.check_image_shape(image_shape))
         return cls(
             levels, torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
         )
@@ -384,6 +453,9 @@ class NoiseBank(nn.Module):
         Formula     eps = sqrt(2) erfinv(2u - 1) for the points u of a scrambled Sobol sequence
         Source      randomised quasi-Monte Carlo; Owen 1997
         """
+        image_shape = units.check_image_shape(image_shape)
+        samples = units.check_whole(samples, "noise samples a level", least=1)
+        seed = units.check_whole(seed, "a seed", most=None)
         engine = torch.quasirandom.SobolEngine(math.prod(image_shape), scramble=True, seed=seed)
         uniform = engine.draw(samples, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
         noise = torch.special.ndtri(uniform).to(dtype).reshape(1, samples, 1, *image_shape)

@@ -5,11 +5,15 @@ units. The map is z = 2x - 1, so every length doubles and every squared error qu
 """
 
 import math
+import numbers
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PIXELS_TO_MODEL = 2.0  # d z / d x
+MOST = 10_000_000  # of anything that is counted: more would only fail later, for want of memory or time
 
 
 def to_model(x: Tensor) -> Tensor:
@@ -41,19 +45,137 @@ def sigma_to_pixel(sigma):
 
 
 def l2_of_linf(epsilon_linf: float, dimensions: int) -> float:
-    """The largest L2 norm inside an L-inf ball: epsilon_linf * sqrt(D). Units: those of `epsilon_linf`."""
-    return epsilon_linf * math.sqrt(dimensions)
+    """The largest L2 norm inside an L-inf ball: epsilon_linf * sqrt(D). Units: those of `epsilon_linf`.
+
+    Errors      those of `check_number` and `check_whole`
+    """
+    size = check_number(epsilon_linf, "epsilon_linf", least=0)
+    return size * math.sqrt(check_whole(dimensions, "dimensions", least=1))
 
 
 def linf_of_l2(radius: float, dimensions: int) -> float:
-    """The L-inf radius that an L2 radius guarantees: radius / sqrt(D). Units: those of `radius`."""
-    return radius / math.sqrt(dimensions)
+    """The L-inf radius that an L2 radius guarantees: radius / sqrt(D). Units: those of `radius`.
+
+    Errors      those of `check_number` and `check_whole`
+    """
+    size = check_number(radius, "radius", least=0)
+    return size / math.sqrt(check_whole(dimensions, "dimensions", least=1))
+
+
+def check_real(value, name: str) -> float:
+    """Return one real number as a float, whatever library it comes from, else raise; NaN and infinity pass.
+
+    Errors      TypeError for a text, a complex number, None, or several numbers
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} as a number, got {_briefly(value)}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def check_number(
+    value, name: str, *, least: float | None = None, above: float | None = None
+) -> float:
+    """Return a finite number as a float if it is at least `least` and more than `above`, where these are given.
+
+    Errors      those of `check_real`; ValueError for NaN, infinity, or a number that is too small
+    """
+    number = check_real(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"expected {name} as a finite number, got {number}.")
+    if least is not None and number < least:
+        raise ValueError(f"expected {name} of at least {least:g}, got {number:g}.")
+    if above is not None and number <= above:
+        raise ValueError(f"expected {name} > {above:g}, got {number:g}.")
+    return number
+
+
+def check_whole(value, name: str, *, least: int | None = None, most: int | None = MOST) -> int:
+    """Return a whole number as an int, such as a count or a seed, else raise.
+
+    Errors      those of `check_real`; ValueError for a fraction, NaN, infinity, and for fewer than `least` or more than
+                `most`, where these are given
+    """
+    number = check_real(value, name)
+    if isinstance(value, int):
+        whole = int(value)
+    elif math.isfinite(number) and number == math.floor(number):
+        whole = int(number)
+    else:
+        raise ValueError(f"expected {name} as a whole number, got {number}.")
+    if least is not None and whole < least:
+        raise ValueError(f"expected {name} as a whole number of at least {least}, got {whole}.")
+    if most is not None and whole > most:
+        raise ValueError(f"expected {name} as a whole number of at most {most}, got {whole}.")
+    return whole
+
+
+def check_wholes(values, name: str) -> tuple[int, ...]:
+    """Return whole numbers, such as widths or steps, else raise.
+
+    Errors      those of `check_whole`; TypeError for what is no list
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"expected {name} as several whole numbers, got {_briefly(values)}.")
+    return tuple(check_whole(value, name) for value in values)
+
+
+def check_numbers(values, name: str) -> Tensor:
+    """Return finite real numbers as a floating-point tensor; one that is so already stays as it is.
+
+    Shapes      a tensor, an array or a list, of any shape
+    Errors      TypeError for what holds something else than real numbers; ValueError for NaN and infinity
+    """
+    converted = check_reals(values, name)
+    bad = int((~torch.isfinite(converted.detach())).sum())
+    if bad:
+        raise ValueError(
+            f"expected {name} as finite numbers, got {bad} NaN or infinite ones among {converted.numel()}."
+        )
+    return converted
+
+
+def check_reals(values, name: str) -> Tensor:
+    """Return real numbers as a floating-point tensor, whether they are finite or not, else raise a TypeError."""
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+        real = not tensor.is_complex() and tensor.dtype != torch.bool
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        real = False
+    if not real:
+        raise TypeError(f"expected {name} as real numbers, got {_briefly(values)}.")
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def check_image_shape(image_shape) -> tuple[int, int, int]:
+    """Return (C,H,W) as three whole numbers of at least one, else raise a ValueError or a TypeError."""
+    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        raise ValueError(f"expected an image shape (C,H,W), got {_briefly(image_shape)}.")
+    channels, height, width = (
+        check_whole(side, "a side of an image shape (C,H,W)", least=1) for side in image_shape
+    )
+    return channels, height, width
+
+
+def _briefly(value) -> str:
+    """A value in a sentence: what it is, where it would be long."""
+    if isinstance(value, Tensor):
+        return _describe(value)
+    said = repr(value)
+    return said if len(said) <= 60 and "\n" not in said else f"a {type(value).__name__}"
 
 
 def _describe(x: Tensor) -> str:
+    ordered = not x.is_complex() and x.dtype != torch.bool
     finite = x[torch.isfinite(x)] if x.is_floating_point() else x
     spread = (
-        f"min {float(finite.min()):.3g} max {float(finite.max()):.3g} " if finite.numel() else ""
+        f"min {float(finite.min()):.3g} max {float(finite.max()):.3g} "
+        if finite.numel() and ordered
+        else ""
     )
     return f"{spread}of shape {list(x.shape)} and dtype {str(x.dtype).removeprefix('torch.')}"
 
@@ -171,6 +293,7 @@ def _label_hint(y: Tensor, images: int, num_classes: int) -> str:
 
 def check_class_count(classes: int) -> int:
     """Return a number of classes between which can be decided, else raise a ValueError."""
+    classes = check_whole(classes, "a number of classes")
     if classes < 2:
         raise ValueError(
             f"expected at least two classes, got {classes}: with one, no picture is ever classified wrongly and no attack "
@@ -186,7 +309,10 @@ def check_sigma(sigma, name: str = "sigma") -> Tensor:
     Errors      ValueError for a level <= 0, NaN or infinite
     """
     if not isinstance(sigma, Tensor):  # torch would make a Python number float32
-        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        number = isinstance(sigma, numbers.Real)
+        sigma = check_real(sigma, f"a noise level {name}") if number else sigma
+        sigma = check_reals(sigma, f"a noise level {name}").double()
+    sigma = check_reals(sigma, f"a noise level {name}")
     bad = sigma[~(torch.isfinite(sigma) & (sigma > 0))]
     if sigma.numel() == 0 or bad.numel():
         got = f"{float(bad.flatten()[0]):.3g}" if sigma.numel() else "nothing"
@@ -221,6 +347,8 @@ def check_step_size(step_size: float, epsilon: float, steps: int) -> float:
                 longer, for one step, that is allowed too
     Errors      ValueError for a step that is not finite, not positive (but for a budget of 0), or longer than that
     """
+    step_size = check_real(step_size, "a step size")
+    steps = check_whole(steps, "steps")
     if epsilon == 0 and step_size == 0:
         return 0.0
     if not math.isfinite(step_size) or step_size <= 0:
@@ -239,15 +367,22 @@ def check_step_size(step_size: float, epsilon: float, steps: int) -> float:
     return float(step_size)
 
 
+def check_norm(norm: str) -> str:
+    """Return the name of a norm, "linf" or "l2", else raise a ValueError."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"expected norm 'linf' or 'l2', got {norm!r}.")
+    return norm
+
+
 def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
     """Return an attack budget in pixel units if it can be meant, else raise.
 
     Units       pixels in [0,1]; the largest possible budget is 1 (L-inf) or sqrt(D) (L2)
     Errors      ValueError for a negative or non-finite budget, or one larger than the pixel range
     """
-    largest = {"linf": 1.0, "l2": math.sqrt(dimensions)}.get(norm)
-    if largest is None:
-        raise ValueError(f"expected norm 'linf' or 'l2', got {norm!r}.")
+    check_norm(norm)
+    largest = 1.0 if norm == "linf" else math.sqrt(dimensions)
+    epsilon = check_real(epsilon, "an attack budget")
     if not math.isfinite(epsilon) or epsilon < 0:
         raise ValueError(f"expected an attack budget >= 0, got {epsilon}.")
     if epsilon > largest:
@@ -264,7 +399,7 @@ def chosen(value: str, allowed, what: str):
     Errors      ValueError that lists the names
     """
     names = {name.lower(): name for name in allowed}
-    if value.lower() not in names:
+    if not isinstance(value, str) or value.lower() not in names:
         choice = ", ".join(map(repr, allowed))
         one_of = "one of " if len(allowed) > 1 else ""
         raise ValueError(f"expected {what} to be {one_of}{choice}, got {value!r}.")

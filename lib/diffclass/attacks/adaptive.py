@@ -18,12 +18,14 @@ def unlikeliness(
     Source      Chen et al. 2024 (RDC): maximise loss(f(x), y) - c * diffusion loss, and there is nothing left to undo
     Shapes      -> a function of x [B,C,H,W] in [0,1] -> [B], for `attacks.pgd(..., penalty=...)`
     """
+    strength = units.check_number(strength, "a strength")
     if not strength >= 0:
         raise ValueError(
             f"expected a strength >= 0, got {strength}; a negative one would seek unlikely images."
         )
 
     def penalty(x: Tensor) -> Tensor:
+        units.check_images(x, denoiser.image_shape)
         errors = likelihood.diffusion_loss(
             denoiser, units.to_model(x), bank, [denoiser.num_classes]
         )

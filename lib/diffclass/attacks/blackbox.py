@@ -43,7 +43,8 @@ def square(
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
     classifier.check_mode()
-    epsilon = units.check_budget(epsilon, norm, x[0].numel())
+    epsilon = units.check_budget(epsilon, norm, math.prod(x.shape[1:]))
+    steps = units.check_whole(steps, "steps")
     if steps < 0:
         raise ValueError(f"expected steps >= 0, got {steps}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -16,14 +16,14 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 
     Errors      ValueError for one class, beside which there is no wrong one
     """
-    units.check_class_count(logits.shape[1])
+    _check(logits, y)
     right = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
 def cross_entropy_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Formula: -log softmax(f)_y. Its gradient vanishes when logits are many nats apart. Shapes: -> [B]."""
-    units.check_class_count(logits.shape[1])
+    _check(logits, y)
     return torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
 
@@ -41,6 +41,7 @@ def targeted_loss(target: Tensor) -> AttackLoss:
     """Towards one class for each image. Formula: f_target - f_y. Shapes: target [B] -> a loss of [B,K] and y [B]."""
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
+        _check(logits, y)
         units.check_labels(target, len(logits), logits.shape[1])
         if bool((target == y).any()):
             raise ValueError(
@@ -61,7 +62,25 @@ def targeted_dlr_loss(target: Tensor) -> AttackLoss:
     return loss
 
 
+def _check(logits: Tensor, y: Tensor) -> None:
+    """Raise unless these are logits [B,K] of two classes or more, and a label for each row; NaN is the classifier's."""
+    _check_rows(logits)
+    units.check_class_count(logits.shape[1])
+    units.check_labels(y, len(logits), logits.shape[1])
+
+
+def _check_rows(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
+        got = (
+            f"shape {list(logits.shape)} and dtype {str(logits.dtype).removeprefix('torch.')}"
+            if isinstance(logits, Tensor)
+            else type(logits).__name__
+        )
+        raise TypeError(f"expected logits [B,K] of a floating-point dtype, got {got}.")
+
+
 def _largest(logits: Tensor, count: int, instead: str) -> tuple[Tensor, ...]:
+    _check_rows(logits)
     if logits.shape[1] < count:
         raise ValueError(
             f"expected at least {count} classes, as this loss divides by a gap between the {count} "

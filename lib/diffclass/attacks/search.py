@@ -1,5 +1,6 @@
 """Attacks that follow gradients, frame by frame; written to be read."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -27,13 +28,24 @@ class AttackStep:
 
 
 def size_of(delta: Tensor, norm: str) -> Tensor:
-    """L-inf or L2 norm of each perturbation. Shapes: [B,C,H,W] -> [B]. Units: pixels."""
+    """L-inf or L2 norm of each perturbation. Shapes: [B,C,H,W] -> [B]. Units: pixels.
+
+    Errors      those of `units.check_norm`, `units.check_images`
+    """
+    units.check_norm(norm)
+    units.check_images(delta, pixel_range=False)
     flat = delta.flatten(1)
     return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
 
 
 def project(x: Tensor, x0: Tensor, epsilon: float, norm: str) -> Tensor:
-    """The perturbed image brought back into the budget around x0, and into [0,1]. Shapes: [B,C,H,W] -> the same."""
+    """The perturbed image brought back into the budget around x0, and into [0,1]. Shapes: [B,C,H,W] -> the same.
+
+    Errors      those of `units.check_budget`, `units.check_images`
+    """
+    units.check_images(x0)
+    units.check_images(x, tuple(x0.shape[1:]), pixel_range=False)
+    epsilon = units.check_budget(epsilon, norm, math.prod(x0.shape[1:]))
     delta = x - x0
     if norm == "linf":
         delta = delta.clamp(-epsilon, epsilon)
@@ -46,7 +58,12 @@ def project(x: Tensor, x0: Tensor, epsilon: float, norm: str) -> Tensor:
 
 
 def ascent(gradient: Tensor, norm: str) -> Tensor:
-    """The steepest direction of a norm: sign(g) for L-inf, g/||g|| for L2. Shapes: [B,C,H,W] -> the same."""
+    """The steepest direction of a norm: sign(g) for L-inf, g/||g|| for L2. Shapes: [B,C,H,W] -> the same.
+
+    Errors      those of `units.check_norm`, `units.check_images`
+    """
+    units.check_norm(norm)
+    units.check_images(gradient, pixel_range=False)
     if norm == "linf":
         return gradient.sign()
     return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
@@ -61,13 +78,15 @@ def _start(x0: Tensor, epsilon: float, norm: str, generator: torch.Generator | N
 
 def _checked(
     classifier: Classifier, x: Tensor, y: Tensor, epsilon: float, norm: str, steps: int
-) -> float:
+) -> tuple[float, int]:
+    """A budget and a number of steps, where pictures, labels and the classifier can be meant too."""
     units.check_images(x, classifier.image_shape)
     units.check_labels(y, len(x), classifier.num_classes)
     classifier.check_mode()
+    steps = units.check_whole(steps, "steps")
     if steps < 0:
         raise ValueError(f"expected steps >= 0, got {steps}.")
-    return units.check_budget(epsilon, norm, x[0].numel())
+    return units.check_budget(epsilon, norm, math.prod(x.shape[1:])), steps
 
 
 def noise_at(noise: NoiseSource, step: int, draw: int) -> Noise:
@@ -95,6 +114,7 @@ def expected_gradient(
     Randomness  `noise`: one for every draw, or a function of the step and the draw
     Errors      TypeError for logits without a gradient in x; ValueError for draws < 1, or several draws of one noise
     """
+    draws = units.check_whole(draws, "draws")
     if draws < 1:
         raise ValueError(f"expected at least one draw to average over, got {draws}.")
     if draws > 1 and not callable(noise):
@@ -107,6 +127,7 @@ def expected_gradient(
             "expected to be asked for a gradient outside torch.inference_mode, under which there is none, got inside; "
             "torch.no_grad does not matter here."
         )
+    units.check_images(x, classifier.image_shape, pixel_range=False)
     x = x.detach().requires_grad_(differentiate)
     gradient = torch.zeros_like(x)
     logits = 0.0
@@ -182,7 +203,7 @@ def pgd(
     Errors      ValueError for a budget, a step size or labels that cannot be meant, or a classifier in training mode;
                 FloatingPointError for a gradient or logits that are not finite; the frames before it stand
     """
-    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    epsilon, steps = _checked(classifier, x, y, epsilon, norm, steps)
     if step_size is None:
         step_size = 2.5 * epsilon / max(1, steps)
     else:
@@ -274,7 +295,8 @@ def apgd(
     Randomness  that of `pgd`. Under fresh noise the highest loss is partly luck: judge x anew, with other noise
     Errors      those of `pgd`
     """
-    epsilon = _checked(classifier, x, y, epsilon, norm, steps)
+    epsilon, steps = _checked(classifier, x, y, epsilon, norm, steps)
+    momentum = units.check_real(momentum, "a momentum")
     if not 0 <= momentum < 1:
         raise ValueError(
             f"expected a momentum of at least 0 and below 1, got {momentum}; APGD uses 0.25."
@@ -345,6 +367,7 @@ def shrink(
     Shapes      x0, x [1,C,H,W] -> yields [1,C,H,W]; None, and nothing more, if x itself does not fool
     Units       `fooled` decides for one image; what it accepted last is what is yielded, never an untested point
     """
+    rounds = units.check_whole(rounds, "rounds", least=0)
     if not fooled(x):
         yield None
         return
@@ -384,9 +407,12 @@ def smallest_l2(
     Units       budgets in pixels; the norm of the result is an *upper bound* of the distance to the decision boundary
     Why         `fooled` decides and `classifier` gives gradients: they differ when votes decide, which have no gradient
     """
+    units.check_images(x, classifier.image_shape)
+    budgets = units.check_numbers(budgets, "budgets").flatten().tolist()
+    rounds = units.check_whole(rounds, "rounds", least=0)
     held = noise_at(noise, 0, 0)
     decide = fooled or (lambda image: bool(decided(classifier(image, held)) != y))
-    largest = x[0].numel() ** 0.5
+    largest = math.prod(x.shape[1:]) ** 0.5
     if len(x) != 1 or not len(budgets):
         raise ValueError(
             f"expected one image and at least one budget, got {len(x)} images and {len(budgets)} budgets."

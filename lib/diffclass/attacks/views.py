@@ -1,5 +1,7 @@
 """A classifier as an attack sees it: rescaled for libraries, or as a function of how images are bent."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ class AttackView(Classifier):
 
     def __init__(self, classifier: Classifier, temperature: float):
         super().__init__()
-        if not temperature > 0:
+        temperature = units.check_real(temperature, "a temperature")
+        if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(
                 f"expected a temperature > 0, got {temperature}; use AttackView.calibrated."
             )
@@ -74,13 +77,17 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     Source      Xiao et al. 2018 (StAdv)
     Shapes      x [B,C,H,W], flow [B,2,H,W] (to the right, down), in pixel widths -> [B,C,H,W]
     """
+    units.check_images(x, pixel_range=False)
+    units.check_images(flow, (2, *x.shape[2:]), pixel_range=False)
+    if len(flow) != len(x):
+        raise ValueError(f"expected a flow for each of {len(x)} images, got {len(flow)}.")
     height, width = x.shape[2:]
     rows, columns = torch.meshgrid(
         torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij"
     )
     right = 2 * (columns + 0.5 + flow[:, 0]) / width - 1
     down = 2 * (rows + 0.5 + flow[:, 1]) / height - 1
-    places = torch.stack([right, down], -1)
+    places = torch.stack([right, down], -1).to(x)
     return nn.functional.grid_sample(x, places, padding_mode="border", align_corners=False)
 
 
@@ -97,6 +104,7 @@ class Bent(Classifier):
     def __init__(self, classifier: Classifier, x: Tensor, bound: float):
         super().__init__()
         units.check_images(x, classifier.image_shape)
+        bound = units.check_number(bound, "a bound")
         if not bound >= 0:
             raise ValueError(f"expected a bound >= 0 in pixel widths, got {bound}.")
         self.classifier = classifier

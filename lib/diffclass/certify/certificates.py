@@ -26,6 +26,8 @@ def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.00
     Errors      False alarm with probability at most alpha; ValueError for impossible counts
     """
     counts = _votes_of(counts, "counts")
+    original = units.check_whole(original, "the original class")
+    alpha = _check_alpha(alpha)
     if not 0 <= original < len(counts):
         raise ValueError(f"expected the original class among 0..{len(counts) - 1}, got {original}.")
     n = sum(counts)
@@ -152,6 +154,8 @@ def votes_needed(radius: float, n: int, sigma_pixel: float, alpha: float = 0.001
     Units       radius: L2, pixels in [0,1]
     """
     units.check_sigma_pixel(sigma_pixel)
+    n = units.check_whole(n, "n, the number of votes", least=1)
+    radius = units.check_real(radius, "a radius")
     if not (math.isfinite(radius) and radius >= 0):
         raise ValueError(f"expected a radius >= 0, got {radius}.")
 
@@ -199,8 +203,12 @@ def certified_accuracy(
     Errors      ValueError for unequal lengths, or certificates of different sigma or alpha, which are different
                 classifiers; at level alpha, about alpha * B of the certificates may be wrong
     """
-    labels = np.asarray(labels)
-    radii = np.atleast_1d(np.asarray(radii, dtype=float))
+    labels = units.check_numbers(labels, "labels").numpy()
+    radii = np.atleast_1d(units.check_numbers(radii, "radii").double().numpy())
+    if radii.ndim != 1:
+        raise ValueError(f"expected radii [R], got shape {list(radii.shape)}.")
+    if (labels != np.floor(labels)).any():
+        raise ValueError(f"expected whole numbers as labels, got {labels.tolist()[:5]}.")
     if len(certificates) == 0 or labels.shape != (len(certificates),):
         raise ValueError(
             f"expected one label for each certificate, got {len(certificates)} certificates and labels "
@@ -232,12 +240,12 @@ def certified_accuracy(
 
 
 def _votes_of(counts, name: str) -> tuple[int, ...]:
-    counts = tuple(counts)
-    if len(counts) < 2:
+    counts = units.check_numbers(counts, f"{name} counts").tolist()
+    if not isinstance(counts, list) or len(counts) < 2:
         raise ValueError(
-            f"expected one {name} count for each of at least two classes, got {len(counts)}."
+            f"expected one {name} count for each of at least two classes, got {counts}."
         )
-    if any(isinstance(c, bool) or int(c) != c for c in counts):
+    if any(isinstance(c, list) or int(c) != c for c in counts):
         raise ValueError(
             f"expected whole numbers as {name}, got {counts}; probabilities need other bounds than votes."
         )
@@ -245,6 +253,13 @@ def _votes_of(counts, name: str) -> tuple[int, ...]:
     if min(counts) < 0 or sum(counts) == 0:
         raise ValueError(f"expected {name} counts >= 0 with at least one vote, got {counts}.")
     return counts
+
+
+def _check_alpha(alpha: float) -> float:
+    alpha = units.check_real(alpha, "alpha")
+    if not 0 < alpha < 1:
+        raise ValueError(f"expected alpha between 0 and 1, got {alpha}; 0.001 by custom.")
+    return alpha
 
 
 def _radius_of(p_lower: float, sigma_pixel: float) -> float:

@@ -286,6 +286,7 @@ def draw(classifier: Classifier, images: int, seed: int, *purpose) -> Noise:
 
     Randomness  (seed, purpose, block) alone: neither a batch size nor how many pictures follow changes a picture's noise
     """
+    images = units.check_whole(images, "images", least=0)
     count = max(1, -(-images // BLOCK))
     blocks = [block_noise(classifier, block, seed, *purpose) for block in range(count)]
     return each(lambda part: part[:images], joined(blocks))
@@ -318,7 +319,8 @@ class Held(Classifier):
     @classmethod
     def seeded(cls, classifier: Classifier, seed: int = 0) -> "Held":
         """The classifier with the noise that a seed gives."""
-        return cls(classifier, classifier.sample_noise(1, torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(units.check_whole(seed, "a seed", most=None))
+        return cls(classifier, classifier.sample_noise(1, generator))
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`."""
@@ -363,6 +365,7 @@ class Fresh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits under noise that was never drawn before. Shapes: [B,C,H,W] -> [B,K]."""
+        self.classifier.checked(x)
         return self.classifier(x, self.classifier.sample_noise(len(x), self.generator))
 
 

@@ -1,5 +1,6 @@
 """Bayes' rule on per-class diffusion losses, and on exact densities: pixels in [0,1] -> logits in nats."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ def check_prior(prior, num_classes: int) -> Tensor:
     """Return a prior over K classes as log-probabilities [K], uniform for None; raise if it is not a distribution."""
     if prior is None:
         prior = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
-    prior = torch.as_tensor(prior, dtype=torch.float64)
+    prior = units.check_reals(prior, "a prior").double()
     if tuple(prior.shape) != (num_classes,):
         raise ValueError(f"expected a prior over {num_classes} classes, got {list(prior.shape)}.")
     positive = bool(torch.isfinite(prior).all()) and float(prior.min()) > 0
@@ -71,8 +72,11 @@ class BayesClassifier(Classifier):
         chunk: int = likelihood.CHUNK,
     ):
         super().__init__()
-        if not temperature > 0:
+        temperature = units.check_real(temperature, "a temperature")
+        if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"expected a temperature > 0, got {temperature}; 1 is Bayes' rule.")
+        samples = units.check_whole(samples, "noise samples a level")
+        chunk = units.check_whole(chunk, "chunk", least=1, most=likelihood.LARGEST)
         if samples < 1:
             raise ValueError(f"expected at least one noise sample a level, got {samples}.")
         denoiser.check_levels(levels.sigma)
@@ -201,7 +205,8 @@ def telescoped(classifier: BayesClassifier, samples: int, seed: int = 0) -> Stan
         )
     low = float(classifier.levels.lower[0])
     high = float(classifier.levels.upper[-1])
-    generator = torch.Generator().manual_seed(seed)
+    samples = units.check_whole(samples, "draws of the gradient", least=1)
+    generator = torch.Generator().manual_seed(units.check_whole(seed, "a seed", most=None))
     eps = torch.randn((samples, 1, *classifier.image_shape), generator=generator)
     slope = _TelescopedSlope(
         classifier.denoiser, low, high, eps, classifier.temperature, classifier.moments
@@ -249,7 +254,9 @@ class ExactClassifier(Classifier):
                 "use BayesClassifier for a network."
             )
         self.denoiser = denoiser
-        self.sigma_pixel = units.check_sigma_pixel(sigma_pixel) if sigma_pixel else None
+        self.sigma_pixel = None
+        if sigma_pixel is not None and units.check_real(sigma_pixel, "sigma_pixel") != 0:
+            self.sigma_pixel = units.check_sigma_pixel(sigma_pixel)
         self.register_buffer("log_prior", check_prior(prior, denoiser.num_classes))
         self.num_classes = denoiser.num_classes
         self.image_shape = denoiser.image_shape

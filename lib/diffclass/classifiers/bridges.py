@@ -15,9 +15,16 @@ from diffclass import units
 # Image labels [K,C,H,W] in pixels [0,1]
 
 
+def _checked(num_classes: int, image_shape: Sequence[int], seed: int) -> tuple[int, int, int]:
+    """A number of classes, the number of values of an image, and a seed."""
+    classes = units.check_class_count(num_classes)
+    channels, height, width = units.check_image_shape(image_shape)
+    return classes, channels * height * width, units.check_whole(seed, "a seed", most=None)
+
+
 def _orthonormal(num_classes: int, image_shape: Sequence[int], seed: int, centred: bool) -> Tensor:
     """K random orthonormal rows of D values by QR, orthogonal to the constant image as well if `centred`."""
-    dimensions = int(torch.Size(image_shape).numel())
+    num_classes, dimensions, seed = _checked(num_classes, image_shape, seed)
     if num_classes > dimensions - centred:
         raise ValueError(
             f"expected at most {dimensions - centred} classes for {'centred ' * centred}orthogonal images "
@@ -65,7 +72,7 @@ def hadamard_labels(num_classes: int, image_shape: Sequence[int], seed: int = 0)
     Source      Sylvester 1867; n is the largest power of two that divides D, repeated D/n times
     Shapes      -> [K,C,H,W], every value 0 or 1
     """
-    dimensions = int(torch.Size(image_shape).numel())
+    num_classes, dimensions, seed = _checked(num_classes, image_shape, seed)
     size = dimensions & -dimensions
     if num_classes > size - 1:
         raise ValueError(
@@ -150,6 +157,9 @@ class Bridge:
     first: float = 0.001
 
     def __post_init__(self):
+        for name in ("scale", "first"):
+            object.__setattr__(self, name, units.check_number(getattr(self, name), name))
+        object.__setattr__(self, "steps", units.check_whole(self.steps, "steps"))
         if self.steps < 1:
             raise ValueError(
                 f"expected a bridge of at least one step, got {self.steps}; IDC uses 4."
@@ -234,6 +244,7 @@ def released_steps(steps: int = 4) -> list[int]:
     Source      BBDM's released sampler with as many sampling steps as positions
     Errors      ValueError for T < 3, where its step is not defined
     """
+    steps = units.check_whole(steps, "steps")
     if steps < 3:
         raise ValueError(
             f"expected at least 3 steps for the released list, got {steps}; use every_step."

@@ -37,14 +37,18 @@ class ConvClassifier(Classifier):
         seed: int = 0,
     ):
         super().__init__()
+        image_shape = units.check_image_shape(image_shape)
+        num_classes = units.check_class_count(num_classes)
+        seed = units.check_whole(seed, "a seed", most=None)
+        widths = units.check_wholes(widths, "widths")
         if not widths or any(width < 4 or width % 4 for width in widths):
             raise ValueError(
                 f"expected widths as multiples of 4, one for each halving of the picture and one before "
                 f"them, got {tuple(widths)}."
             )
-        self.image_shape = tuple(image_shape)
+        self.image_shape = image_shape
         self.num_classes = num_classes
-        self.widths = tuple(widths)
+        self.widths = widths
         # modules first fill themselves from the global state
         with torch.random.fork_rng(devices=[]):
             self.enter = nn.Conv2d(self.image_shape[0], widths[0], 3, padding=1)
@@ -56,7 +60,8 @@ class ConvClassifier(Classifier):
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`; in the precision of the pixels even under autocast."""
-        h = self.stages(nn.functional.silu(self.enter(units.to_model(x))))
+        z = units.to_model(x).to(self.enter.weight.dtype)
+        h = self.stages(nn.functional.silu(self.enter(z)))
         return self.leave(h.amax((2, 3))).to(x.dtype)
 
 

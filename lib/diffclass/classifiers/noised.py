@@ -55,6 +55,8 @@ class NoisedBayesClassifier(Classifier):
         chunk: int = likelihood.CHUNK,
     ):
         super().__init__()
+        samples = units.check_whole(samples, "noise samples a level")
+        levels = units.check_whole(levels, "the number of noise levels", least=1)
         if samples < 1:
             raise ValueError(f"expected at least one noise sample a level, got {samples}.")
         self.sigma_pixel = units.check_sigma_pixel(sigma_pixel)

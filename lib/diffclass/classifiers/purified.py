@@ -139,7 +139,12 @@ class LikelihoodMaximisation(Purifier):
         exact: bool = True,
     ):
         super().__init__(denoiser, exact)
-        low, high = band
+        ends = units.check_numbers(band, "a band of noise levels").flatten().tolist()
+        if len(ends) != 2:
+            raise ValueError(f"expected a band of two noise levels, got {band}.")
+        low, high = ends
+        steps = units.check_whole(steps, "steps")
+        rate = units.check_number(rate, "a rate")
         if steps < 1 or not rate > 0 or not 0 < low <= high:
             raise ValueError(
                 f"expected steps >= 1, rate > 0 and 0 < low <= high, got {steps}, {rate} and {band}."
@@ -148,7 +153,7 @@ class LikelihoodMaximisation(Purifier):
         self.steps = steps
         self.rate = rate
         self.rule = rule
-        self.band = band
+        self.band = (low, high)
 
     @classmethod
     def released(cls, denoiser: Denoiser, **options) -> "LikelihoodMaximisation":
@@ -167,6 +172,8 @@ class LikelihoodMaximisation(Purifier):
 
         Why         the paper names budget and steps, not the rate: 2.5 budgets over all steps lets the limit act
         """
+        budget = units.check_budget(budget, "linf", 1)
+        steps = units.check_whole(steps, "steps", least=1)
         rate = units.PIXELS_TO_MODEL * 2.5 * budget / steps
         return cls(denoiser, steps=steps, rate=rate, budget=budget, **options)
 

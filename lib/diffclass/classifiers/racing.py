@@ -299,8 +299,10 @@ def staged(
     """
     size = len(question.levels)
     classes = question.denoiser.num_classes
+    counts = units.check_wholes(counts, "counts")
+    keep = units.check_wholes(keep, "keep")
     if not (
-        len(counts) == len(keep)
+        0 < len(counts) == len(keep)
         and 0 < counts[0]
         and sorted(set(counts)) == list(counts)
         and counts[-1] <= size

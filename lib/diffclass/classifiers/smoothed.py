@@ -43,6 +43,7 @@ class NoisedCopies(Classifier):
 
     def __init__(self, base: Classifier, sigma_pixel: float | None, draws: int):
         super().__init__()
+        draws = units.check_whole(draws, "draws")
         if draws < 1:
             raise ValueError(f"expected at least one draw to average over, got {draws}.")
         self.base = base
@@ -110,6 +111,7 @@ class Smoothed(Classifier):
         self, base: Classifier, sigma_pixel: float | None = None, votes: int = 100, draws: int = 16
     ):
         super().__init__()
+        votes = units.check_whole(votes, "votes")
         if votes < 1:
             raise ValueError(f"expected at least one vote, got {votes}.")
         self.mean = NoisedCopies(base, sigma_pixel, draws)
@@ -136,6 +138,7 @@ class Smoothed(Classifier):
             raise ValueError(
                 f"expected one image, got a batch of {len(x)}; a certificate is about one image at a time."
             )
+        votes = units.check_whole(votes, "votes")
         if votes < 1:
             raise ValueError(f"expected at least one vote, got {votes}.")
         counts = torch.zeros(self.num_classes, dtype=torch.long)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise, decided, joined, on_device_of
 from diffclass.noise import generator_of
 
@@ -24,6 +25,7 @@ class MeanLogits(Classifier):
             raise ValueError(
                 "expected a random classifier, got a deterministic one, whose draws are all the same."
             )
+        draws = units.check_whole(draws, "draws")
         if draws < 1:
             raise ValueError(f"expected at least one draw, got {draws}.")
         self.classifier = classifier
@@ -100,7 +102,7 @@ class MajorityVote(Classifier):
     def __init__(self, classifier: Classifier, votes: int):
         super().__init__()
         self.mean = MeanLogits(classifier, votes)
-        self.votes = votes
+        self.votes = self.mean.draws
         self.num_classes = classifier.num_classes
         self.image_shape = classifier.image_shape
         self.sigma_pixel = classifier.sigma_pixel

@@ -28,12 +28,13 @@ def corrupted(images: Tensor, name: str, severity: int, generator: torch.Generat
     Errors      ValueError for another name or severity
     """
     units.check_images(images)
-    if name not in SEVERITIES or severity not in range(1, 6):
+    known = isinstance(name, str) and name in SEVERITIES
+    if not known or not isinstance(severity, (int, float)) or severity not in range(1, 6):
         raise ValueError(
             f"expected one of {', '.join(SEVERITIES)} at a severity of 1 to 5, got {name!r} at "
             f"{severity!r}."
         )
-    strength = SEVERITIES[name][severity - 1]
+    strength = SEVERITIES[name][int(severity) - 1]
     return {
         "noise": _noise,
         "shot": _shot,

@@ -34,7 +34,7 @@ def load_picture(
     """
     from PIL import Image, ImageOps
 
-    channels, height, width = image_shape
+    channels, height, width = units.check_image_shape(image_shape)
     if channels not in (1, 3):
         raise ValueError(
             f"expected an image shape with 1 or 3 channels, got {tuple(image_shape)}; points of the plane "
@@ -42,6 +42,8 @@ def load_picture(
         )
     if not isinstance(invert, bool) and invert != "auto":
         raise ValueError(f"expected invert True, False or 'auto', got {invert!r}.")
+    if not isinstance(path, (str, Path)) or "\0" in str(path):
+        raise ValueError(f"expected the path of a picture, got {path!r}.")
     path = Path(path).expanduser()
     image = ImageOps.exif_transpose(_decoded(path))
     image = _over_white(image, _bits(path)).convert("L" if channels == 1 else "RGB")
@@ -56,6 +58,10 @@ def load_picture(
 
 def is_dark_ink(pixels: np.ndarray) -> bool:
     """Whether a grey picture [H,W] is dark ink on light ground: the median of its border is brighter than its mean."""
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or not pixels.size:
+        got = list(pixels.shape) if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise ValueError(f"expected a grey picture as an array [H,W], got {got}.")
+    units.check_numbers(pixels, "pixels")
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     return bool(np.median(border) > pixels.mean())
 

@@ -137,6 +137,7 @@ class MixtureLaw:
         Shapes      -> x [n,2,1,1] in pixel space [0,1], y [n]
         Randomness  all of it from `generator`
         """
+        n = units.check_whole(n, "points to sample")
         if n < 1:
             raise ValueError(f"expected at least 1 point to sample, got n={n}.")
         component = torch.multinomial(

@@ -60,6 +60,9 @@ class World:
         Randomness  `seed` of points and of corruptions
         Errors      those of `cifar.cifar10` where it is missing
         """
+        seed = units.check_whole(seed, "a seed", most=None)
+        if limit is not None:
+            limit = units.check_whole(limit, "a number of images", least=1)
         if self.law is not None:
             return self.law.sample(limit or POINTS, torch.Generator().manual_seed(seed))
         if self.name.startswith("gallery"):
@@ -79,7 +82,7 @@ def world_of(name: str) -> World:
 
     Errors      ValueError that lists what exists
     """
-    kind, _, detail = name.partition(":")
+    kind, _, detail = name.partition(":") if isinstance(name, str) else (name, "", "")
     kind = units.chosen(kind, ("digits", "cifar10", "gallery", "plane"), "the world")
     if kind == "plane":
         make = units.chosen(detail, PLANE_LAWS, "the law of the plane (as in plane:moons)")

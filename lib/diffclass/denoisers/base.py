@@ -84,7 +84,10 @@ class Denoiser(nn.Module, ABC):
         """Return class indices as a long tensor [k], all K for None; raise if one does not exist."""
         if classes is None:
             return torch.arange(self.num_classes)
-        classes = torch.as_tensor(classes, dtype=torch.long).reshape(-1)
+        named = units.check_numbers(classes, "classes").reshape(-1)
+        if bool((named != named.floor()).any()):
+            raise ValueError(f"expected classes as whole numbers, got {named.tolist()}.")
+        classes = named.long()
         last = self.num_classes if self.has_null else self.num_classes - 1
         if classes.numel() == 0 or int(classes.min()) < 0 or int(classes.max()) > last:
             null = (

@@ -35,11 +35,22 @@ class MixtureDenoiser(Denoiser):
         priors: Tensor | None = None,
     ):
         super().__init__()
-        if means.ndim != 4:
+        means = units.check_numbers(means, "component means")
+        if means.ndim != 4 or not len(means):
             raise ValueError(
                 f"expected component means of shape [M,C,H,W], got {list(means.shape)}."
             )
-        labels = torch.as_tensor(labels, dtype=torch.long)
+        given = {"scales": scales, "weights": weights, "labels": labels}
+        parts = {name: units.check_numbers(part, name) for name, part in given.items()}
+        for name, part in parts.items():
+            whole = name != "labels" or bool((part == part.floor()).all())
+            if tuple(part.shape) != (len(means),) or bool((part < 0).any()) or not whole:
+                raise ValueError(
+                    f"expected {name} of {len(means)} components, none negative, labels as whole numbers, got "
+                    f"{part.tolist()[:5]} of shape {list(part.shape)}."
+                )
+        scales = parts["scales"]
+        labels = parts["labels"].long()
         self.num_classes = int(labels.max()) + 1
         self.image_shape = tuple(means.shape[1:])
         self.sigma_range = (1e-4, 1e4)
@@ -49,8 +60,12 @@ class MixtureDenoiser(Denoiser):
                 f"expected at least one component for each class, got counts {counts.tolist()}."
             )
         uniform = torch.full((self.num_classes,), 1 / self.num_classes)
-        priors = torch.as_tensor(uniform if priors is None else priors, dtype=torch.float64)
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        priors = units.check_numbers(uniform if priors is None else priors, "priors").double()
+        if tuple(priors.shape) != (self.num_classes,) or bool((priors <= 0).any()):
+            raise ValueError(
+                f"expected a prior > 0 for each of {self.num_classes} classes, got {priors.tolist()}."
+            )
+        weights = parts["weights"].double()
         within = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         if (
             not torch.allclose(within, torch.ones_like(within), atol=1e-6)
@@ -79,6 +94,9 @@ class MixtureDenoiser(Denoiser):
         Source      RDC (Chen et al. 2024), Theorem 3.2; priors are the class frequencies
         Shapes      images [N,C,H,W] in model space, labels [N]
         """
+        units.check_images(images, pixel_range=False)
+        classes = int(labels.max()) + 1 if isinstance(labels, Tensor) and len(labels) else 1
+        units.check_labels(labels, len(images), classes)
         counts = torch.bincount(labels)
         weights = (1 / counts.double())[labels]
         return cls(images, torch.zeros(len(images)), weights, labels, counts.double() / len(labels))
@@ -102,7 +120,8 @@ class MixtureDenoiser(Denoiser):
 
         Shapes      x_sigma [B,C,H,W], sigma a number >= 0 or [B], classes [k] or None -> [B,k]
         Units       nats, with respect to the volume of model space
-        Errors      ValueError for a wrong shape, non-finite points, sigma < 0, or no variance at all
+        Errors      ValueError for a wrong shape, non-finite points, sigma < 0, or no variance at all; FloatingPointError
+                    where the density is too small for the precision of the points
         """
         units.check_images(x_sigma, self.image_shape, pixel_range=False)
         sigma = self._checked_sigma(sigma, x_sigma)
@@ -111,11 +130,22 @@ class MixtureDenoiser(Denoiser):
         logs = [
             torch.logsumexp(joint, dim=1) for _, joint in self._joint_by_class(x, sigma, classes)
         ]
-        return torch.stack(logs, 1).to(x_sigma)
+        density = torch.stack(logs, 1).to(x_sigma)
+        if not bool(torch.isfinite(density.detach()).all()):
+            raise FloatingPointError(
+                f"expected points whose log-density is a finite number of precision {density.dtype}, got points of size "
+                f"{float(x_sigma.detach().abs().max()):.3g}; are they in model units?"
+            )
+        return density
 
     def _checked_sigma(self, sigma: Tensor | float, x_sigma: Tensor) -> Tensor:
         """One level >= 0 for each image, float64. Shapes: a number or [B] -> [B]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_sigma.device)
+        if not isinstance(sigma, Tensor):
+            number = units.check_real(sigma, "a noise level sigma")
+            sigma = torch.tensor(number, dtype=torch.float64)
+        if sigma.is_complex():
+            raise TypeError("expected noise levels sigma as real numbers, got complex ones.")
+        sigma = sigma.to(torch.float64).to(x_sigma.device)
         if sigma.ndim > 0 and tuple(sigma.shape) != (len(x_sigma),):
             raise ValueError(
                 f"expected one noise level for all images or one for each of {len(x_sigma)}, got sigma of shape "

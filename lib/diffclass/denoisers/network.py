@@ -42,6 +42,11 @@ class _AroundNetwork(Denoiser):
         self.image_shape = tuple(image_shape)
         self.sigma_range = tuple(sigma_range)
 
+    def asked(self, x: Tensor, log_sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """One call of the network, in the precision of its weights; the answer in that of the images."""
+        own = next(self.network.parameters(), x)
+        return self.network(x.to(own.dtype), log_sigma.to(own.dtype), labels).to(x.dtype)
+
 
 class ConditionalDenoiser(_AroundNetwork):
     """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
@@ -61,7 +66,7 @@ class ConditionalDenoiser(_AroundNetwork):
     def paired(self, x_sigma: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """Denoise each image under its own label, as training needs. Shapes: [B,C,H,W], [B], [B] -> [B,C,H,W]."""
         c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
-        return c_skip * x_sigma + c_out * self.network(c_in * x_sigma, sigma.log(), labels)
+        return c_skip * x_sigma + c_out * self.asked(c_in * x_sigma, sigma.log(), labels)
 
 
 class MultiHeadDenoiser(_AroundNetwork):
@@ -78,7 +83,7 @@ class MultiHeadDenoiser(_AroundNetwork):
         """See `Denoiser.forward`."""
         c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
         answers = self.num_classes + 1 if self.has_null else self.num_classes
-        heads = self.network(c_in * x_sigma, sigma.log(), None).unflatten(1, (answers, -1))
+        heads = self.asked(c_in * x_sigma, sigma.log(), None).unflatten(1, (answers, -1))
         heads = heads[:, : len(classes)] if _is_range(classes) else heads[:, classes]
         return (c_skip * x_sigma)[:, None] + c_out[:, None] * heads
 

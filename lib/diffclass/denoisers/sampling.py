@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffclass import noise
+from diffclass import noise, units
 from diffclass.denoisers.base import Denoiser
 
 
@@ -16,6 +16,9 @@ def karras_levels(steps: int, low: float = 0.02, high: float = 80.0, rho: float 
     Shapes      -> [steps + 1]
     Errors      ValueError for fewer than 2 steps, or levels that do not fall
     """
+    steps = units.check_whole(steps, "steps")
+    low = units.check_real(low, "the lowest level")
+    high = units.check_real(high, "the highest level")
     if steps < 2 or not 0 < low < high:
         raise ValueError(
             f"expected at least 2 steps between levels 0 < low < high, got {steps} from {high} to {low}."
@@ -35,7 +38,14 @@ def heun(
     Randomness  `generator` draws the first noise; the rest is deterministic
     """
     device = next(denoiser.parameters(), torch.zeros(())).device
-    denoiser.check_classes(labels)
+    if labels is None:
+        raise TypeError("expected a label for each image to draw, got None.")
+    labels = denoiser.check_classes(labels)
+    levels = units.check_numbers(levels, "levels")
+    if levels.ndim != 1 or len(levels) < 2 or bool((levels.diff() >= 0).any()) or levels[-1] != 0:
+        raise ValueError(
+            f"expected two levels or more that fall to 0, got {levels.tolist()}; take `karras_levels`."
+        )
     eps = torch.randn((len(labels), *denoiser.image_shape), generator=generator)
     x = eps.to(device) * float(levels[0])
 

@@ -257,8 +257,11 @@ def accuracy_record(
     """
     from diffclass import (
         intervals,  # here, not above: assets are looked after where scipy is missing
+        units,
     )
 
+    correct = units.check_whole(correct, "correct")
+    n = units.check_whole(n, "n", most=None)
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"expected 0 <= correct <= n with n >= 1, got {correct} of {n}.")
     level = fields.pop("level", 0.95)

@@ -98,11 +98,21 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
     return state, json.loads(header["architecture"]), json.loads(header.get("card", "{}"))
 
 
+def _check_state(state: dict[str, Tensor], what: str) -> None:
+    """Raise a ValueError for what is not a dict of tensors by name."""
+    named = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+    if not named:
+        raise ValueError(f"expected weights of {what} as tensors by name, got {str(state)[:60]!r}.")
+
+
 def check_finite(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     """Return weights by name if all of their values are finite numbers, else raise; `what` names them.
 
     Errors      ValueError that names the first tensor with NaN or infinity and counts its values
     """
+    _check_state(state, what)
     counts = {}
     for name, value in state.items():
         if value.is_floating_point():
@@ -138,6 +148,7 @@ def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Formula     `module.` before every name is DataParallel's, `_orig_mod.` anywhere is that of `torch.compile`
     Errors      ValueError for two tensors of one name, as of a compiled and a plain copy
     """
+    _check_state(state, "a network")
     plain = {}
     for name, value in state.items():
         own = ".".join(part for part in name.split(".") if part != "_orig_mod")
