@@ -1079,7 +1079,14 @@ CALLS = [
     Call(
         "attacks.size_of",
         attacks.size_of,
-        dict(delta=points(any_shape=True), norm=BUDGET["norm"]),
+        dict(
+            delta=Values(
+                points().right,
+                points().odd,
+                (None, "x", 3, drawn(3, 2), drawn(3, *PLANE) > 0, drawn(3, *PLANE) + 1j),
+            ),
+            norm=BUDGET["norm"],
+        ),
         lambda delta, **_: (len(delta),),
     ),
     Call(

@@ -95,7 +95,7 @@ def _upper(successes, trials, alpha):
 
 
 def _counted(successes, trials: int, alpha: float) -> tuple[np.ndarray, int, float]:
-    s = units.check_numbers(successes, "successes").numpy()
+    s = units.check_numbers(successes, "successes").detach().cpu().numpy()
     trials = units.check_whole(trials, "the number of trials", most=None)
     alpha = units.check_real(alpha, "alpha")
     if trials < 1:

@@ -30,10 +30,13 @@ class AttackStep:
 def size_of(delta: Tensor, norm: str) -> Tensor:
     """L-inf or L2 norm of each perturbation. Shapes: [B,C,H,W] -> [B]. Units: pixels.
 
-    Errors      those of `units.check_norm`, `units.check_images`
+    Meaning     the size of a perturbation that is not finite is not finite either, which whoever verifies one has to see
+    Errors      those of `units.check_norm` and `units.check_reals`; ValueError for another shape
     """
     units.check_norm(norm)
-    units.check_images(delta, pixel_range=False)
+    delta = units.check_reals(delta, "perturbations")
+    if delta.ndim != 4:
+        raise ValueError(f"expected perturbations [B,C,H,W], got shape {list(delta.shape)}.")
     flat = delta.flatten(1)
     return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
 

@@ -203,8 +203,8 @@ def certified_accuracy(
     Errors      ValueError for unequal lengths, or certificates of different sigma or alpha, which are different
                 classifiers; at level alpha, about alpha * B of the certificates may be wrong
     """
-    labels = units.check_numbers(labels, "labels").numpy()
-    radii = np.atleast_1d(units.check_numbers(radii, "radii").double().numpy())
+    labels = units.check_numbers(labels, "labels").detach().cpu().numpy()
+    radii = np.atleast_1d(units.check_numbers(radii, "radii").detach().cpu().double().numpy())
     if radii.ndim != 1:
         raise ValueError(f"expected radii [R], got shape {list(radii.shape)}.")
     if (labels != np.floor(labels)).any():
