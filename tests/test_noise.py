@@ -5,6 +5,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import twins
@@ -479,3 +480,12 @@ def test_sobol_noise_is_shared_by_levels_and_made_of_its_seed_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.noise, same.noise) and not torch.equal(one.noise, other.noise)
     assert torch.equal(one.noise[0], one.noise[2]) and one.noise.shape == (3, 8, 1, 1, 2, 2)
+
+
+def test_a_seed_is_a_whole_number_whatever_library_it_comes_from():
+    """The key is written out, so that numpy's 7 would draw other noise than 7."""
+    wanted = noise.seed_of(7, "attack", 1)
+    assert {noise.seed_of(seed, "attack", 1) for seed in (np.int64(7), torch.tensor(7))} == {wanted}
+    for wrong in (None, "7", 1.5, math.nan):
+        with pytest.raises((TypeError, ValueError), match="expected a seed"):
+            noise.generator_of(wrong)

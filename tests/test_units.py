@@ -1,7 +1,9 @@
 """The two spaces and their one map, and every sentence that a wrong image, level or budget is answered with."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 import twins
@@ -261,3 +263,39 @@ def test_possible_steps_pass():
     assert units.check_step_size(0.0, 0.0, 20) == 0, "a step of a budget of 0"
     with pytest.raises(ValueError, match="expected at least two classes, got 1"):
         units.check_class_count(1)
+
+
+@pytest.mark.parametrize("value", [3, 3.0, np.int64(3), np.float32(3), torch.tensor(3), 10**30])
+def test_whole_numbers_of_any_library_are_taken(value):
+    taken = units.check_whole(value, "steps", least=1, most=None)
+    assert type(taken) is int and taken == int(value)
+
+
+@pytest.mark.parametrize(
+    "value, error, sentence",
+    [
+        (1.5, ValueError, "expected steps as a whole number, got 1.5"),
+        (math.inf, ValueError, "expected steps as a whole number, got inf"),
+        (math.nan, ValueError, "expected steps as a whole number, got nan"),
+        (0, ValueError, "expected steps as a whole number of at least 1, got 0"),
+        (10**30, ValueError, "expected steps as a whole number of at most 10000000, got 10000"),
+        ("3", TypeError, "expected steps as a number, got '3'"),
+        (None, TypeError, "expected steps as a number, got None"),
+        (1j, TypeError, "expected steps as a number, got 1j"),
+        (torch.ones(2), TypeError, "expected steps as a number, got min 1 max 1 of shape"),
+    ],
+)
+def test_what_is_no_whole_number_is_named(value, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        units.check_whole(value, "steps", least=1)
+
+
+def test_lists_keep_their_precision_and_tensors_their_own():
+    assert units.check_numbers([0.1], "shares").tolist() == [0.1]
+    single = torch.tensor([0.1])
+    assert units.check_numbers(single, "shares") is single
+    for wrong in (["a"], [None], [True], [[1], [1, 2]], [1j], "x"):
+        with pytest.raises(TypeError, match="expected shares as real numbers, got"):
+            units.check_numbers(wrong, "shares")
+    with pytest.raises(ValueError, match="got 1 NaN or infinite ones among 2"):
+        units.check_numbers([0.1, math.inf], "shares")
