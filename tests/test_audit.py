@@ -895,3 +895,19 @@ def test_a_row_can_be_written_as_json():
     assert all(
         json.loads(json.dumps(asdict(result), allow_nan=False)) for result in audit.run(honest())
     )
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_picture_with_a_number_that_was_not_measured_cannot_be_drawn(value):
+    assert audit.Picture((0, 1), {"line": (0.0, 1.0)}, "x", "y").finite
+    assert not audit.Picture((0, 1), {"line": (0.0, value)}, "x", "y").finite
+
+
+def test_nan_is_no_answer():
+    """Asked by what is no classifier of ours, which nobody has checked before it decides."""
+
+    def broken(x):
+        return torch.full((len(x), planted.CLASSES), math.nan)
+
+    with pytest.raises(FloatingPointError, match="became NaN and cannot be judged"):
+        honest(votes=()).answers(planted.images(3)[0], asked=broken)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffclass import attacks, units
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
-from diffclass.classifiers.base import Classifier, Fresh, Held, NoiseSource
+from diffclass.classifiers.base import Classifier, Fresh, Held, NoiseSource, decided
 from diffclass.intervals import lower_bound
 from diffclass.noise import generator_of
 from diffclass.storage.results import Record
@@ -34,9 +34,10 @@ class Picture:
 
     @property
     def finite(self) -> bool:
-        """Whether there are numbers in every line, and all of them can be drawn."""
+        """Whether there are numbers in every line, and all can be drawn: what was not measured (None) cannot."""
         return bool(self.lines) and all(
-            line and all(map(math.isfinite, line)) for line in self.lines.values()
+            line and all(value is not None and math.isfinite(value) for value in line)
+            for line in self.lines.values()
         )
 
 
@@ -347,14 +348,18 @@ class Case:
         return judgements + main + luck
 
     def answers(self, x: Tensor, repeats: int = 1, asked: nn.Module | None = None) -> Tensor:
-        """What the classifier says, `repeats` times. Shapes: x [m,C,H,W] -> [repeats,m]."""
+        """What the classifier says, `repeats` times.
+
+        Shapes      x [m,C,H,W] -> [repeats,m]
+        Errors      those of `classifiers.base.decided`: of NaN no class is the largest
+        """
         asked = self.asked(self.classifier) if asked is None else asked
         if not len(x):
             return torch.zeros(repeats, 0, dtype=torch.long)
         answers = []
         with torch.no_grad():
             for _ in range(repeats):
-                parts = [asked(part).argmax(1).cpu() for part in x.split(self.batch)]
+                parts = [decided(asked(part)).cpu() for part in x.split(self.batch)]
                 answers.append(torch.cat(parts))
         return torch.stack(answers)
 

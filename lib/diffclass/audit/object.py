@@ -16,7 +16,7 @@ from diffclass.audit.base import (
     Verdict,
     check,
 )
-from diffclass.classifiers.base import Classifier, Held, parts
+from diffclass.classifiers.base import Classifier, Held, decided, parts
 from diffclass.classifiers.foreign import are_probabilities
 
 GROUP = "object"
@@ -94,8 +94,8 @@ def one_function(case: Case) -> Verdict:
     )
     picture = Picture(tuple(gaps), {"difference": tuple(gaps.values())}, "", "difference / spread")
     if case.target is not case.classifier and case.classifier.surrogate() is case.classifier:
-        decided = _quiet(_held(case, case.classifier), x).argmax(1)
-        other = int((plain.argmax(1) != decided).sum())
+        answers = decided(_quiet(_held(case, case.classifier), x))
+        other = int((decided(plain) != answers).sum())
         evidence = f"{evidence}; the view decides otherwise on {other}"
         if other:
             return RED, evidence, picture
