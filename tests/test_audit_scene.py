@@ -42,7 +42,7 @@ def test_every_lamp_is_in_the_row_of_its_group(scene):
     group_of = {one.number: one.group for one in scene.audits["honest"]}
     shown = [(int(name), row["label"]) for row in panel["rows"] for name, _, _ in row["lamps"]]
     assert [number for number, _ in shown] == scene.numbers() and sorted(scene.numbers()) == list(
-        range(1, 37)
+        range(1, 41)
     )
     assert all(group_of[number] == label for number, label in shown)
     assert scene.numbers()[panel["chosen"]] == 3
@@ -89,7 +89,7 @@ def test_a_stored_audit_is_shown_as_it_was(scene, stored):
 
 
 def test_audits_of_one_classifier_with_other_settings_stay_apart(scene, stored):
-    assert len(scene.audits["masked on toy"]) == 36 and len(scene.audits[PARTIAL]) == 26
+    assert len(scene.audits["masked on toy"]) == 40 and len(scene.audits[PARTIAL]) == 30
     assert "its settings are not recorded" in scene.at("masked on toy", 3)["note"]
     assert "24 pictures, linf within 0.1, seed 5" in scene.at(PARTIAL, 20)["note"]
     assert "audited here on 64 pictures" in scene.at("honest", 3)["note"]

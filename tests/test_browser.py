@@ -108,7 +108,7 @@ def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage)").first
     lamps = hero.locator("circle[role=button]")
     note = hero.locator(".dc-note")
-    assert lamps.count() == 36
+    assert lamps.count() == 40
     for place, act in (
         (4, lambda lamp: lamp.click()),
         (7, lambda lamp: lamp.press("Enter")),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffclass import cli, zoo
+from diffclass import audit, cli, zoo
 from diffclass.audit import planted
 from diffclass.data import worlds
 from diffclass.evaluation import claims, runs
@@ -25,7 +25,7 @@ CHEAP = ["--only", "1,3,4,5,8,25", "--images", "8"]
 def world_of(name):
     """The world of the planted classifiers."""
     budgets = {"linf": planted.EPSILON, "l2": 0.5}
-    return SimpleNamespace(name=name, test=planted.images, budget=budgets.get)
+    return SimpleNamespace(name=name, kind="digits", test=planted.images, budget=budgets.get)
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +54,16 @@ def test_an_honest_classifier_with_a_statement_passes():
     assert done.exit_code == 0, done.output
     rows = [line for line in done.stdout.splitlines() if line.startswith(("green", "amber", "red"))]
     first, *_ = done.stdout.splitlines()
-    assert first.startswith("36 checks of honest on 32 images of digits: at most about ")
-    assert first.endswith(" classifier calls (network calls in each: up to 1).")
+    assert first.startswith("40 checks of honest on 32 images of digits: at most about ")
+    assert " classifier calls (network calls in each: up to 1), about " in first
+    assert first.endswith(" s here, and up to a minute to compile it (check 38).")
     assert (
-        len(rows) == 36
+        len(rows) == 40
         and rows[0].startswith("green   1 one_function")
         and "white_beats_black" in rows[12]
     )
     assert (
-        done.stdout.splitlines()[-1].endswith("20 green, 0 red, 16 amber")
+        done.stdout.splitlines()[-1].endswith("24 green, 0 red, 16 amber")
         and "robust " not in done.stdout
     )
 
@@ -84,6 +85,37 @@ def test_a_masked_classifier_is_red_where_its_fault_is():
     assert done.exit_code == 1 and document["ok"] is False
     assert [row["number"] for row in document["checks"] if row["light"] == "red"] == [3]
     assert "8 of 8 images have a zero or non-finite gradient" in document["checks"][1]["evidence"]
+
+
+def test_the_training_pictures_of_the_world_are_looked_through(monkeypatch):
+    done = run("honest", "--only", "40", "--images", 8, "--statement", planted.STATEMENT)
+    assert done.exit_code == 0 and "0 are among the 1397 that it was trained on" in done.stdout
+    monkeypatch.setattr(worlds, "images_of", lambda world, split: planted.images(8))
+    document = json.loads(run("honest", "--only", "40", "--images", 8, "--json").stdout)
+    assert "8 are among the 8 that it was trained on" in document["checks"][0]["evidence"]
+    assert document["checks"][0]["light"] == "red"
+
+
+def test_the_time_is_told_before_the_audit_starts(monkeypatch):
+    monkeypatch.setattr(audit.Case, "pace", lambda case: 0.5)
+    done = run("honest", "--only", "4", "--images", 8)
+    first, *_ = done.stdout.splitlines()
+    assert first.startswith("1 checks of honest on 8 images of digits: at most about ")
+    document = json.loads(run("honest", "--only", "4", "--images", 8, "--json").stdout)
+    assert document["seconds"] == document["calls"] / 2
+    assert f"about {round(document['seconds'] / 60)} min here" in first
+    assert json.loads(run("honest", "--only", "25", "--json").stdout)["seconds"] == 0
+
+
+def test_a_classifier_that_cannot_be_asked_is_audited_all_the_same(monkeypatch):
+    class Broken(planted.Honest):
+        def logits(self, x, noise):
+            raise RuntimeError("out of order")
+
+    monkeypatch.setitem(KINDS, "honest", Broken)
+    done = run("honest", "--only", "1,39", "--images", 8)
+    assert "whose time cannot be told, as the first of them failed" in done.stdout
+    assert done.exit_code == 1 and done.stdout.count("RuntimeError: out of order") == 2
 
 
 def test_json_is_one_document_with_every_row():
@@ -252,7 +284,7 @@ def test_tampered_perturbations_are_red(stored):
             ["honest", "--only", "1,x"],
             "expected numbers of checks with commas between them, such as 1,2,13, got '1,x'.",
         ),
-        (["honest", "--only", "37"], "expected checks from 1 to 36, got [37]."),
+        (["honest", "--only", "41"], "expected checks from 1 to 40, got [41]."),
         (["honest", "--records", "nowhere"], "expected the results of an attack in nowhere"),
         (["honest", "--fresh"], "expected no --fresh for honest, which draws no noise."),
         (["noisy", "--draws", "3"], "expected one draw of noise that is held, got draws=3"),

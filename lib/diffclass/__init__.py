@@ -19,7 +19,7 @@ Rooms, bottom to top:
     zoo          Every classifier and every attack that the course speaks of, by name.
     evaluation   Accuracies, clean and under attack: measured, stored, verified.
     training     How the networks in `assets/` are trained.
-    audit        An audit of a claimed robustness: 36 checks, each a light with its evidence, and what to do when it is red.
+    audit        An audit of a claimed robustness: 40 checks, each a light with its evidence, and what to do when it is red.
     course       What notebooks use: checks, exercises, figures, widgets. Only notebooks and the command line import it.
     cli          The command `diffclass`: open the course, look after its files, train, classify, evaluate and list.
 

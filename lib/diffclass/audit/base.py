@@ -1,6 +1,7 @@
 """What every check stands on: the case that is audited, the light with its evidence, and how counts are judged."""
 
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from diffclass.noise import generator_of
 from diffclass.storage.results import Record
 
 GREEN, RED, AMBER = LIGHTS = ("green", "red", "amber")
+SAME = 1e-3  # of the spread of the logits: float32 stays far below it, another function does not
 REPEATS = 11  # answers of a random classifier behind one judgement; odd, so that a majority exists
 
 
@@ -75,12 +77,17 @@ REGISTERED: list[Callable[["Case"], Check]] = []  # every check, as its module i
 
 
 def check(
-    number: int, group: str, advice: str, cost: Callable[["Case"], int] | None = None
+    number: int,
+    group: str,
+    advice: str,
+    cost: Callable[["Case"], int] | None = None,
+    first: Callable[["Case"], object] | None = None,
 ) -> Callable[[Look], Callable[["Case"], Check]]:
     """Make a check of a function from a case to a light and its evidence; what it raises becomes a light as well.
 
     cost        at most how often it asks the classifier about an image, what `Case` keeps for all checks aside; None for
                 a check that does not ask
+    first       what it has to see before any other check asks
     """
 
     def decorate(look: Look) -> Callable[["Case"], Check]:
@@ -104,10 +111,43 @@ def check(
         judged.number = number
         judged.group = group
         judged.cost = cost
+        judged.first = first
         REGISTERED.append(judged)
         return judged
 
     return decorate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How answers are compared
+
+
+def spread(logits: Tensor) -> float:
+    """The median distance between the best and the worst class, the unit of all differences. Shapes: [B,K] -> a number."""
+    tiny = torch.finfo(torch.float32).tiny
+    return float((logits.amax(1) - logits.amin(1)).median().clamp_min(tiny))
+
+
+def gap(logits: Tensor, plain: Tensor) -> float:
+    """The largest difference, in spreads of the plain logits. Shapes: [B,K], [B,K] -> a number."""
+    return float((logits - plain).abs().max()) / spread(plain)
+
+
+def checksums(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every weight and buffer, by name."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: hashlib.sha256(bytes_of(value)).hexdigest() for name, value in state.items()}
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The numbers of a tensor as they are in memory, whatever their type."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def quiet(model: nn.Module, *arguments) -> Tensor:
+    """What a model answers without gradients."""
+    with torch.no_grad():
+        return model(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +214,8 @@ class Case:
     records     reported numbers; rows, deltas: of each image the stored hits of every attack, and its perturbation,
                 which then is the attack that is audited
     statement   what would break this, and what was tried (check 25)
+    training    what gives the pictures that the classifier was trained on, [N,C,H,W], where they are known (check 40)
+    compiled    whether check 38 also asks the classifier after `torch.compile`, which takes seconds
     batch       images at once;  closer: how many images the expensive checks look at
     seed        of the held noise, and of all of the audit's own
     """
@@ -199,6 +241,8 @@ class Case:
     rows: Sequence[Mapping] = ()
     deltas: Tensor | None = None
     statement: str = ""
+    training: Callable[[], Tensor] | None = None
+    compiled: bool = False
     batch: int = 64
     closer: int = 10
     seed: int = 0
@@ -279,6 +323,10 @@ class Case:
             return Held.seeded(classifier, self.seed)
         return Fresh(classifier, self.stream)
 
+    def once(self, classifier: Classifier) -> Held:
+        """A classifier with one noise of the audit's seed, whatever the claim is about. Shapes: [B,C,H,W] -> [B,K]."""
+        return Held.seeded(classifier, self.seed)
+
     def noise_for(self, classifier: Classifier, images: int) -> NoiseSource:
         """What attacks on a classifier are given: the noise that is held, or a function of step and draw."""
         if self.held:
@@ -338,6 +386,18 @@ class Case:
         draws = self.draws if draws is None else draws
         return images * ((steps + 1) * draws + self.repeats)
 
+    def pace(self) -> float:
+        """Seconds that one image takes now, asked with its gradient beside the other images of the expensive checks."""
+        few = self.few
+        noise = self.target.sample_noise(1, self.generator(0))
+        for _ in range(2):  # the first call also loads and reserves what all others need
+            start = time.perf_counter()
+            attacks.expected_gradient(
+                self.target, self.x[few], self.y[few], noise=noise, loss=self.loss
+            )
+            took = time.perf_counter() - start
+        return took / len(few)
+
     @property
     def shared_cost(self) -> int:
         """At most how often what is kept for all checks asks: clean images, the main attack, and luck."""
@@ -379,6 +439,14 @@ class Case:
         scores = torch.stack([self.wrong(x, places) for x in tries])
         best = torch.stack(list(tries))[scores.argmax(0), torch.arange(len(places))]
         return self.falls(best, places)
+
+    @functools.cached_property
+    def opening(self) -> tuple[Tensor, dict[str, str]]:
+        """What attacks climb answers to the first images, and checksums of its weights and buffers, when first asked.
+
+        Shapes      logits [m,K]
+        """
+        return quiet(self.once(self.target), self.x[self.few]), checksums(self.target)
 
     @functools.cached_property
     def clean_falls(self) -> Tensor:

@@ -10,41 +10,24 @@ from diffclass.audit.base import (
     AMBER,
     GREEN,
     RED,
+    SAME,
     CannotJudge,
     Case,
     Picture,
     Verdict,
     check,
+    gap,
+    quiet,
 )
 from diffclass.classifiers.base import Classifier, Held, decided, parts
-from diffclass.classifiers.foreign import are_probabilities
+from diffclass.classifiers.foreign import clamped_scores, flat_scores
 
 GROUP = "object"
-SAME = 1e-3  # of the spread of the logits: float32 stays far below it, another function does not
 ROUNDING = 1e-6  # of the spread of the logits: less is no other answer
 DIRECTIONS = 20
 SLOPES = 4  # images whose gradient is compared with finite differences
+LARGE = 256  # images of a large batch
 CALLS = 3  # further answers with the same noise, and with other noise
-
-
-def _spread(logits: Tensor) -> float:
-    tiny = torch.finfo(torch.float32).tiny
-    return float((logits.amax(1) - logits.amin(1)).median().clamp_min(tiny))
-
-
-def _gap(logits: Tensor, plain: Tensor) -> float:
-    """The largest difference, in spreads of the plain logits."""
-    return float((logits - plain).abs().max()) / _spread(plain)
-
-
-def _quiet(model: nn.Module, *arguments) -> Tensor:
-    with torch.no_grad():
-        return model(*arguments)
-
-
-def _held(case: Case, classifier: Classifier) -> Held:
-    """A classifier with one noise of the audit's seed, whatever the claim is about."""
-    return Held.seeded(classifier, case.seed)
 
 
 def _in_double(classifier: Classifier) -> Classifier | None:
@@ -57,17 +40,23 @@ def _in_double(classifier: Classifier) -> Classifier | None:
 
 def _faces(case: Case, model: Held, x: Tensor) -> dict[str, Tensor]:
     """The same images answered in other circumstances."""
+    leaf = x.clone().requires_grad_()
     faces = {
-        "with gradients": model(x.clone().requires_grad_()).detach(),
+        "with gradients": model(leaf).detach(),
         "in grad mode": model(x).detach(),
+        "with gradients turned off": quiet(model, leaf),
+        "as a step of a computation": model(leaf.view_as(leaf)).detach(),
     }
     if case.deterministic:
-        faces["one by one"] = torch.cat([_quiet(model, one) for one in x.split(1)])
+        copies = -(-LARGE // len(x))
+        faces["in a large batch"] = quiet(model, x.repeat(copies, 1, 1, 1))[: len(x)]
+        faces["in another order"] = quiet(model, x.flip(0)).flip(0)
+        faces["one by one"] = torch.cat([quiet(model, one) for one in x.split(1)])
         # seeds may stand for other noise in another precision
         same_noise = all(part.is_floating_point() for part in parts(model.noise))
         double = _in_double(case.target) if same_noise else None
         if double is not None:
-            faces["in double precision"] = _quiet(_held(case, double), x.double()).to(x.dtype)
+            faces["in double precision"] = quiet(case.once(double), x.double()).to(x.dtype)
     return faces
 
 
@@ -75,18 +64,18 @@ def _faces(case: Case, model: Held, x: Tensor) -> dict[str, Tensor]:
     1,
     GROUP,
     "give the classifier one forward: no branch on gradients, precision or batch size",
-    lambda case: 6 * len(case.few),
+    lambda case: 10 * len(case.few) + LARGE,
 )
 def one_function(case: Case) -> Verdict:
-    """Whether logits agree with and without gradients, in float64, one by one or in a batch, under one noise.
+    """Whether logits agree with and without gradients, in float64, one by one, in other order or in 256, under one noise.
 
     Passes when every difference is below 1e-3 of the logits' spread, and what attacks climb decides as the classifier
     does, unless that counts votes and attacks climb its surrogate.
     """
     x = case.x[case.few]
-    model = _held(case, case.target)
-    plain = _quiet(model, x)
-    gaps = {name: _gap(face, plain) for name, face in _faces(case, model, x).items()}
+    model = case.once(case.target)
+    plain = quiet(model, x)
+    gaps = {name: gap(face, plain) for name, face in _faces(case, model, x).items()}
     largest = max(gaps, key=gaps.get)
     evidence = (
         f"logits of {len(x)} images differ by up to {gaps[largest]:.1e} of their spread ({largest}; compared: "
@@ -94,7 +83,7 @@ def one_function(case: Case) -> Verdict:
     )
     picture = Picture(tuple(gaps), {"difference": tuple(gaps.values())}, "", "difference / spread")
     if case.target is not case.classifier and case.classifier.surrogate() is case.classifier:
-        answers = decided(_quiet(_held(case, case.classifier), x))
+        answers = decided(quiet(case.once(case.classifier), x))
         other = int((decided(plain) != answers).sum())
         evidence = f"{evidence}; the view decides otherwise on {other}"
         if other:
@@ -121,11 +110,11 @@ def gradient_is_correct(case: Case) -> Verdict:
     if double is None:
         tolerance = 2e-2
         step = 3e-3
-        model = _held(case, case.target)
+        model = case.once(case.target)
     else:
         tolerance = 1e-3
         step = 1e-5
-        model = _held(case, double)
+        model = case.once(double)
         x = x.double()
     x = x * 0.98 + 0.01  # room for the step inside [0,1]
     v = torch.randn(len(x), model.num_classes, generator=draw, dtype=torch.float64).to(x)
@@ -136,7 +125,7 @@ def gradient_is_correct(case: Case) -> Verdict:
     rises = []
     for _ in range(DIRECTIONS):
         d = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
-        change = _quiet(model, x + step * d) - _quiet(model, x - step * d)
+        change = quiet(model, x + step * d) - quiet(model, x - step * d)
         rises.append((change * v).sum(1) / (2 * step))
         along.append((slope * d).flatten(1).sum(1))
     ours = torch.stack(along)  # [directions, images]
@@ -209,15 +198,16 @@ def gradient_is_alive(case: Case) -> Verdict:
 def logits_are_logits(case: Case) -> Verdict:
     """Whether common losses work on what attacks receive: no probabilities, not all negative, a margin near one.
 
-    Passes when the classifier has nothing to complain of, such as training mode or logits in a tuple; no row is a
-    distribution, of the view or before it; every image has a logit >= 0 (else a loss that masks by multiplication with zero is constant); and the
-    median margin is in [0.1, 10] (else cross-entropy is flat). Amber for K < 4, which the targeted DLR loss needs.
+    Passes when the classifier has nothing to complain of, such as training mode or logits in a tuple; what it answers
+    before any view is no distribution, no percent, and not held at the ends of a range; every image has a logit >= 0 in
+    the view (else a loss that masks by multiplication with zero is constant), and the median margin there is in [0.1, 10]
+    (else cross-entropy is flat). Amber for K < 4, which the targeted DLR loss needs.
     """
     x = case.x[: case.batch]
     complaints = case.classifier.complaints(x[: case.closer])
     if complaints:
         return RED, " ".join(complaints)
-    logits = _quiet(_held(case, case.target), x)
+    logits = quiet(case.once(case.target), x)
     top = logits.topk(2, dim=1).values
     classes = logits.shape[1]
     margin = float((top[:, 0] - top[:, 1]).median())
@@ -226,12 +216,36 @@ def logits_are_logits(case: Case) -> Verdict:
         f"{negative} of {len(logits)} images have only negative logits, the median margin is {margin:.3g}, "
         f"K = {classes}"
     )
-    before = _quiet(_held(case, case.classifier.surrogate()), x)
-    if are_probabilities(logits) or are_probabilities(before):
-        return RED, f"rows are probabilities, not logits; {evidence}"
+    before = quiet(case.once(case.classifier.surrogate()), x)
+    sentence = flat_scores(before) or clamped_scores(before) or _held_at_the_ends(before)
+    if sentence:
+        return RED, f"before any view: {sentence} {evidence}"
+    sentence = flat_scores(logits)
+    if sentence:
+        return RED, f"as attacks receive them: {sentence} {evidence}"
     if negative or not 0.1 <= margin <= 10:
         return RED, evidence
     return (GREEN if classes >= 4 else AMBER), evidence
+
+
+def _held_at_the_ends(scores: Tensor) -> str:
+    """What is wrong with scores of which many are exactly the least or the largest one, in one sentence; "" for others.
+
+    Shapes      [B,K]; a class whose score never changes, the one that others are compared with, says nothing
+    Why         a clamp, and a sigmoid or tanh far out, leave the same number again and again, where their slope is zero
+    """
+    changing = scores[:, (scores != scores[:1]).any(0)]
+    if not changing.numel():
+        return ""
+    least = changing.min()
+    largest = changing.max()
+    at_the_ends = int(((changing == least) | (changing == largest)).sum())
+    if at_the_ends <= max(4, changing.numel() / 10):
+        return ""
+    return (
+        f"expected logits, got scores of which {at_the_ends} of {changing.numel()} are exactly {float(least):.3g} or "
+        f"{float(largest):.3g}, as a clamp, a sigmoid or tanh leaves them; return what goes into it."
+    )
 
 
 def _reseeds(model: nn.Module, x: Tensor) -> bool:
@@ -240,7 +254,7 @@ def _reseeds(model: nn.Module, x: Tensor) -> bool:
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            _quiet(model, x)
+            quiet(model, x)
             after.append(torch.get_rng_state())
     return torch.equal(*after)
 
@@ -264,21 +278,21 @@ def randomness_declared(case: Case) -> Verdict:
     other = []
     for model in {id(one): one for one in (case.classifier, case.target)}.values():
         noise = model.sample_noise(len(x), draw)
-        first = _quiet(model, x, noise)
+        first = quiet(model, x, noise)
         for _ in range(CALLS):
-            again = _quiet(model, x, noise)
-            same["without gradients"].append(_gap(again, first))
+            again = quiet(model, x, noise)
+            same["without gradients"].append(gap(again, first))
             again = model(x.clone().requires_grad_(), noise).detach()
-            same["with gradients"].append(_gap(again, first))
-            new = _quiet(model, x, model.sample_noise(len(x), draw))
-            other.append(_gap(new, first))
+            same["with gradients"].append(gap(again, first))
+            new = quiet(model, x, model.sample_noise(len(x), draw))
+            other.append(gap(new, first))
     declared = not case.classifier.deterministic
     evidence = (
         f"it declares {'noise' if declared else 'no noise'}; with the same noise {CALLS} further answers differ by "
         + " and ".join(f"{max(gaps):.1e} {name}" for name, gaps in same.items())
         + f", with other noise by {max(other):.1e} (of the logits' spread)"
     )
-    if _reseeds(_held(case, case.classifier), x[:1]):
+    if _reseeds(case.once(case.classifier), x[:1]):
         return RED, f"{evidence}; each call reseeds torch's global generator"
     repeats = all(gap <= ROUNDING for gaps in same.values() for gap in gaps)
     uses = any(gap > ROUNDING for gap in other)

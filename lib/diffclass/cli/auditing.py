@@ -125,8 +125,19 @@ def _case(
         attack=_attack(attack, norm),
         sources=sources,
         seed=seed,
+        compiled=True,
+        training=_training(place),
         **options,
     )
+
+
+def _training(place):
+    """What gives the training pictures of a world that has a fixed set of them, or None."""
+    if place.kind == "plane" or place.name.startswith("gallery"):
+        return None
+    from diffclass.data import worlds
+
+    return lambda: worlds.images_of(place.kind, "train")[0]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -161,7 +172,7 @@ def audit(
     seed: Seed = 0,
     json_wanted: Json = False,
 ):
-    """Judge a claim of robustness by 36 checks, each a light with its evidence; a red one ends with exit code 1."""
+    """Judge a claim of robustness by 40 checks, each a light with its evidence; a red one ends with exit code 1."""
     from diffclass import audit as auditing
 
     answer = ctx.obj
@@ -184,6 +195,7 @@ def audit(
     numbers = _numbers(only)
     count = len(auditing.chosen(numbers))
     calls = auditing.calls(case, numbers)
+    seconds = _seconds(case, numbers)
     answer.content |= dict(
         images=len(case.x),
         norm=case.norm,
@@ -192,10 +204,11 @@ def audit(
         held=case.held,
         seed=seed,
         calls=calls,
+        seconds=seconds,
     )
     answer.say(
         f"{count} checks of {name} on {len(case.x)} images of {world}: at most about {calls:,} classifier calls (network "
-        f"calls in each: up to {case.classifier.calls:,})."
+        f"calls in each: up to {case.classifier.calls:,}), {_spoken(seconds)}."
     )
     lights = []
     for result in auditing.run(case, numbers):
@@ -206,6 +219,24 @@ def audit(
     answer.content |= dict(lights=counts, ok=not counts["red"])
     answer.say(", ".join(f"{count} {light}" for light, count in counts.items()))
     raise typer.Exit(PROBLEM if counts["red"] else OK)
+
+
+def _seconds(case, numbers: list[int] | None) -> float | None:
+    """How long the checks will take at most, or None for a classifier that cannot even be asked: they will say why."""
+    from diffclass import audit as auditing
+
+    try:
+        return auditing.seconds(case, numbers)
+    except Exception:
+        return None
+
+
+def _spoken(seconds: float | None) -> str:
+    """A time as a reader plans it: in seconds up to two minutes, then in minutes, and what is not in it."""
+    if seconds is None:
+        return "whose time cannot be told, as the first of them failed"
+    time = f"{max(1, round(seconds))} s" if seconds < 120 else f"{round(seconds / 60)} min"
+    return f"about {time} here, and up to a minute to compile it (check 38)"
 
 
 def _numbers(text: str | None) -> list[int] | None:

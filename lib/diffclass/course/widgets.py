@@ -517,7 +517,7 @@ class Filmed(Worker):
 
 
 def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 3) -> Hero:
-    """36 lamps of an honest classifier, four mysteries and stored audits (documents of `diffclass audit --json`); a
+    """40 lamps of an honest classifier, four mysteries and stored audits (documents of `diffclass audit --json`); a
     click tells why (notebook 09)."""
     scene = AuditScene(stored)
     controls = dict(

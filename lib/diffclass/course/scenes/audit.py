@@ -1,4 +1,4 @@
-"""Frames of the audit: 36 lamps in six rows, and what the chosen one measured."""
+"""Frames of the audit: 40 lamps in six rows, and what the chosen one measured."""
 
 import html
 import math
