@@ -1,6 +1,7 @@
 """Is it the same object for everybody? Checks 37 to 39: in both modes, for every caller, and at every time."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from diffclass.audit.base import (
     worst,
 )
 from diffclass.audit.elsewhere import (
+    PATIENCE,
     FailedElsewhere,
     NoAnswer,
     in_a_process,
@@ -34,6 +36,8 @@ from diffclass.classifiers.base import Classifier, Noise
 
 SLOPE = 1e-2  # of the largest slope: rounding in another order stays below it
 WATCHED = 2  # calls of an attack that are asked again
+ELSEWHERE = "in another process"
+COMPILING = 300  # seconds that a compiler may take
 FURTHER = 40  # calls after which the answer has to be the same
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ def same_for_every_caller(case: Case) -> Verdict:
 
     The first calls of the case's attack are asked again in a thread whose stack shows nobody who judges or attacks, in
     another process without environment, under inference mode and, where the case says so, compiled. Passes when logits
-    differ by less than 1e-3 of their spread, and slopes by less than 1 % of the largest.
+    differ by less than 1e-3 of their spread, and slopes by less than 1 % of the largest; amber without another process.
     """
     watched = Watched(case.target)
     case.attacked(case.few, target=watched, steps=1, draws=1)
@@ -290,21 +294,27 @@ def same_for_every_caller(case: Case) -> Verdict:
     def repeated(ask: Callable) -> list[list[Tensor]]:
         return [call.repeated(ask) for call in watched.seen]
 
-    def by_another(ask: Callable) -> list[list[Tensor]]:
+    def by_another(ask: Callable, patience: float) -> list[list[Tensor]]:
         if case.x.device.type != "cpu":
             raise NoAnswer("the classifier is on an accelerator")
-        flat = in_a_process(lambda: sum(repeated(ask), []))
+        flat = in_a_process(lambda: sum(repeated(ask), []), patience)
         return [[flat.pop(0) for _ in (0, *_slopes(call))] for call in watched.seen]
 
     def traceless() -> list[list[Tensor]]:
         return [[_without_a_trace(model, call.x, call.noise)] for call in watched.seen]
 
+    start = time.perf_counter()
     compare("in a thread", lambda: repeated(among_others))
-    compare("in another process", lambda: by_another(among_others))
+    patience = _patience(start)
+    compare(ELSEWHERE, lambda: by_another(among_others, patience))
     # what needs gradients inside, or Python that no compiler follows, cannot be asked so: that is no other answer
     compare("in inference mode", traceless, RuntimeError)
     if compiler is not None:
-        compare("compiled", lambda: by_another(compiled), (NoAnswer, FailedElsewhere))
+        compare(
+            "compiled",
+            lambda: by_another(compiled, COMPILING + patience),
+            (NoAnswer, FailedElsewhere),
+        )
     evidence = (
         f"{len(watched.seen)} calls of the attack, asked again: "
         + "; ".join(
@@ -323,8 +333,14 @@ def same_for_every_caller(case: Case) -> Verdict:
         "",
         "difference / spread",
     )
-    alike = all(a <= SAME and b <= SLOPE for a, b in faces.values())
-    return (GREEN if alike else RED), evidence, picture
+    if not all(a <= SAME and b <= SLOPE for a, b in faces.values()):
+        return RED, evidence, picture
+    return (GREEN if ELSEWHERE in faces else AMBER), evidence, picture
+
+
+def _patience(start: float) -> float:
+    """How long to wait for a process that does what took from `start` until now, on a machine that others use too."""
+    return PATIENCE + 20 * (time.perf_counter() - start)
 
 
 def _slopes(call: Call) -> tuple[int, ...]:
@@ -346,12 +362,14 @@ def same_at_every_time(case: Case) -> Verdict:
     """Whether it answers as it did when the audit began: after all other checks, after 40 more calls, a day later.
 
     Passes when logits of one noise differ by less than 1e-3 of their spread, also beside those of a process whose clocks
-    are put forward, and no weight or buffer has changed.
+    are put forward, and no weight or buffer has changed; amber where no such process can be made.
     """
     x = case.x[case.few]
     before, sums = case.opening
     model = case.once(case.target)
+    start = time.perf_counter()
     faces = {"after the other checks": gap(quiet(model, x), before)}
+    patience = _patience(start)
     for call in range(FURTHER):
         quiet(model, x[call % len(x)][None])
     faces[f"after {FURTHER} more calls"] = gap(quiet(model, x), before)
@@ -365,7 +383,7 @@ def same_at_every_time(case: Case) -> Verdict:
     try:
         if x.device.type != "cpu":
             raise NoAnswer("the classifier is on an accelerator")
-        now, tomorrow = in_a_process(later)
+        now, tomorrow = in_a_process(later, patience)
         faces["a day later"] = gap(tomorrow, now)
     except NoAnswer as reason:
         unasked = f"; not asked a day later ({reason})"
@@ -380,5 +398,6 @@ def same_at_every_time(case: Case) -> Verdict:
     picture = Picture(
         tuple(faces), {"difference": tuple(faces.values())}, "", "difference / spread"
     )
-    alike = max(faces.values()) <= SAME and not changed
-    return (GREEN if alike else RED), evidence, picture
+    if max(faces.values()) > SAME or changed:
+        return RED, evidence, picture
+    return (AMBER if unasked else GREEN), evidence, picture

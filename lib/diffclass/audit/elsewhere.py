@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-PATIENCE = 600  # seconds after which another process is given up
+PATIENCE = 60  # seconds for which another process is waited for, whatever it does
+TRIES = 2  # a process can be forked while a lock is held that nobody in it will open: another one is not
 AHEAD = 100_000  # seconds by which a clock is put forward: more than a day, to another hour
 WATCHERS = ("pytest", "_pytest", "torchattacks", "diffclass.audit", "diffclass.attacks")
 CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
@@ -33,7 +34,7 @@ def in_a_thread(model: Callable, *arguments):
         return pool.submit(model, *arguments).result()
 
 
-def in_a_process(function: Callable[[], list[Tensor]]) -> list[Tensor]:
+def in_a_process(function: Callable[[], list[Tensor]], patience: float) -> list[Tensor]:
     """What a function returns in a process of its own, with one thread, no environment, and none of WATCHERS loaded.
 
     Why         forked: what is asked need not pickle, such as a class of a notebook
@@ -41,6 +42,20 @@ def in_a_process(function: Callable[[], list[Tensor]]) -> list[Tensor]:
     """
     if "fork" not in multiprocessing.get_all_start_methods():
         raise NoAnswer("this system cannot fork a process")
+    for attempt in range(1, TRIES + 1):
+        try:
+            arrays, sentence = _asked(function, patience)
+            break
+        except NoAnswer:
+            if attempt == TRIES:
+                raise
+    if sentence:
+        raise FailedElsewhere(sentence)
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def _asked(function: Callable[[], list[Tensor]], patience: float) -> tuple[list, str]:
+    """What a forked process sends: its arrays, or the sentence of what was raised."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(function, sender), daemon=True)
@@ -50,18 +65,15 @@ def in_a_process(function: Callable[[], list[Tensor]]) -> list[Tensor]:
         process.start()
     sender.close()
     try:
-        if not receiver.poll(PATIENCE):
-            raise NoAnswer(f"another process did not answer within {PATIENCE} s")
-        arrays, sentence = receiver.recv()
+        if not receiver.poll(patience):
+            raise NoAnswer(f"another process did not answer within {patience:.0f} s")
+        return receiver.recv()
     except EOFError:
         raise NoAnswer("another process ended without an answer") from None
     finally:
         receiver.close()
         process.kill()
         process.join()
-    if sentence:
-        raise FailedElsewhere(sentence)
-    return [torch.from_numpy(array) for array in arrays]
 
 
 def _child(function: Callable[[], list[Tensor]], sender) -> None:

@@ -64,13 +64,13 @@ def tensors_inside(model: nn.Module) -> list[Tensor]:
     Code of torch, NumPy and this library is not entered; what it holds for the model is.
     """
     reached = []
-    met = set()
+    met = {}  # by address: kept, as the address of what is gone is given to another
     waiting = [model]
     while waiting and len(met) < VISITED:
         one = waiting.pop()
         if id(one) in met or isinstance(one, SIMPLE):
             continue
-        met.add(id(one))
+        met[id(one)] = one
         if isinstance(one, np.ndarray):
             if one.dtype.kind in "fiub":
                 reached.append(torch.from_numpy(one.astype(np.float32)))
