@@ -77,6 +77,35 @@ def test_checks_come_one_by_one_and_can_be_chosen():
         audit.run(planted.case("honest", 16), [0, 41])
 
 
+def test_what_a_check_has_to_see_first_is_seen_before_any_other():
+    case = honest(votes=(), attack=lazy(lambda *_: True))
+    run = audit.run(case, [4, 39])
+    next(run)
+    assert "opening" in vars(case), "answers at the end are compared with those at the beginning"
+    case.classifier.weight.mul_(0.5)
+    assert next(run).light == "red"
+
+
+def test_a_weight_that_changes_by_little_is_seen():
+    case = honest(votes=())
+    run = audit.run(case, [4, 39])
+    next(run)
+    case.classifier.bias[0] += 1e-6
+    (result,) = run
+    assert result.light == "red" and "1 of 2 weights and buffers have changed" in result.evidence
+    assert "(bias)" in result.evidence
+
+
+def test_a_mode_is_put_back_with_its_statistics():
+    module = foreign_modules.built(foreign_modules.normalised)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    case = foreign(module, epsilon=0.04)
+    (result,) = audit.run(case, [37])
+    assert result.light != "red" and "an attack through training mode fells" in result.evidence
+    assert not any(part.training for part in module.modules())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
 
@@ -754,9 +783,8 @@ def foreign(module: nn.Module, randomness: str = "none", **options) -> Case:
     """Somebody else's module under audit, as a random one where it says so."""
     classifier = Foreign(module.eval(), planted.CLASSES, planted.SHAPE, randomness)
     own = dict(held=randomness == "none", statement=planted.STATEMENT)
-    return audit.case_of(
-        classifier.eval(), *planted.images(24), planted.EPSILON, **{**own, **options}
-    )
+    epsilon = options.pop("epsilon", planted.EPSILON)
+    return audit.case_of(classifier.eval(), *planted.images(24), epsilon, **{**own, **options})
 
 
 @pytest.mark.parametrize(
