@@ -106,6 +106,19 @@ def test_a_mode_is_put_back_with_its_statistics():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+class DropsByHand(foreign_modules.Linear):
+    """Leaves most pixels out while it is trained, in code of its own."""
+
+    def forward(self, x):
+        kept = (torch.rand(x.shape) < 0.1).to(x) if self.training else 1.0
+        return super().forward(x * kept)
+
+
+def test_noise_of_training_mode_alone_is_no_fault():
+    (result,) = audit.run(foreign(DropsByHand()), [37])
+    assert result.light == "amber" and "its own code draws noise" in result.evidence
+
+
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
 
