@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffclass import units
-from diffclass.classifiers.base import Held
+from diffclass.classifiers.base import Held, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.one_call import OneCallClassifier
 from diffclass.course import figures
@@ -67,13 +67,13 @@ class OneCallScene:
         away = (heads - null[:, None])[0].flatten(1).norm(dim=1)
         z = units.to_model(x)[0]
         noised = z + sigma * self.noise[0]
-        best = int(share.argmax())
+        best = int(decided(share[None]))
         colours = figures.emphasis(share)
         note = (
             f"One call at σ = {sigma:.2f} says <b>{self.names[best]}</b> with {float(share[best]):.2f} "
             f"({self.kind.lower()} of class {self.names[label]}); the nearest head to the one without a class is "
             f"{self.names[int(away.argmin())]}. The losses at {len(self.levels)} levels say "
-            f"{self.names[int(by_losses.argmax())]} with {float(by_losses.max()):.3f}."
+            f"{self.names[int(decided(by_losses[None]))]} with {float(by_losses.max()):.3f}."
         )
         return figures.frame(
             [
