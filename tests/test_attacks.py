@@ -13,6 +13,11 @@ from diffclass.attacks.views import AttackView
 from diffclass.classifiers.base import Classifier, Held, fresh_noise, take
 from diffclass.classifiers.bayes import BayesClassifier, telescoped
 from diffclass.classifiers.foreign import Foreign
+from diffclass.classifiers.purified import (
+    LikelihoodMaximisation,
+    Purification,
+    PurifiedClassifier,
+)
 from diffclass.classifiers.stand_in import StandIn
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
@@ -1433,6 +1438,74 @@ def test_the_lagrange_penalty(penalty_of=attacks.unlikeliness):
         )
         ends[strength] = float(penalty_of(denoiser, bank, 3.0)(last.x).mean())
     assert ends[300.0] < 0.9 * ends[0.0], ends
+
+
+def of_strength(strength):
+    """The attack with another strength than one nat for one nat."""
+    return lambda *given, **options: attacks.lagrange(*given, **{**options, "strength": strength})
+
+
+def maximising(band=(0.4, 0.6)):
+    """The plane's classifier behind one step of likelihood maximisation."""
+    model = plane_classifier(8, 8)
+    first = LikelihoodMaximisation(model.denoiser, steps=1, rate=0.02, band=band)
+    return PurifiedClassifier(first, model)
+
+
+@twins.rejected(
+    {
+        "no penalty": dict(lagrange=of_strength(0.0)),
+        "half a nat": dict(lagrange=of_strength(0.5)),
+    }
+)
+def test_the_lagrange_attack_is_pgd_on_the_loss_less_the_nats(lagrange=attacks.lagrange):
+    """The penalty, written out, is the mean over the band of the squared error of all pixels over 2 sigma^2."""
+    whole = maximising()
+    model = whole.gradients()["bpda"]
+    x, y = plane_points(20)
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.sample_noise(1, generator)
+    levels = noise.log_levels(0.4, 0.6, 3)
+    bank = NoiseBank.fixed(levels, (2, 1, 1), dtype=torch.float64)
+
+    def nats(points):
+        z = units.to_model(points)
+        total = 0.0
+        for sigma, eps in zip(bank.sigma, bank.noise, strict=True):
+            error = model.purifier.denoiser.unconditional(z + sigma * eps[0], sigma) - z
+            total = total + (error**2).flatten(1).sum(1) / 3
+        return total / (2 * 0.4 * 0.6)
+
+    options = dict(noise=drawn, norm="l2", steps=8, step_size=0.01)
+    *_, wanted = attacks.pgd(model, x, y, 0.1, penalty=nats, **options)
+    *_, last = lagrange(model, x, y, 0.1, **options)
+    assert torch.allclose(last.x, wanted.x, atol=1e-9)
+
+
+def test_with_the_lagrange_penalty_an_attack_ends_at_likelier_images():
+    model = maximising().gradients()["bpda"]
+    x, y = plane_points(40)
+    drawn = model.sample_noise(1, torch.Generator().manual_seed(0))
+    bank = NoiseBank.sobol(noise.log_levels(0.4, 0.6, 3), (2, 1, 1), 8, dtype=torch.float64)
+    loss_of = attacks.unlikeliness(model.purifier.denoiser, bank, 1.0)
+    options = dict(noise=drawn, norm="l2", steps=8)
+    *_, free = attacks.pgd(model, x, y, 0.1, **options)
+    *_, bound = attacks.lagrange(model, x, y, 0.1, strength=300.0, **options)
+    assert float(loss_of(bound.x).mean()) < 0.9 * float(loss_of(free.x).mean())
+
+
+def test_a_classifier_says_what_it_maximises():
+    whole = maximising(band=(0.3, 0.7))
+    denoiser = whole.classifier.denoiser
+    assert whole.prior() == (denoiser, (0.3, 0.7))
+    assert Held.seeded(whole).prior() == (denoiser, (0.3, 0.7))
+    assert whole.gradients()["bpda"].prior() == (denoiser, (0.3, 0.7))
+    model = whole.classifier
+    x, y = plane_points()
+    for other in (model, PurifiedClassifier(Purification(denoiser), model)):
+        assert other.prior() is None
+        with pytest.raises(ValueError, match="expected a classifier that maximises a likelihood"):
+            attacks.lagrange(other, x, y, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -200,6 +200,26 @@ def test_other_weights_exit_1(store, weights):
     assert done.exit_code == 1 and f"WRONG      weights {CNN}: the claim is about" in done.stdout
 
 
+def test_flows_are_stored_and_verified_like_perturbations(weights, tmp_path):
+    """An attack that has no L-inf budget is asked about at the one that it has."""
+    folder = tmp_path / "run"
+    options = ("--attack", "stadv", *TRAINED, "--limit", 8, "--steps", 5, "--store", folder)
+    done = run("evaluate", *options)
+    assert done.exit_code == 0, done.output
+    assert "under single-1, flow 0.2" in done.stdout and "roughness of cnn" in done.stdout
+    assert runs.read(folder).deltas.shape == (8, 2, 8, 8)
+    done = run("verify", folder)
+    assert done.exit_code == 0 and "the budget flow 0.2 in pixel widths" in done.stdout
+    path = folder / "deltas-0.safetensors"
+    save_file({"deltas": -load_file(path)["deltas"]}, path)
+    done = run("verify", folder)
+    assert done.exit_code == 1 and "does not stand" in done.stdout
+    said = sentence(run("evaluate", *options[:-1], tmp_path / "new", "--norm", "linf"))
+    assert "expected a norm of flow for the attack stadv, got 'linf'" in said
+    lagrange = ("--attack", "lagrange", *TRAINED, "--limit", 2, "--store", tmp_path / "new")
+    assert "that maximises a likelihood first" in sentence(run("evaluate", *lagrange))
+
+
 def test_what_cannot_be_verified_gets_a_sentence(store, tmp_path):
     assert "got no settings.json" in sentence(run("verify", tmp_path / "nothing"))
     (store / "records.jsonl").unlink()

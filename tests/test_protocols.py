@@ -167,10 +167,43 @@ def test_the_first_honest_protocol_of_every_classifier_is_what_it_always_was(nam
 @pytest.mark.parametrize("name", zoo.names("digits"))
 def test_the_protocol_of_every_paper_is_what_it_always_was(name):
     entry = zoo.entry_of("digits", name)
-    protocol = protocols.paper(entry.paper, "l2", 0.5)
+    protocol = protocols.paper(entry.paper, "l2", 0.5, version=1)
     assert in_full(protocol) == PAPER[name]
     assert (protocol.name, protocol.version) == (f"paper-{entry.paper}", 1)
     assert (protocol.norm, protocol.epsilon, protocol.draws) == ("l2", 0.5, 10)
+
+
+IDC_2 = (
+    ("CE of softmax", 1, "fgsm", "exact", False, 1, 1, None, "image", ()),
+    ("CE of softmax", 20, "pgd", "exact", False, 1, 1, 0.25, "random", ()),
+    ("its own", 5, "mifgsm", "exact", False, 1, 1, None, "image", ()),
+    ("its own", 1000, "cw", "exact", False, 1, 1, None, "image", ()),
+    ("its own", 10, "autoattack-10", "exact", False, 1, 1, None, "image", TARGETS),
+    ("CE of softmax", 50, "pgd", "exact", True, 15, 1, 0.25, "image", ()),
+)
+
+
+@pytest.mark.parametrize("norm, without", [("linf", "cw"), ("l2", "mifgsm")])
+def test_the_second_version_of_idc_is_its_whole_list(norm, without):
+    protocol = protocols.paper("idc", norm, 0.5)
+    wanted = tuple(attack for attack in IDC_2 if attack[2] != without)
+    assert tuple(tuple(asdict(attack).values()) for attack in protocol.attacks) == wanted
+    assert protocol.key == "paper-idc-2"
+    few = protocols.paper("idc", norm, 0.5, classes=5)
+    assert [attack.targets for attack in few.attacks if attack.targets] == [(1, 2, 3, 4)]
+    toy = Toy(5)
+    for version in (1, 2):
+        wanted = protocols.paper("idc", norm, 0.5, classes=5, version=version)
+        assert protocols.named("paper-idc", version, toy, "idc", norm, 0.5) == wanted
+    with pytest.raises(ValueError, match="expected at least 4 classes, as the protocol of idc has"):
+        protocols.paper("idc", norm, 0.5, classes=3)
+
+
+def test_only_the_protocol_of_idc_has_a_second_version():
+    newest = {name: max(versions) for name, versions in protocols.PAPERS.items()}
+    assert newest == {"rdc": 1, "diffpure": 1, "idc": 2, "madry": 1}
+    with pytest.raises(ValueError, match="paper-idc of version 1 or version 2, got version 3"):
+        protocols.paper("idc", "linf", 0.1, version=3)
 
 
 @pytest.mark.parametrize("name", zoo.names("digits"))
@@ -503,6 +536,8 @@ def test_names_and_choices_that_do_not_exist():
     ):
         with pytest.raises(ValueError, match=said):
             Attack(**{"loss": "margin", **options})
+    with pytest.raises(ValueError, match="expected a norm of linf, l2, flow, got 'l1'"):
+        Protocol("honest", "l1", 0.1, (Attack("margin"),))
     with pytest.raises(ValueError, match="got one twice"):
         Protocol("honest", "linf", 0.1, (Attack("margin"), Attack("margin")))
     with pytest.raises(ValueError, match="expected at least one attack in the protocol 'honest'"):
@@ -556,6 +591,8 @@ ALONE = {
     "pgd": Attack("margin", 100, "pgd", step=0.1, draws=4),
     "apgd": Attack("margin", draws=4),
     "square": Attack("margin", 1000, "square", fresh=False),
+    "lagrange": Attack("margin", 100, "lagrange", "bpda", step=0.1, draws=4),
+    "stadv": Attack("margin", 100, "stadv", step=0.1, draws=4),
     "mifgsm": Attack("its own", 10, "mifgsm", fresh=False),
     "cw": Attack("its own", 50, "cw", fresh=False),
     "autoattack-10": Attack("its own", 10, "autoattack-10", fresh=False, targets=(1, 2, 3)),
@@ -580,6 +617,7 @@ def test_one_attack_by_name_that_cannot_be_meant_gets_a_sentence():
     assert protocols.alone("pgd", three, "l2", 0.1, steps=5).attacks[0].step == 0.5
     for name, norm, steps, said in (
         ("cw", "linf", None, "expected a norm of l2 for the attack cw, got 'linf'"),
+        ("stadv", "linf", None, "expected a norm of flow for the attack stadv, got 'linf'"),
         ("mifgsm", "l2", None, "expected a norm of linf for the attack mifgsm, got 'l2'"),
         ("autoattack-10", "l2", None, "at least 4 classes for the attack autoattack-10, got 3"),
         ("fgsm", "l2", 7, "expected 1 steps of fgsm"),

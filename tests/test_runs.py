@@ -202,7 +202,7 @@ def test_what_is_stored_is_the_attack_that_left_the_fewest_hits_and_then_the_lar
     assert min(kept.count(place) for place in range(3)) > 10
     twice = [row["attacks"] for row in run.rows if row["attacks"][2]]
     assert sum(entries[1][0] == entries[2][0] for entries in twice) > 10
-    x = runs.perturbed(many[0], run.deltas)
+    x = attacks.threat("linf").applied(many[0], run.deltas)
     for i, row in enumerate(run.rows):
         if row["strongest"] == 0:
             assert not bool(run.deltas[i].any())
@@ -479,7 +479,7 @@ def test_what_was_done_before_a_failure_is_kept(points, tmp_path):
         (dict(y=lambda y: y + 3), "expected labels between 0 and 2"),
         (dict(epsilon=8), "did you mean 8/255"),
         (dict(epsilon=-0.1), "expected an attack budget >= 0"),
-        (dict(norm="l1"), "expected norm 'linf' or 'l2'"),
+        (dict(norm="flow", epsilon=3), "expected a displacement between 0 and 1, the width"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(points, tmp_path, change, said):
@@ -659,7 +659,7 @@ def test_a_claim_is_judged_again_in_its_own_stream(many, tmp_path, stream):
     hits = [hit for _, block in again for hit in block]
     same = clean == [row["clean"] for row in run.rows] and hits == [row["hits"] for row in run.rows]
     assert same == (stream == "blocks")
-    x = runs.perturbed(many[0], run.deltas)
+    x = attacks.threat("linf").applied(many[0], run.deltas)
     for start in (0, 64, 128):
         own = slice(start, start + 64)
         noises = runs.judging_noises(model, settings, start // 64, len(x[own]), "evaluation")
@@ -874,7 +874,7 @@ def test_what_is_judged_is_what_is_stored(points, tmp_path):
     stored = load_file(tmp_path / "deltas-0.safetensors")["deltas"]
     assert stored.dtype == torch.float16 and torch.equal(stored.float(), run.deltas)
     assert max(run.sizes) <= 0.1 and run.sizes == attacks.size_of(run.deltas, "linf").tolist()
-    there = runs.perturbed(points[0], run.deltas)
+    there = attacks.threat("linf").applied(points[0], run.deltas)
     with torch.no_grad():
         right = Linear()(there).argmax(1) == points[1]
     assert [row["hits"] for row in run.rows] == right.long().tolist()

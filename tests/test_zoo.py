@@ -314,7 +314,8 @@ def test_names_that_do_not_exist():
         (lambda: zoo.names("plane"), "the law of the plane"),
         (lambda: zoo.classifier("digits:moons", "dc"), "alone or with one of"),
         (lambda: world_of("digits").budget("l1"), "the norm"),
-        (lambda: zoo.attack("stadv"), "the attack to be one of 'fgsm', 'pgd', .*, got 'stadv'"),
+        (lambda: zoo.attack("fab"), "the attack to be one of 'fgsm', 'pgd', .*, got 'fab'"),
+        (lambda: world_of("plane:moons").budget("flow"), "the norm"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

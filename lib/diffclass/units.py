@@ -393,6 +393,24 @@ def check_budget(epsilon: float, norm: str, dimensions: int) -> float:
     return float(epsilon)
 
 
+def check_displacement(epsilon: float, height: int, width: int) -> float:
+    """Return a budget of flow fields in pixel widths if it can be meant, else raise.
+
+    Units       pixel widths; the largest possible budget leads from one edge of the image to the other
+    Errors      ValueError for a negative or non-finite budget, a larger one, or an image of one pixel, in which nothing
+                can be moved
+    """
+    largest = max(height, width) - 1
+    if largest < 1:
+        raise ValueError("expected images in which something can be moved, got images of 1x1.")
+    if not math.isfinite(epsilon) or not 0 <= epsilon <= largest:
+        raise ValueError(
+            f"expected a displacement between 0 and {largest}, the width of the image, got {epsilon}; it is in pixel "
+            "widths, not in shares of the image."
+        )
+    return float(epsilon)
+
+
 def chosen(value: str, allowed, what: str):
     """The entry of `allowed` (names, or a mapping from names) that `value` names, whatever its case.
 

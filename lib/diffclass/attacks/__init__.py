@@ -1,8 +1,6 @@
 """Attacks on whatever maps pixels to logits, written to be read."""
 
-from diffclass.attacks.adaptive import (
-    unlikeliness,
-)
+from diffclass.attacks.adaptive import lagrange, unlikeliness
 from diffclass.attacks.blackbox import square
 from diffclass.attacks.losses import (
     AttackLoss,
@@ -28,25 +26,28 @@ from diffclass.attacks.search import (
     smallest_l2,
     worst_case,
 )
+from diffclass.attacks.spatial import Bent, FlowStep, displacement, roughness, stadv, warp
 from diffclass.attacks.targeted import ranked, ranks
-from diffclass.attacks.views import (
-    AttackView,
-    Bent,
-    warp,
-)
+from diffclass.attacks.threats import THREATS, Threat, threat
+from diffclass.attacks.views import AttackView
 
 __all__ = [
+    "THREATS",
     "AttackLoss",
     "AttackStep",
     "AttackView",
     "Bent",
+    "FlowStep",
     "Penalty",
     "SearchStep",
+    "Threat",
     "apgd",
     "ascent",
     "cross_entropy_loss",
+    "displacement",
     "dlr_loss",
     "expected_gradient",
+    "lagrange",
     "longest_search",
     "margin_loss",
     "noise_at",
@@ -54,12 +55,15 @@ __all__ = [
     "project",
     "ranked",
     "ranks",
+    "roughness",
     "shrink",
     "size_of",
     "smallest_l2",
     "square",
+    "stadv",
     "targeted_dlr_loss",
     "targeted_loss",
+    "threat",
     "unlikeliness",
     "warp",
     "worst_case",

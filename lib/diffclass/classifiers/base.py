@@ -106,8 +106,8 @@ class Classifier(nn.Module, ABC):
     Units       `scale` says what logits are: "nats" (log-probabilities up to a constant), "scores" or "votes"
     Randomness  none: `sample_noise` draws it, and `forward` is given it
 
-    What others may ask of it is declared here and nowhere probed: `gradients`, `surrogate`, `routes`, `level_counts` and
-    `at_levels`, `eot` (draws that an honest attack averages), `sigma_pixel` (the noise that its pictures carry, which may
+    What others may ask of it is declared here and nowhere probed: `gradients`, `surrogate`, `routes`, `prior`,
+    `level_counts` and `at_levels`, `eot` (draws that an honest attack averages), `sigma_pixel` (the noise that its pictures carry, which may
     then leave [0,1]) and `calls`.
     """
 
@@ -181,6 +181,10 @@ class Classifier(nn.Module, ABC):
     def routes(self) -> dict[str, "Classifier"]:
         """Other ways to attack it, by name: each takes this one's noise, or has none."""
         return {}
+
+    def prior(self) -> tuple[Denoiser, tuple[float, float]] | None:
+        """The denoiser whose unconditional loss it lowers before it classifies, and between which levels (model units)."""
+        return None
 
     @property
     def level_counts(self) -> tuple[int, ...]:
@@ -342,6 +346,10 @@ class Held(Classifier):
             name: route if route.deterministic else Held(route, self.noise)
             for name, route in self.classifier.routes().items()
         }
+
+    def prior(self) -> tuple[Denoiser, tuple[float, float]] | None:
+        """See `Classifier.prior`."""
+        return self.classifier.prior()
 
     @property
     def calls(self) -> int:

@@ -87,6 +87,11 @@ class Purifier(nn.Module, ABC):
         """How many network calls one picture costs."""
 
     @property
+    def maximised(self) -> tuple[float, float] | None:
+        """Between which levels (model units) the unconditional loss is lowered; None where it is not what is lowered."""
+        return None
+
+    @property
     def level_counts(self) -> tuple[int, ...]:
         """Other numbers of steps that an attacker may use."""
         return ()
@@ -227,6 +232,11 @@ class LikelihoodMaximisation(Purifier):
             exact=self.exact,
         )
         return LikelihoodMaximisation(self.denoiser, **{**own, **options})
+
+    @property
+    def maximised(self) -> tuple[float, float]:
+        """See `Purifier.maximised`: the band of its steps."""
+        return self.band
 
     @property
     def level_counts(self) -> tuple[int, ...]:
@@ -378,6 +388,11 @@ class PurifiedClassifier(Classifier):
             "the identity's gradient (BPDA)": self.with_gradient(False),
             "the classifier alone": _Behind(self),
         }
+
+    def prior(self) -> tuple[Denoiser, tuple[float, float]] | None:
+        """See `Classifier.prior`: the purifier's, if it maximises a likelihood."""
+        band = self.purifier.maximised
+        return None if band is None else (self.purifier.denoiser, band)
 
     @property
     def level_counts(self) -> tuple[int, ...]:

@@ -57,7 +57,12 @@ def evaluate(
     attack: Annotated[
         str | None, typer.Option(help="A protocol (paper or honest), or one attack by name.")
     ] = None,
-    norm: Annotated[str, typer.Option(help="Norm of an attack's budget: linf or l2.")] = "linf",
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            help="Norm of an attack's budget: linf, l2 or flow; linf, or what the attack has instead."
+        ),
+    ] = None,
     epsilon: Epsilon = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MANY_STEPS, help="Steps of one attack by name.")
@@ -180,7 +185,7 @@ def _attacked(
     world: str,
     attack: str,
     name: str,
-    norm: str,
+    norm: str | None,
     epsilon: float | None,
     steps: int | None,
     limit: int | None,
@@ -202,6 +207,7 @@ def _attacked(
         raise ValueError(
             f"expected the world {place.kind!r} under attack, got {world!r}; clean test images are attacked."
         )
+    norm = _usual_norm(attack) if norm is None else norm.lower()
     budget = place.budget(norm) if epsilon is None else epsilon
     entry = zoo.entry_of(world, name)
     where = device()
@@ -209,7 +215,7 @@ def _attacked(
     images, labels = place.test(limit, seed)
     claims.check_count(place, len(images))
     _refuse(classifier, images[:4].to(where))
-    protocol = _protocol(attack, classifier, entry.paper, norm.lower(), budget, steps)
+    protocol = _protocol(attack, classifier, entry.paper, norm, budget, steps)
     own = dict(
         world=place.name,
         classifier=entry.name,
@@ -222,6 +228,14 @@ def _attacked(
     listed = claims.records_of(runs.read(store))
     claims.keep(store, listed)
     return listed
+
+
+def _usual_norm(attack: str) -> str:
+    """The norm of an attack where nobody names one: L-inf, or the first of an attack that has no such budget."""
+    from diffclass.zoo import attacks
+
+    entry = attacks.ENTRIES.get(attack.lower())
+    return "linf" if entry is None or "linf" in entry.norms else entry.norms[0]
 
 
 def _protocol(attack: str, classifier, paper: str, norm: str, epsilon: float, steps: int | None):

@@ -13,9 +13,11 @@ DATA = {
     "digits": "scikit-learn digits, 1397 training images",
     "cifar10": "CIFAR-10, 50 000 training images",
 }
-BUDGETS = {  # of attacks, in pixels
-    "digits": {"linf": 0.1, "l2": 1.0},
-    "cifar10": {"linf": 8 / 255, "l2": 0.5},
+# Of attacks, in pixels; of flows in pixel widths: RDC's bound, a twentieth of half the picture, so that a small picture
+# is torn no more than a large one.
+BUDGETS = {
+    "digits": {"linf": 0.1, "l2": 1.0, "flow": 0.2},
+    "cifar10": {"linf": 8 / 255, "l2": 0.5, "flow": 0.8},
     "plane": {"linf": 0.05, "l2": 0.05},
 }
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "plane": (2, 1, 1)}
@@ -50,7 +52,10 @@ class World:
         return cifar.CIFAR10_CLASSES if self.kind == "cifar10" else tuple(map(str, range(10)))
 
     def budget(self, norm: str) -> float:
-        """The budget that this world is attacked with. Units: pixels. Errors: ValueError for another norm."""
+        """The budget that this world is attacked with. Units: pixels; of flows pixel widths.
+
+        Errors      ValueError for another norm, or one that its images do not have
+        """
         return units.chosen(norm, BUDGETS[self.kind], "the norm")
 
     def test(self, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffclass import intervals, units
+from diffclass import attacks, intervals
 from diffclass.classifiers.base import BLOCK, Classifier
 from diffclass.data.worlds import POINTS, World
 from diffclass.evaluation import protocols, runs
@@ -27,6 +28,7 @@ SOURCE = "diffclass evaluate --attack"
 FILE = "records.jsonl"
 NEW = "found-by-verify.jsonl"  # in the folder of a run: perturbations that its attacks have missed
 MEAN = "Korn-Graubard over images"
+DIGITS = 6  # of a share that is no count
 
 
 def records_of(run: Run) -> list[Record]:
@@ -44,7 +46,7 @@ def records_of(run: Run) -> list[Record]:
     listed += _statistics(run, [row["hits"] for row in run.rows], attack=key)
     for part, hits in _of_attacks(run):
         listed.append(_mean(run, hits, attack=key, part=part))
-    return listed
+    return listed + _measured(run)
 
 
 def keep(folder: Path, listed: Sequence[Record]) -> None:
@@ -85,6 +87,31 @@ def _mean(run: Run, hits: list[int], **keys) -> Record:
         **_common(run),
         **keys,
     )
+
+
+def _measured(run: Run) -> list[Record]:
+    """What is known of the perturbations beside that they are within the budget, on average over the images."""
+    threat = attacks.threat(run.protocol.norm)
+    shares = threat.measures(run.deltas.double(), run.protocol.epsilon)
+    listed = []
+    for metric, values in shares.items():
+        # another machine sums in another order
+        rounded = [round(value, DIGITS) for value in values.tolist()]
+        low, high = intervals.mean_interval(rounded, 1)
+        listed.append(
+            Record(
+                metric=metric,
+                value=math.fsum(rounded) / len(rounded),
+                n=len(rounded),
+                low=low,
+                high=high,
+                level=0.95,
+                method=MEAN,
+                attack=run.protocol.key,
+                **_common(run),
+            )
+        )
+    return listed
 
 
 def _counted(run: Run, correct: int, n: int, **keys) -> Record:
@@ -232,13 +259,9 @@ def verify(
     else:
         state.faults += _unlike(run, claimed)
     state.about = _about(images, run, world)
-    asked = min(len(images), len(run.rows))
-    if tuple(images.shape[1:]) != tuple(run.deltas.shape[1:]):
-        state.faults.append(
-            f"the perturbations are of shape {list(run.deltas.shape[1:])}, the images of {list(images.shape[1:])}: nothing "
-            "could be asked."
-        )
-        asked = 0
+    unasked = _unaskable(images, run)
+    state.faults += unasked
+    asked = 0 if unasked else min(len(images), len(run.rows))
     part = replace(run, rows=run.rows[:asked], deltas=run.deltas[:asked])
     images = images[:asked]
     labels = labels[:asked]
@@ -364,11 +387,22 @@ def _other_protocol(classifier: Classifier, run: Run, paper: str) -> list[str]:
     return []
 
 
+def _unaskable(images: Tensor, run: Run) -> list[str]:
+    """Perturbations that cannot be done to these images."""
+    wanted = attacks.threat(run.protocol.norm).shape(tuple(images.shape[1:]))
+    if tuple(run.deltas.shape[1:]) == wanted:
+        return []
+    return [
+        f"the perturbations are of shape {list(run.deltas.shape[1:])}, but {list(wanted)} for these images: nothing could "
+        "be asked."
+    ]
+
+
 def _other_budget(images: Tensor, run: Run) -> list[str]:
     """A budget that cannot be meant, or that the perturbations have never used."""
     protocol = run.protocol
     try:
-        units.check_budget(protocol.epsilon, protocol.norm, images[0].numel())
+        attacks.threat(protocol.norm).check(protocol.epsilon, tuple(images.shape[1:]))
     except (ValueError, TypeError) as error:
         return [str(error)]
     largest = max(run.sizes, default=0.0)
@@ -409,22 +443,17 @@ def _impossible(run: Run) -> list[str]:
 def _outside(images: Tensor, run: Run) -> list[str]:
     """Perturbations that no attack with this budget may return."""
     protocol = run.protocol
-    there = (images.cpu() + run.deltas).flatten(1)
-    reach = (there - 0.5).abs().amax(1).tolist()
-    try:
-        sizes = run.sizes
-    except ValueError as error:  # an unknown norm
-        return [str(error)]
+    beyond = attacks.threat(protocol.norm).outside(images.cpu(), run.deltas).tolist()
     faults = [
         f"image {i}: the perturbation's {protocol.norm} size is {size:.6g}, more than the budget "
         f"{protocol.epsilon:.6g}."
-        for i, size in enumerate(sizes)
+        for i, size in enumerate(run.sizes)
         if not size <= protocol.epsilon + runs.SLACK
     ]
     return faults + [
         f"image {i}: the perturbed image leaves [0,1]."
-        for i, far in enumerate(reach)
-        if not far <= 0.5 + runs.SLACK
+        for i, far in enumerate(beyond)
+        if not far <= runs.SLACK
     ]
 
 
@@ -511,7 +540,8 @@ def _about(images: Tensor, run: Run, world: World | None) -> list[str]:
     else:
         listed = "; ".join(map(str, protocol.attacks))
         sentences.append(f"the protocol {protocol.key} as this library defines it: {listed}")
-    budget = f"the budget {protocol.norm} {protocol.epsilon:.6g} in pixels"
+    unit = attacks.threat(protocol.norm).unit
+    budget = f"the budget {protocol.norm} {protocol.epsilon:.6g} in {unit}"
     usual = None if world is None else _usual(world, protocol.norm)
     if usual is not None and protocol.epsilon != usual:
         budget += f", not the {usual:.6g} of {world.name}: the number says nothing about that"

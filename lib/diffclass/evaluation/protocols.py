@@ -252,7 +252,7 @@ class Protocol:
     """Everything that was chosen for a robust accuracy.
 
     version     another number is another protocol: records name it, and are judged by it
-    norm        "linf" or "l2"; epsilon in pixels
+    norm        "linf" or "l2", epsilon in pixels; or "flow", epsilon in pixel widths
     draws       how often a random classifier is asked about each finished perturbation, with noise that no attack saw;
                 a deterministic one is asked once
     """
@@ -269,6 +269,7 @@ class Protocol:
             raise ValueError(
                 f"expected at least one attack in the protocol {self.name!r}, got none."
             )
+        attacks.threat(self.norm)
         if len(set(map(str, self.attacks))) < len(self.attacks):
             raise ValueError(
                 "expected attacks that differ, got one twice; give it more restarts instead."
@@ -304,25 +305,46 @@ class Protocol:
 
 RDC_TESTER = (Attack("DLR", gradient="bpda", restarts=5, start="random"),)
 PGD20 = (Attack("CE", 20, "pgd", fresh=False, step=0.25, start="random"),)
+IDC_PGD = Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random")
+
+
+def _idc_2(norm: str, classes: int) -> tuple[Attack, ...]:
+    """IDC's whole list: each attack where the norm is its own, as MI-FGSM has no L2 and CW no L-inf."""
+    targets = attacks.ranks(classes)
+    listed = (
+        Attack("CE of softmax", 1, "fgsm", fresh=False),
+        IDC_PGD,
+        Attack(OWN, 5, "mifgsm", fresh=False),
+        Attack(OWN, 1000, "cw", fresh=False),
+        Attack(OWN, 10, "autoattack-10", fresh=False, targets=targets),
+        Attack("CE of softmax", 50, "pgd", draws=15, step=0.25),
+    )
+    return tuple(attack for attack in listed if norm in attack_named(attack.method).norms)
+
+
+# Name -> version -> its attacks, or what lists them for a norm and a number of classes.
 PAPERS = {
-    "rdc": RDC_TESTER,
-    "diffpure": (
-        Attack("CE", draws=20, start="random"),
-        Attack("DLR", draws=20, start="random"),
-    ),
-    "idc": (
-        Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random"),
-        Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0),
-    ),
-    "madry": PGD20,
+    "rdc": {1: RDC_TESTER},
+    "diffpure": {
+        1: (
+            Attack("CE", draws=20, start="random"),
+            Attack("DLR", draws=20, start="random"),
+        )
+    },
+    "idc": {
+        1: (IDC_PGD, Attack("CE of softmax", 1, "pgd", fresh=False, step=1.0)),
+        2: _idc_2,
+    },
+    "madry": {1: PGD20},
 }
 SOURCES = {
     "paper-rdc": "Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, and "
     "the identity's gradient for likelihood maximisation.",
     "paper-diffpure": "Nie et al. 2022 (DiffPure): AutoAttack's random version, APGD with cross-entropy and DLR, 100 steps, "
     "EOT 20; its gradient by the adjoint method, ours exact.",
-    "paper-idc": "Mei et al. 2024 (IDC), released code: PGD of 20 steps and FGSM on probabilities taken for logits, with "
-    "one frozen noise.",
+    "paper-idc": "Mei et al. 2024 (IDC), released code: FGSM and PGD of 20 steps on probabilities taken for logits, with "
+    "one frozen noise; from version 2 on also MI-FGSM of 5 steps, CW of 1000 (its weight 1, theirs 0.0001, which hardly "
+    "leaves the image), torchattacks' AutoAttack as shipped, and PGD of 50 steps on the mean of 15 draws.",
     "paper-madry": "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start.",
     "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, from "
     "version 2 on every target and a search without gradients, the worst for each image, judged anew.",
@@ -330,19 +352,37 @@ SOURCES = {
 }
 
 
-def paper(name: str, norm: str, epsilon: float, *, classes: int = 10) -> Protocol:
+def paper(
+    name: str, norm: str, epsilon: float, *, classes: int = 10, version: int | None = None
+) -> Protocol:
     """The protocol of a classifier's own paper (the `paper` of its entry), at a budget of our choice.
 
-    Errors      ValueError for an unknown name, or a DLR loss and fewer than 3 classes
+    Shapes      version: the newest one, unless another is asked for
+    Errors      ValueError for an unknown name or version, a DLR loss and fewer than 3 classes, or an attack that needs more
     """
     if name not in PAPERS:
         raise ValueError(f"expected a paper's protocol of {', '.join(PAPERS)}, got {name!r}.")
-    if classes < 3 and any(attack.loss == "DLR" for attack in PAPERS[name]):
+    number = max(PAPERS[name]) if version is None else version
+    if number not in PAPERS[name]:
+        raise ValueError(f"expected paper-{name} of {_versions(name)}, got version {number}.")
+    chosen = PAPERS[name][number]
+    listed = chosen(norm, classes) if callable(chosen) else chosen
+    if classes < 3 and any(attack.loss == "DLR" for attack in listed):
         raise ValueError(
             f"expected at least 3 classes, as the protocol of {name} uses the DLR loss, got {classes}; the honest protocol "
             "has another loss then."
         )
-    return Protocol(f"paper-{name}", norm, epsilon, PAPERS[name])
+    fewest = max(attack_named(attack.method).classes for attack in listed)
+    if classes < fewest:
+        raise ValueError(
+            f"expected at least {fewest} classes, as the protocol of {name} has an attack that needs them, got {classes}; "
+            "the honest protocol has others."
+        )
+    return Protocol(f"paper-{name}", norm, epsilon, listed, number)
+
+
+def _versions(name: str) -> str:
+    return " or ".join(f"version {number}" for number in PAPERS[name])
 
 
 _of_paper = paper  # in `named`, `paper` is a name
@@ -441,11 +481,13 @@ def named(
     """
     if name == "honest" and version in HONEST:
         return Protocol("honest", norm, epsilon, HONEST[version](classifier), version)
-    if name == f"paper-{paper}" and version == 1:
-        return _of_paper(paper, norm, epsilon, classes=classifier.num_classes)
-    known = ", ".join(f"honest-{number}" for number in HONEST)
+    if name == f"paper-{paper}" and version in PAPERS[paper]:
+        return _of_paper(paper, norm, epsilon, classes=classifier.num_classes, version=version)
+    listed = [f"honest-{number}" for number in HONEST]
+    listed += [f"paper-{paper}-{number}" for number in PAPERS[paper]]
+    known = ", ".join(listed)
     raise ValueError(
-        f"expected the protocol {known}, paper-{paper}-1 or single-1, got {name}-{version}; this library cannot judge by it."
+        f"expected the protocol {known} or single-1, got {name}-{version}; this library cannot judge by it."
     )
 
 
@@ -482,6 +524,7 @@ def alone(
         loss=OWN if entry.own_loss else "margin",
         steps=count,
         method=entry.name,
+        gradient=entry.gradient,
         fresh=fresh,
         draws=classifier.eot if fresh else 1,
         step=max(STEP_SIZE, REACH / count) if entry.step_size else None,

@@ -60,6 +60,8 @@ class Progress:
 class Run:
     """What a run has stored: settings, one row for each image in order of their index, perturbations [N,C,H,W].
 
+    A perturbation is what the `attacks.Threat` of the protocol's norm does to an image: added pixels, or a flow [2,H,W].
+
     A row holds index; label; clean, the hits of `draws` on the clean image; attacks, for the clean image and then for
     every run of the protocol [hits, mean margin] with noise that only this selection saw, or None for an image that an
     earlier one had fooled at every draw; strongest, a place in that list (0: the clean image); hits of `draws` on the
@@ -79,8 +81,8 @@ class Run:
 
     @property
     def sizes(self) -> list[float]:
-        """The norm of each perturbation, in pixels."""
-        return attacks.size_of(self.deltas, self.protocol.norm).tolist()
+        """How much of the budget each perturbation uses, in its unit. Errors: ValueError for an unknown norm."""
+        return attacks.threat(self.protocol.norm).size(self.deltas).tolist()
 
     @property
     def finished(self) -> int:
@@ -104,13 +106,14 @@ def attack(
 ) -> Tensor:
     """What one run of the protocol does to some images of a block: perturbations that can be stored.
 
-    Shapes      x [B,C,H,W] in [0,1], y [B]; kept [B], their places in the block -> [B,C,H,W], on the CPU
+    Shapes      x [B,C,H,W] in [0,1], y [B]; kept [B], their places in the block -> [B,C,H,W], or flows [B,2,H,W], on
+                the CPU
     Errors      those of `attacks.pgd`
     """
     chosen = protocol.runs()[number]
     noise = AttackNoise(seed, number, block, kept)
     *_, last = chosen.frames(classifier, x, y, protocol.epsilon, protocol.norm, noise)
-    return storable((last.x - x).float().cpu())
+    return storable(attacks.threat(protocol.norm).done(x, last).float().cpu())
 
 
 def storable(deltas: Tensor) -> Tensor:
@@ -121,11 +124,6 @@ def storable(deltas: Tensor) -> Tensor:
     """
     kept = (deltas * (1 - 2.0**-11)).half().to(deltas)
     return torch.where(kept.abs() > deltas.abs(), 0, kept)
-
-
-def perturbed(x: Tensor, delta: Tensor) -> Tensor:
-    """The image that is judged, today and by whoever verifies it. Shapes: [B,C,H,W] twice -> [B,C,H,W] in [0,1]."""
-    return (x + delta.to(x)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,13 +409,14 @@ def run(
     """
     classifier.checked(images)
     units.check_labels(labels, len(images), classifier.num_classes)
-    units.check_budget(protocol.epsilon, protocol.norm, images[0].numel())
+    threat = attacks.threat(protocol.norm)
+    threat.check(protocol.epsilon, classifier.image_shape)
     folder = Path(folder)
     with files.locked(folder):
         settings = settings_of(classifier, images, labels, protocol, own, seed)
         files.settle(folder, settings, "perturbations")
         before = read(folder).rows if (folder / ROWS).exists() else []
-        deltas = torch.zeros(images.shape)
+        deltas = torch.zeros(len(images), *threat.shape(classifier.image_shape))
         if before:
             deltas[: len(before)] = read(folder).deltas
         whole = Run(settings, before, deltas)
@@ -433,6 +432,7 @@ class _Block:
     ):
         self.classifier = classifier
         self.run = run
+        self.threat = attacks.threat(run.protocol.norm)
         self.number = number
         self.start = number * BLOCK
         self.part = slice(self.start, min(self.start + BLOCK, len(images)))
@@ -448,7 +448,7 @@ class _Block:
         drawn = judging_noises(
             self.classifier, self.run.settings, self.number, len(self.x), purpose
         )
-        x = perturbed(self.x[kept], deltas)
+        x = self.threat.applied(self.x[kept], deltas)
         hits, margins = judge(
             self.classifier, x, self.y[kept], (take(noise, kept) for noise in drawn)
         )
@@ -597,7 +597,8 @@ def attacked_afresh(
     Errors      those of `attacks.pgd`
     """
     settings = settings_of(classifier, images, labels, protocol, {}, seed)
-    whole = Run(settings, [], torch.zeros(images.shape))
+    shape = attacks.threat(protocol.norm).shape(classifier.image_shape)
+    whole = Run(settings, [], torch.zeros(len(images), *shape))
     for number in range(-(-len(images) // BLOCK)):
         for _ in _Block(classifier, images, labels, whole, number).attacked(None):
             yield whole

@@ -82,7 +82,8 @@ class Record:
         if self.attack is not None:
             budget = self.settings.get("protocol", self.settings)
             size = f", {budget['norm']} {budget['epsilon']:.4g}" if "epsilon" in budget else ""
-            subject = f"upper bound of the robust {subject} under {self.attack}{size}"
+            bound = "upper bound of the robust " if self.metric == "accuracy" else ""
+            subject = f"{bound}{subject} under {self.attack}{size}"
         if self.part is not None:
             subject = f"{subject}, only {self.part}"
         if self.statistic != "single":

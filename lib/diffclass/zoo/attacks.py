@@ -31,6 +31,7 @@ class AttackEntry:
     own_loss    whether it has a loss of its own, instead of being told one
     targeted    whether it is told the ranks of the classes that it goes towards
     held        whether it needs one held noise for all images, steps and draws
+    gradient    the one of a purifier that it is meant for, where it is asked for alone: "exact" or "bpda"
     random      whether it draws at random wherever it starts, and so is always given a generator
     classes     the fewest classes that it can attack
     calls       (steps, number of targets) -> how often it asks about an image at most
@@ -49,6 +50,7 @@ class AttackEntry:
     own_loss: bool = False
     targeted: bool = False
     held: bool = False
+    gradient: str = "exact"
     random: bool = False
     classes: int = 2
     calls: Callable[[int, int], int] = one_call_a_step
@@ -261,6 +263,31 @@ register(
         usual=1000,
         random=True,
         held=True,
+    )
+)
+register(
+    AttackEntry(
+        "lagrange",
+        attacks.lagrange,
+        "gradient",
+        BOTH,
+        "Chen et al. 2024 (RDC)",
+        "Gradient ascent that keeps the image likely, so that likelihood maximisation has nothing left to undo; for "
+        "classifiers that begin with it.",
+        step_size=True,
+        gradient="bpda",
+    )
+)
+register(
+    AttackEntry(
+        "stadv",
+        attacks.stadv,
+        "gradient",
+        ("flow",),
+        "Xiao et al. 2018 (StAdv)",
+        "Bends the image by a smooth flow field instead of adding to it; the budget is how far anything moves, in pixel "
+        "widths.",
+        step_size=True,
     )
 )
 register(
