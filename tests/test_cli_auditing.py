@@ -289,6 +289,9 @@ def test_tampered_perturbations_are_red(stored):
         (["honest", "--fresh"], "expected no --fresh for honest, which draws no noise."),
         (["noisy", "--draws", "3"], "expected one draw of noise that is held, got draws=3"),
         (["honest", "--attack", "nothing"], "expected the attack"),
+        (["honest", "--attack", "cw", "--norm", "l2"], "told its loss and its steps, such as pgd"),
+        (["honest", "--attack", "lagrange"], "climbs whatever it is given, got lagrange."),
+        (["honest", "--attack", "stadv"], "expected a norm of flow for stadv, got 'linf'."),
     ],
 )
 def test_input_that_cannot_be_meant_gets_a_sentence(arguments, sentence):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import CHECKS
 from diffclass import attacks, data, noise, zoo
-from diffclass.attacks import Bent
+from diffclass.attacks.spatial import Bent
 from diffclass.classifiers.base import Classifier, Fresh, Held, check_logits, decided
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
 from diffclass.classifiers.cnn import ConvClassifier

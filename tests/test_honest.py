@@ -1,12 +1,18 @@
 """The honest protocol reaches the truth where the truth is known: linear classifiers, whose worst image is a formula."""
 
+import json
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from diffclass import attacks
 from diffclass.attacks import blackbox
 from diffclass.classifiers.base import Classifier
-from diffclass.evaluation import protocols, runs
+from diffclass.evaluation import protocols, runs, tables
 from diffclass.evaluation.protocols import Protocol
+from diffclass.evaluation.runs import Run
+from diffclass.storage import assets
 
 SHAPE = (1, 3, 4)
 PIXELS = 12
@@ -310,3 +316,52 @@ def test_squares_that_cannot_be_meant_get_a_sentence(changes, said):
     options = dict(epsilon=0.1, norm="linf", steps=3) | changes
     with pytest.raises(ValueError, match=said):
         list(attacks.square(model, x, y, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference AutoAttack, run on the same images outside this repository
+
+
+REFERENCE = assets.folder() / "records" / "reference-autoattack.json"
+FIGURES = json.loads(REFERENCE.read_text(encoding="utf-8"))
+
+
+def on_record() -> dict[tuple, Run]:
+    """The runs by honest-2 of classifiers without noise: (world, classifier, norm, budget) -> run."""
+    listed = {}
+    for world in ("digits", "cifar10"):
+        for folder in tables.folders(world):
+            run = runs.read(folder)
+            if run.protocol.key == "honest-2" and run.settings["draws"] == 1:
+                name = run.settings["classifier"]
+                listed[world, name, run.protocol.norm, run.protocol.epsilon] = run
+    return listed
+
+
+def key(figure: dict) -> tuple:
+    return figure["world"], figure["classifier"], figure["norm"], figure["epsilon"]
+
+
+def unbeaten(run: Run, figure: dict) -> bool:
+    """Whether a run leaves no more images than the reference did."""
+    standing = {i for i, stood in enumerate(figure["standing"]) if stood == "1"}
+    assert len(standing) == figure["stood"] and len(figure["standing"]) == figure["n"]
+    return sum(row["hits"] > 0 for row in run.rows) <= len(standing)
+
+
+@pytest.mark.parametrize(
+    "figure", FIGURES["runs"], ids=lambda figure: "-".join(map(str, key(figure)))
+)
+def test_no_record_is_above_what_the_reference_autoattack_leaves(figure):
+    run = on_record()[key(figure)]
+    for name in ("images", "checkpoints", "n"):
+        assert run.settings[name] == figure[name], name
+    assert unbeaten(run, figure)
+    # the twin: one image more would be above it
+    rows = [{**row, "hits": int(i <= figure["stood"])} for i, row in enumerate(run.rows)]
+    assert not unbeaten(replace(run, rows=rows), figure)
+
+
+def test_every_record_of_the_second_version_without_noise_has_its_reference():
+    assert set(on_record()) == {key(figure) for figure in FIGURES["runs"]}
+    assert re.fullmatch("[0-9a-f]{40}", FIGURES["commit"]) and FIGURES["version"] == "standard"

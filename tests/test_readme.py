@@ -202,6 +202,15 @@ def test_the_two_norms_have_tables_of_their_own(shelf):
     assert cells("l2")["dc"][3].startswith("50.0")
 
 
+def test_another_budget_has_a_table_of_its_own(shelf):
+    shelf("a", record(5, protocol=dict(norm="l2", epsilon=1.0)))
+    shelf("b", record(10, protocol=dict(norm="l2", epsilon=0.25)))
+    (row,) = tables.robust_rows("digits", "l2", 0.25)
+    assert row.records[3].value == 0.5
+    assert tables.robust_rows("digits", "l2", 0.5) == []
+    assert tables.robust_table("digits", "l2") != tables.robust_table("digits", "l2", 0.25)
+
+
 def test_a_classifiers_own_paper_is_that_of_its_entry(shelf):
     madry = dict(protocol=dict(name="paper-madry"))
     shelf("a", record(7, classifier="cnn", **madry), record(7, classifier="dc", **madry))

@@ -361,7 +361,7 @@ def the_norm_is_another(store):
     store.settings["protocol"]["norm"] = "l2"
 
 
-@tampering("expected norm 'linf' or 'l2', got 'l0'")
+@tampering("expected a norm of linf, l2, flow, got 'l0'")
 def the_norm_does_not_exist(store):
     store.settings["protocol"]["norm"] = "l0"
 
@@ -404,7 +404,7 @@ def a_perturbation_is_infinite(store):
     store.deltas[0] = float("inf")
 
 
-@tampering("the perturbations are of shape [1, 4, 1], the images of [1, 2, 2]")
+@tampering("the perturbations are of shape [1, 4, 1], but [1, 2, 2] for these images")
 def perturbations_of_another_shape(store):
     store.deltas = store.deltas.reshape(-1, 1, 4, 1)
 

@@ -115,8 +115,6 @@ class Bent(Classifier):
         units.check_images(p, self.image_shape)
         if len(p) != len(self.x):
             raise ValueError(f"expected a flow for each of {len(self.x)} images, got {len(p)}.")
-        if len(p) != len(self.x):
-            raise ValueError(f"expected a flow for each of {len(self.x)} images, got {len(p)}.")
         return bent(self.x, self.flow(p))
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise
 
 

@@ -70,10 +70,11 @@ def _attack(name: str, norm: str):
         raise ValueError(
             f"expected a norm of {', '.join(entry.norms)} for {entry.name}, got {norm!r}."
         )
-    if entry.own_loss or entry.steps:
+    told = not entry.own_loss and entry.steps is None
+    if not told or entry.gradient != "exact":
         raise ValueError(
-            "expected an attack that can be told its loss and its steps, such as pgd or apgd, got "
-            f"{entry.name}."
+            "expected an attack that can be told its loss and its steps, such as pgd or apgd, and climbs whatever it is "
+            f"given, got {entry.name}."
         )
     return entry.run
 

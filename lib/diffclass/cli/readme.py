@@ -12,6 +12,13 @@ from diffclass.cli.base import EXIT_CODES, OK, PROBLEM, ROOT, Json, app
 PACKAGE = ROOT / "lib" / "diffclass"
 BLOCK = r"(<!-- {name} -->\n).*?(<!-- end -->)"
 TITLE_LINES = 2  # a table's head and its rule
+TABLES = (  # world, norm, and the budget where it is not the world's
+    ("digits", "linf", None),
+    ("digits", "l2", 0.25),
+    ("digits", "l2", 0.5),
+    ("digits", "l2", None),
+    ("cifar10", "linf", None),
+)
 PLAN = r"(Rooms, bottom to top:\n\n).*?(\n\"\"\")"
 
 
@@ -85,14 +92,14 @@ def written() -> dict[Path, str]:
     text = readme.read_text(encoding="utf-8")
     text = refreshed(text, "rooms", room_table())
     text = refreshed(text, "classifiers", classifier_table())
-    for world, norm in (("digits", "linf"), ("digits", "l2"), ("cifar10", "linf")):
-        table = tables.robust_table(world, norm)
+    for world, norm, epsilon in TABLES:
+        name = f"{world} {norm}" if epsilon is None else f"{world} {norm} {epsilon:g}"
+        table = tables.robust_table(world, norm, epsilon)
         if len(table) <= TITLE_LINES:
             raise ValueError(
-                f"expected records of {world} ({norm}) for the README's table, got none; is DIFFCLASS_ASSETS set to another "
-                "folder?"
+                f"expected records of {name} for the README's table, got none; is DIFFCLASS_ASSETS set to another folder?"
             )
-        text = refreshed(text, f"{world} {norm}", "\n".join(table))
+        text = refreshed(text, name, "\n".join(table))
     package = PACKAGE / "__init__.py"
     docstring = re.sub(
         PLAN,

@@ -65,14 +65,17 @@ def folders(world: str) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{claims.FILE}"))
 
 
-def robust_rows(world: str, norm: str) -> list[Row]:
-    """What is known of a world's classifiers at its budget, in the order of the registry; without those of no record.
+def robust_rows(world: str, norm: str, epsilon: float | None = None) -> list[Row]:
+    """What is known of a world's classifiers at a budget, in the order of the registry; without those of no record.
+
+    Units       epsilon: another budget than the world's, in its unit
 
     Of several records for a cell the newest version of the protocol is shown, and of that the one of the most images.
 
     Errors      ValueError for a world or norm that does not exist; those of `claims.kept`
     """
-    budget = world_of(world).budget(norm)
+    usual = world_of(world).budget(norm)
+    budget = usual if epsilon is None else epsilon
     listed = [
         record
         for folder in folders(world)
@@ -110,11 +113,11 @@ def cell(record: Record | None) -> str:
     return f"{value} [{100 * record.low:.0f}, {100 * record.high:.0f}] ({record.n})"
 
 
-def robust_table(world: str, norm: str) -> list[str]:
+def robust_table(world: str, norm: str, epsilon: float | None = None) -> list[str]:
     """The lines of a table in Markdown: titles, rule, and a line for each of `robust_rows`. Errors: those of it."""
     titles = ["Classifier", *(column.title for column in COLUMNS)]
     lines = [_line(titles), "|" + "---|" * len(titles)]
-    for row in robust_rows(world, norm):
+    for row in robust_rows(world, norm, epsilon):
         lines.append(_line([row.entry.title, *map(cell, row.records)]))
     return lines
 
