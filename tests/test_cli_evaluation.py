@@ -218,6 +218,7 @@ def test_flows_are_stored_and_verified_like_perturbations(weights, tmp_path):
     assert "expected a norm of flow for the attack stadv, got 'linf'" in said
     lagrange = ("--attack", "lagrange", *TRAINED, "--limit", 2, "--store", tmp_path / "new")
     assert "that maximises a likelihood first" in sentence(run("evaluate", *lagrange))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_verified_gets_a_sentence(store, tmp_path):

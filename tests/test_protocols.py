@@ -136,6 +136,13 @@ class Toy(Classifier):
         return {"exact": self, "bpda": other} if self.purified else {"exact": self}
 
 
+class Maximising(Toy):
+    """The same, behind what it says maximises a likelihood."""
+
+    def prior(self):
+        return None, (0.4, 0.6)
+
+
 def in_full(protocol: Protocol) -> tuple:
     """Every attack as FIELDS, without targets that it has not."""
     return tuple(tuple(asdict(attack).values())[:9] for attack in protocol.attacks)
@@ -607,8 +614,10 @@ def test_one_attack_by_name_has_all_its_choices_made(name):
     wanted = ALONE[name]
     if name == "fgsm":
         wanted = replace(wanted, draws=4)
-    assert protocols.alone(name, Toy(4, eot=4), norm, 0.1) == protocols.single(wanted, norm, 0.1)
-    without = protocols.alone(name.upper(), Toy(4, random=False), norm, 0.1).attacks
+    assert protocols.alone(name, Maximising(4, eot=4), norm, 0.1) == protocols.single(
+        wanted, norm, 0.1
+    )
+    without = protocols.alone(name.upper(), Maximising(4, random=False), norm, 0.1).attacks
     assert without == (replace(wanted, fresh=False, draws=1),)
 
 
@@ -621,6 +630,7 @@ def test_one_attack_by_name_that_cannot_be_meant_gets_a_sentence():
         ("mifgsm", "l2", None, "expected a norm of linf for the attack mifgsm, got 'l2'"),
         ("autoattack-10", "l2", None, "at least 4 classes for the attack autoattack-10, got 3"),
         ("fgsm", "l2", 7, "expected 1 steps of fgsm"),
+        ("lagrange", "l2", None, "expected a classifier that maximises a likelihood first"),
         ("cg", "l2", None, "expected the attack to be one of"),
     ):
         with pytest.raises(ValueError, match=said):

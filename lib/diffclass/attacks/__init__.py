@@ -1,6 +1,6 @@
 """Attacks on whatever maps pixels to logits, written to be read."""
 
-from diffclass.attacks.adaptive import lagrange, unlikeliness
+from diffclass.attacks.adaptive import lagrange, prior_of, unlikeliness
 from diffclass.attacks.blackbox import square
 from diffclass.attacks.losses import (
     AttackLoss,
@@ -52,6 +52,7 @@ __all__ = [
     "margin_loss",
     "noise_at",
     "pgd",
+    "prior_of",
     "project",
     "ranked",
     "ranks",

@@ -40,6 +40,17 @@ def unlikeliness(
     return penalty
 
 
+def prior_of(classifier: Classifier) -> tuple[Denoiser, tuple[float, float]]:
+    """What a classifier maximises before it classifies: see `Classifier.prior`. Errors: ValueError if that is nothing."""
+    prior = classifier.prior()
+    if prior is None:
+        raise ValueError(
+            f"expected a classifier that maximises a likelihood first, such as rdc1 or lm-cnn, for the Lagrange attack, got "
+            f"{type(classifier).__name__}, which has nothing to undo; use pgd."
+        )
+    return prior
+
+
 def lagrange(
     classifier: Classifier,
     x: Tensor,
@@ -66,13 +77,7 @@ def lagrange(
     Randomness  that of `attacks.pgd`; the penalty has one noise, held for all images and steps
     Errors      those of `attacks.pgd`; ValueError for a classifier that maximises no likelihood
     """
-    prior = classifier.prior()
-    if prior is None:
-        raise ValueError(
-            f"expected a classifier that maximises a likelihood first, such as rdc1 or lm-cnn, for the Lagrange attack, got "
-            f"{type(classifier).__name__}, which has nothing to undo; use pgd."
-        )
-    denoiser, (low, high) = prior
+    denoiser, (low, high) = prior_of(classifier)
     levels = log_levels(low, high, LEVELS)
     bank = NoiseBank.fixed(levels, classifier.image_shape, dtype=x.dtype)
     nats = x[0].numel() / (2 * low * high)

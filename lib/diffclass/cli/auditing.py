@@ -71,7 +71,7 @@ def _attack(name: str, norm: str):
             f"expected a norm of {', '.join(entry.norms)} for {entry.name}, got {norm!r}."
         )
     told = not entry.own_loss and entry.steps is None
-    if not told or entry.gradient != "exact":
+    if not told or entry.prior:
         raise ValueError(
             "expected an attack that can be told its loss and its steps, such as pgd or apgd, and climbs whatever it is "
             f"given, got {entry.name}."

@@ -507,9 +507,12 @@ def alone(
 ) -> Protocol:
     """One attack by name alone, its other choices made for the classifier: noise, draws, targets, the length of steps.
 
-    Errors      ValueError for a name that does not exist, a norm, a number of steps or of classes that it cannot attack
+    Errors      ValueError for a name that does not exist, a norm, a number of steps or of classes that it cannot attack,
+                or a classifier that maximises no likelihood where that is what is attacked
     """
     entry = attack_named(name)
+    if entry.prior:
+        attacks.prior_of(classifier)
     if norm not in entry.norms:
         raise ValueError(
             f"expected a norm of {', '.join(entry.norms)} for the attack {entry.name}, got {norm!r}."
@@ -524,7 +527,7 @@ def alone(
         loss=OWN if entry.own_loss else "margin",
         steps=count,
         method=entry.name,
-        gradient=entry.gradient,
+        gradient="bpda" if entry.prior else "exact",
         fresh=fresh,
         draws=classifier.eot if fresh else 1,
         step=max(STEP_SIZE, REACH / count) if entry.step_size else None,

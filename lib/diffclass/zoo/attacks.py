@@ -31,7 +31,7 @@ class AttackEntry:
     own_loss    whether it has a loss of its own, instead of being told one
     targeted    whether it is told the ranks of the classes that it goes towards
     held        whether it needs one held noise for all images, steps and draws
-    gradient    the one of a purifier that it is meant for, where it is asked for alone: "exact" or "bpda"
+    prior       whether it is for classifiers that maximise a likelihood first, by the gradient of the identity
     random      whether it draws at random wherever it starts, and so is always given a generator
     classes     the fewest classes that it can attack
     calls       (steps, number of targets) -> how often it asks about an image at most
@@ -50,7 +50,7 @@ class AttackEntry:
     own_loss: bool = False
     targeted: bool = False
     held: bool = False
-    gradient: str = "exact"
+    prior: bool = False
     random: bool = False
     classes: int = 2
     calls: Callable[[int, int], int] = one_call_a_step
@@ -275,7 +275,7 @@ register(
         "Gradient ascent that keeps the image likely, so that likelihood maximisation has nothing left to undo; for "
         "classifiers that begin with it.",
         step_size=True,
-        gradient="bpda",
+        prior=True,
     )
 )
 register(
