@@ -222,6 +222,66 @@ def test_the_end_term_is_added_and_helps():
     assert off[1] < 0.01 < 0.03 < off[0], off
 
 
+class EndsInside(BayesClassifier):
+    """The slip whose end term starts where the last loss is measured, not where its interval ends."""
+
+    def logits(self, x, noise):
+        means, traces = self.moments
+        bare = self.changed(moments=None).logits(x, noise)
+        last = float(self.levels.sigma[-1])
+        return bare + likelihood.end_term(units.to_model(x), means, traces, last) / self.temperature
+
+
+class HotEnd(BayesClassifier):
+    """The slip whose end term does not feel the temperature."""
+
+    def logits(self, x, noise):
+        means, traces = self.moments
+        bare = self.changed(moments=None).logits(x, noise)
+        last = float(self.levels.upper[-1])
+        return bare + likelihood.end_term(units.to_model(x), means, traces, last)
+
+
+class EndOfPixels(BayesClassifier):
+    """The slip whose end term is given pixels in place of model units."""
+
+    def logits(self, x, noise):
+        means, traces = self.moments
+        bare = self.changed(moments=None).logits(x, noise)
+        last = float(self.levels.upper[-1])
+        return bare + likelihood.end_term(x, means, traces, last) / self.temperature
+
+
+@twins.rejected(
+    {
+        "at the last loss": dict(make=EndsInside),
+        "without the temperature": dict(make=HotEnd),
+        "in pixels": dict(make=EndOfPixels),
+    }
+)
+def test_the_end_term_starts_where_the_levels_end_and_is_as_hot_as_the_losses(
+    make=BayesClassifier,
+):
+    """Three wide levels up to 2 and temperature 2.5: what moments add is the closed form at 2, over 2.5."""
+    denoiser = denoiser_of("gaussians")
+    means = denoiser.means.reshape(3, *SHAPE)
+    traces = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+    levels = noise.log_levels(0.02, 2.0, 3)
+    x = pixels("gaussians")
+    drawn = draw(BayesClassifier(denoiser, levels), len(x), 0)
+    options = dict(temperature=2.5, prior=[0.2, 0.3, 0.5])
+    with torch.no_grad():
+        added = make(denoiser, levels, moments=(means, traces), **options)(
+            x, drawn
+        ) - BayesClassifier(denoiser, levels, **options)(x, drawn)
+    for b in range(len(x)):
+        for k in range(3):
+            square = float(((2 * x[b] - 1 - means[k]) ** 2).sum())
+            trace = float(traces[k])
+            end = -(square - trace) / (2 * (2.0**2 + trace / 2)) - math.log1p(trace / 2 / 2.0**2)
+            assert float(added[b, k]) == pytest.approx(end / 2.5, abs=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 
@@ -415,6 +475,61 @@ def test_the_noised_classifier_is_bayes_rule_on_noised_points():
         found = torch.softmax(Held.seeded(model)(x_tau.float()), 1)
         off = found - torch.softmax(truth(x_tau), 1)
     assert float(off.abs().sum(1).mean() / 2) < 0.03
+
+
+def logits_of_noised(x_tau, drawn, levels, *, to_model=units.sigma_to_model):
+    """The logits of a classifier of noise 0.2, by the library."""
+    build = twins.patched(NoisedBayesClassifier, units, sigma_to_model=to_model)
+    model = build(denoiser_of("gaussians"), 0.2, levels=levels, high=3.0, prior=[0.2, 0.3, 0.5])
+    return twins.patched(model, units, sigma_to_model=to_model)(x_tau, drawn)
+
+
+def first_level_not_above(x_tau, drawn, levels):
+    """The slip whose levels are right and whose formula takes the noise for that of pixels."""
+    model = NoisedBayesClassifier(
+        denoiser_of("gaussians"), 0.2, levels=levels, high=3.0, prior=[0.2, 0.3, 0.5]
+    )
+    return twins.patched(model, units, sigma_to_model=lambda sigma: sigma)(x_tau, drawn)
+
+
+@twins.rejected(
+    {
+        "sigma_tau in pixels": dict(
+            logits_of=lambda *given: logits_of_noised(*given, to_model=lambda sigma: sigma)
+        ),
+        "sigma_tau in pixels in the formula alone": dict(logits_of=first_level_not_above),
+    }
+)
+def test_the_noised_classifier_is_epndc_written_out(logits_of=logits_of_noised):
+    """Classes N(m_k, s_k^2 I) and noise 0.2 on pixels, 0.4 in model units: every term by its formula, one by one."""
+    law = data.gaussians()
+    x = pixels("gaussians")
+    x_tau = x + 0.2 * torch.randn(x.shape, generator=seeded(2), dtype=torch.float64)
+    count = 5
+    drawn = torch.randn((len(x), count, 1, *SHAPE), generator=seeded(3), dtype=torch.float64)
+    with torch.no_grad():
+        logits = logits_of(x_tau, drawn, count)
+    tau = 0.4
+    first = 0.4 * tau  # 2/5 of the noise that is there
+    last = math.sqrt(3.0**2 - tau**2)
+    ratio = (last / first) ** (1 / count)
+    for b in range(len(x)):
+        z = (2 * x_tau[b] - 1).flatten()
+        for k in range(3):
+            mean = law.means[k].double()
+            variance = float(law.scales[k]) ** 2
+            wanted = math.log([0.2, 0.3, 0.5][k])
+            for t in range(count):
+                low = math.hypot(tau, first * ratio**t)
+                high = math.hypot(tau, first * ratio ** (t + 1))
+                r = first * ratio ** (t + 0.5)
+                sigma = math.hypot(tau, r)
+                eps = drawn[b, t, 0].flatten()
+                denoised = mean + variance / (variance + sigma**2) * (z + r * eps - mean)
+                gap = z - tau**2 / r * eps - denoised
+                error = float((gap**2).sum() - (tau**2 / r) ** 2 * (eps**2).sum())
+                wanted -= math.log(high / low) / sigma**2 * error
+            assert float(logits[b, k]) == pytest.approx(wanted, rel=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffclass.training.loop import Training
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from twins import patched, rejected
 
 SHAPE = (1, 8, 8)
 
@@ -326,6 +327,49 @@ def test_the_average_is_an_exponential_moving_average():
     for name, value in trained.average.named_parameters():
         assert torch.allclose(value.double(), by_hand[name], atol=1e-6), name
         assert not value.requires_grad
+
+
+def seen(mirror: bool) -> torch.Tensor:
+    """All pictures that a loss is given in thirty steps on one picture; no two of its rows or columns are alike."""
+    picture = torch.arange(64.0).reshape(1, *SHAPE) / 64
+    given = []
+
+    def loss(denoiser, images, labels, generator):
+        given.append(images.detach().clone())
+        return sum(weight.square().sum() for weight in denoiser.parameters())
+
+    training = Training(
+        tiny(), picture, torch.zeros(1).long(), loss=loss, steps=30, batch=16, mirror=mirror
+    )
+    for _ in training:
+        pass
+    return torch.cat(given)
+
+
+FLIP = torch.Tensor.flip
+
+
+@rejected(
+    {
+        "upside down": dict(
+            seen=patched(seen, torch.Tensor, flip=lambda images, axis: FLIP(images, axis - 1))
+        ),
+        "all of a batch": dict(
+            seen=patched(seen, torch, rand=lambda *shape, **how: torch.zeros(shape))
+        ),
+    }
+)
+def test_a_mirrored_picture_has_left_and_right_changed_and_is_one_of_two(seen=seen):
+    plain = torch.arange(64.0).reshape(1, *SHAPE) / 64
+    turned = torch.zeros_like(plain)
+    for column in range(8):
+        turned[..., column] = plain[..., 7 - column]
+    assert torch.equal(seen(False), plain.expand(480, -1, -1, -1))
+    given = seen(True)
+    same = (given == plain).flatten(1).all(1)
+    mirrored = (given == turned).flatten(1).all(1)
+    assert bool((same ^ mirrored).all())
+    assert 180 < int(mirrored.sum()) < 300  # 240 on average, five standard deviations of 11
 
 
 def test_training_depends_on_its_seed_alone():

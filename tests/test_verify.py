@@ -406,6 +406,21 @@ def test_an_honest_random_claim_is_called_lucky_as_often_as_chance_says():
     assert below[0] <= 0.04 and below[1] <= 0.14 and 0.35 <= below[2] <= 0.55
 
 
+def test_the_worst_of_ten_counts_the_images_that_are_right_at_every_draw():
+    """Claimed and asked again: 10 of 10 counts, 9 of 10 does not."""
+    rows = [dict(index=i, clean=10, hits=hits) for i, hits in enumerate((10, 9, 9, 0, 10))]
+    run = runs.Run(dict(draws=10), rows, torch.zeros(5, *SHAPE))
+    state = claims.Verification(5)
+    again = claims._Again(clean=[9, 10, 10, 9, 8], hits=[9, 9, 10, 1, 9])
+    assert claims._lucky(run, again, state) == []
+    assert state.judged == {
+        "clean, mean of 10 draws": [50, 46, 50],
+        "clean, worst of 10 draws": [5, 2, 5],
+        "under attack, mean of 10 draws": [38, 38, 50],
+        "under attack, worst of 10 draws": [2, 1, 5],
+    }
+
+
 def test_new_noise_agrees_with_an_honest_claim_whatever_its_seed(folder, data, claimed):
     seen = set()
     for seed in range(4):
