@@ -348,7 +348,7 @@ def test_the_gradient_of_a_mixture(gradient_of=plain_gradient):
 @pytest.mark.parametrize("make", [classifier, noised])
 def test_chunks_change_neither_logits_nor_gradient(make):
     results = []
-    for chunk in (1 << 20, 50, 9):
+    for chunk in (1 << 20, 50, 9, 2):  # two are fewer than the classes: a row at a time
         x = pixels("mixtures").requires_grad_(True)
         logits = Held.seeded(make("mixtures", chunk=chunk))(x)
         results.append((logits.detach(), torch.autograd.grad(logits[:, 0].sum(), x)[0]))
@@ -475,6 +475,19 @@ def test_the_noised_classifier_is_bayes_rule_on_noised_points():
         found = torch.softmax(Held.seeded(model)(x_tau.float()), 1)
         off = found - torch.softmax(truth(x_tau), 1)
     assert float(off.abs().sum(1).mean() / 2) < 0.03
+
+
+def test_the_levels_of_a_noised_image_end_at_5_and_further_the_more_they_are():
+    """5 for up to 8 levels, then in proportion, never above what the denoiser can be trusted with."""
+    denoiser = denoiser_of("gaussians")
+    ends = [
+        float(NoisedBayesClassifier(denoiser, 0.2, levels=count).levels.upper[-1])
+        for count in (1, 4, 8, 12, 16)
+    ]
+    assert ends == pytest.approx([5, 5, 5, 7.5, 10])
+    denoiser.sigma_range = (0.01, 6.0)
+    model = NoisedBayesClassifier(denoiser, 0.2, levels=16)
+    assert float(model.levels.upper[-1]) == pytest.approx(6)
 
 
 def logits_of_noised(x_tau, drawn, levels, *, to_model=units.sigma_to_model):

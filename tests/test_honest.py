@@ -1,6 +1,8 @@
 """The honest protocol reaches the truth where the truth is known: linear classifiers, whose worst image is a formula."""
 
+import itertools
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -301,6 +303,94 @@ def test_a_bump_is_a_hill_beside_a_valley_of_unit_norm():
 def test_a_hill_falls_off_by_inverse_squares():
     row = torch.tensor([1 / 4, 1 + 1 / 4, 1 / 4], dtype=torch.float64)
     assert torch.allclose(blackbox._hill(1, 3), row[None] / row.norm())
+
+
+class Rising(Classifier):
+    """A margin that is higher at every call, wherever it is asked: every proposal is kept."""
+
+    scale = "scores"
+    calls = 1
+    num_classes = 2
+
+    def __init__(self, shape):
+        super().__init__()
+        self.image_shape = shape
+        self.asked = 0
+
+    def logits(self, x, noise):
+        self.asked += 1
+        height = torch.full((len(x),), float(self.asked))
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+@pytest.mark.parametrize("step, side", [(1, 9), (12, 6), (52, 4)])
+def test_a_square_covers_the_share_of_the_image_that_its_step_says(step, side):
+    """0.8, 0.4 and 0.2 of 10x10 pixels: squares of side 9, 6 and 4, one of which shows whole in many walks."""
+    largest = 0
+    for seed in range(12):
+        model = Rising((1, 10, 10))
+        x = torch.full((1, 1, 10, 10), 0.5)
+        generator = torch.Generator().manual_seed(seed)
+        frames = attacks.square(
+            model, x, torch.zeros(1).long(), 0.1, steps=10_000, generator=generator
+        )
+        before, after = [frame.x for frame in itertools.islice(frames, step + 1)][-2:]
+        rows, columns = torch.nonzero((before != after)[0, 0], as_tuple=True)
+        if len(rows):
+            height = int(rows.max() - rows.min()) + 1
+            largest = max(largest, height, int(columns.max() - columns.min()) + 1)
+    assert largest == side
+
+
+def test_a_bump_stands_upright_as_often_as_it_lies():
+    draw = torch.Generator().manual_seed(0)
+    shapes = [blackbox.bump(3, draw) for _ in range(400)]
+    # upright: the hill is the first row of three, and every row is as good from left as from right
+    upright = sum(torch.equal(shape, shape.flip(1)) for shape in shapes)
+    lying = sum(torch.equal(shape, shape.flip(0)) for shape in shapes)
+    assert upright + lying == 400 and 150 < upright < 250  # five standard deviations of 10
+
+
+def moved_by_hand(best, x0, epsilon, side, generator):
+    """Algorithm 3 of Andriushchenko et al. 2020 for pictures of one channel far from the ends of [0,1]."""
+    height, width = x0.shape[2:]
+    corners = [
+        int(torch.randint(n - side + 1, (), generator=generator)) for n in 2 * (height, width)
+    ]
+    (top, left), (top2, left2) = corners[:2], corners[2:]
+    shape = blackbox.bump(side, generator).to(x0)
+    sign = float(2 * torch.randint(2, (1, 1, 1), generator=generator) - 1)
+    moved = best.clone()
+    for image in range(len(best)):
+        delta = (best - x0)[image, 0]
+        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside[top : top + side, left : left + side] = True
+        inside[top2 : top2 + side, left2 : left2 + side] = True
+        unused = epsilon**2 - float((delta**2).sum())
+        budget = math.sqrt(unused + float((delta[inside] ** 2).sum()))
+        window = delta[top : top + side, left : left + side].clone()
+        new = window / window.norm() + sign * shape
+        new = budget * new / new.norm()
+        delta[inside] = 0
+        delta[top : top + side, left : left + side] = new
+        moved[image, 0] = x0[image, 0] + delta
+    return moved
+
+
+@pytest.mark.parametrize("area, side", [(1.0, 3), (16.0, 5), (27.0, 5)])
+def test_a_bump_is_paid_with_what_another_window_had(area, side):
+    """Windows of odd sides, at least 3; the budget of both goes to one of them, with what was not used yet."""
+    draw = torch.Generator().manual_seed(4)
+    x0 = torch.full((2, 1, 8, 8), 0.5, dtype=torch.float64)
+    delta = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
+    sizes = torch.tensor([0.1, 0.07], dtype=torch.float64)[:, None, None, None]
+    best = x0 + sizes * delta / delta.flatten(1).norm(dim=1)[:, None, None, None]
+    for seed in range(5):
+        moved = blackbox._moved(best, x0, 0.1, area, torch.Generator().manual_seed(seed))
+        wanted = moved_by_hand(best, x0, 0.1, side, torch.Generator().manual_seed(seed))
+        assert torch.allclose(moved, wanted, atol=1e-12)
+        lengths = (moved - x0).flatten(1).norm(dim=1)
+        assert torch.allclose(lengths, torch.full_like(lengths, 0.1), atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import Levels, NoiseBank
 from diffclass.training.loop import global_draws_from
 from diffclass.training.losses import contrastive_loss
+from scipy import stats
 
 SHAPE = (2, 1, 1)
 CONSTANT = -math.log(2 * math.pi * math.e)  # -D/2 ln(2 pi e) in the plane
@@ -142,6 +143,14 @@ def test_log_likelihood_is_absolute(estimate=likelihood.log_likelihood, toleranc
             )
         off = got - denoiser.log_density(z, 0.0)
         assert float(off.abs().max()) < tolerance, (name, off)
+
+
+def test_the_constant_is_minus_the_entropy_of_the_noise_at_the_lowest_edge():
+    """By scipy, for even and odd numbers of pixels; the edge 0.3 is not where the first loss is measured."""
+    levels = noise.log_levels(0.3, 5.0, 4)
+    for pixels in (1, 2, 3, 7):
+        entropy = stats.multivariate_normal(cov=0.3**2 * np.eye(pixels)).entropy()
+        assert likelihood.noise_constant(levels, pixels) == pytest.approx(-entropy)
 
 
 @pytest.mark.parametrize("name, count", [("mixtures", 3), ("moons", 2)])

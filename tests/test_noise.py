@@ -221,6 +221,10 @@ def test_some_levels_are_levels():
         ),
         (lambda: Levels(torch.ones(2), torch.ones(3), torch.ones(2)), "equally long vectors"),
         (
+            lambda: Levels(torch.ones(2, 2), torch.ones(2, 2) / 2, 2 * torch.ones(2, 2)),
+            r"equally long vectors, got \[\[2, 2\]",
+        ),
+        (
             lambda: Levels(torch.ones(1), torch.tensor([2.0]), torch.tensor([3.0])),
             "expected 0 < lower <= sigma <= upper",
         ),

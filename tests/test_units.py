@@ -123,6 +123,7 @@ def normalised(mean, std):
         (65535 * PIXELS, "of 16 bits; divide by 65535"),
         (255 * PIXELS, r"look like \[0,255\]; divide by 255"),
         (2 * PIXELS - 1, r"model space \[-1,1\]"),
+        ((2 * PIXELS.double() - 1) * (1 + 5e-7), r"model space \[-1,1\]"),
         (1.2 * PIXELS - 0.6, r"model space \[-1,1\]"),
         (PIXELS + 0.03, r"clamp the perturbed image"),
         (PIXELS - 0.05, r"clamp the perturbed image"),
