@@ -10,21 +10,24 @@ least 95 % of the mutants are killed.
 
 import argparse
 import ast
+import compileall
+import importlib
 import json
 import os
 import random
 import re
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, unified_diff
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +71,20 @@ TESTS = (
     "test_cli_evaluation.py",
 )
 GOAL = 0.95
+# loaded once for all mutants, as loading takes longer than most tests; nothing of the library itself
+READY = ("pytest", "torch", "scipy.stats", "sklearn.datasets", "diffusers", "torchattacks", "typer")
 # a mutant is equivalent if no input tells it apart: "file: the changed line" -> why
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT = {
+    "noise.py: return cls(levels, noise.expand(len(levels), -1, -1, -1, -1, -1).clone())  ->  "
+    "return cls(levels, noise.expand(len(levels), -1, 1, -1, -1, -1).clone())": (
+        "the third axis, the images, has one entry here: to keep it and to make it one are the same"
+    ),
+    "noise.py: right = torch.searchsorted(grid.to(s.device), s).clamp(1, len(grid) - 1)  ->  "
+    "right = torch.searchsorted(grid.to(s.device), s).clamp( 0, len(grid) - 1)": (
+        "only the lowest level itself is found at 0; its left neighbour is then the last one, a step of -1 away, "
+        "and -1 plus the whole way from there is time 0 as well"
+    ),
+}
 # cosmic-ray's changes that raise an error wherever they stand among numbers, so that any test kills them
 CRUDE = re.compile(r"BinaryOperator_.*_(LShift|RShift|BitAnd|BitOr|BitXor)$|Unary.*_Invert$")
 BITWISE = re.compile(r"BinaryOperator_(BitAnd|BitOr|BitXor)_(BitAnd|BitOr|BitXor)$")
@@ -249,51 +264,62 @@ def statement(path: str, line: int) -> range:
 
 def tried(mutant: Mutant, tests: Sequence[str], timeout: float) -> dict:
     """What the tests say of a mutant, in the copy in which this process works."""
-    from cosmic_ray.mutating import mutate_and_test
-    from cosmic_ray.work_item import MutationSpec
+    import cosmic_ray.plugins
+    from cosmic_ray.mutating import use_mutation
 
     listed = Path("mutant-tests.txt")
     listed.write_text("".join(f"{test}\n" for test in tests))
-    module = Path(LIBRARY, mutant.file).resolve()
-    spot = (mutant.line, 0)
-    change = MutationSpec(
-        module_path=module,
-        operator_name=mutant.operator,
-        occurrence=mutant.occurrence,
-        start_pos=spot,
-        end_pos=(mutant.line + 1, 0),
-    )
-    options = "-m pytest -x -q --no-header --tb=line -W ignore"
-    command = f"{shlex.quote(sys.executable)} {options} @{listed}"
-    result = mutate_and_test([change], command, timeout)
-    output = result.output or ""
-    if result.test_outcome is None or result.test_outcome == "incompetent":
-        raise RuntimeError(f"expected a run of the tests of {mutant.name}, got\n{output}")
-    killers = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
-    verdict = "killed" if result.test_outcome == "killed" else "survived"
-    if output == "timeout":
-        killers = [f"time: {timeout:.0f} s"]
-    return dict(verdict=verdict, by=killers[:1], diff=result.diff)
+    said = Path("mutant-output.txt")
+    module = Path(LIBRARY, mutant.file)
+    operator = cosmic_ray.plugins.get_operator(mutant.operator)()
+    with use_mutation(module, operator, mutant.occurrence) as (before, after):
+        child = get_context("fork").Process(target=_tested, args=(listed, said))
+        child.start()
+        child.join(timeout)
+        late = child.is_alive()
+        if late:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.join()
+    names = (f"a/{mutant.file}", f"b/{mutant.file}")
+    diff = "\n".join(unified_diff(before.splitlines(), after.splitlines(), *names, lineterm=""))
+    if late:
+        return dict(verdict="killed", by=f"time: {timeout:.0f} s", diff=diff)
+    killers = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said.read_text(), re.MULTILINE)
+    verdict = "killed" if child.exitcode else "survived"
+    return dict(verdict=verdict, by=killers[0] if killers else "", diff=diff)
 
 
-_place: list[Path] = []
+def _tested(listed: Path, said: Path) -> None:
+    """Run the listed tests up to the first that fails, in a process of its own with the modules of `READY` at hand."""
+    import pytest
+
+    os.setsid()  # so that it ends with everything that it starts
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(Path("lib").resolve()))
+    options = ["-x", "-q", "--no-header", "--tb=no", "-o", "addopts=", "-W", "ignore"]
+    with said.open("w") as stream:
+        os.dup2(stream.fileno(), 1)  # also what processes of the tests say
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = stream
+        sys.stderr = stream
+        code = pytest.main([*options, "-p", "no:cacheprovider", f"@{listed}"])
+    os._exit(code)
 
 
 def _settle(folder: Path, places) -> None:
-    """Give a process of the pool a copy of its own."""
-    _place.append(copy_into(folder / f"copy-{places.get()}"))
-    inside(_place[0])
+    """Give a process of the pool a copy of its own, and load what no mutant changes."""
+    inside(copy_into(folder / f"copy-{places.get()}"))
+    for name in READY:
+        importlib.import_module(name)
+    compileall.compile_dir("lib", quiet=2)
 
 
 def run(mutants: Sequence[Mutant], workers: int, folder: Path) -> Iterator[tuple[int, dict]]:
     """Try every mutant; yields its number and what the tests said, as they finish."""
-    import multiprocessing
-    from concurrent.futures import as_completed
-
     whole = copy_into(folder / "whole")
     inside(whole)
     reached = Reached(whole, workers)
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     places = context.Queue()
     for number in range(workers):
         places.put(number)
@@ -305,7 +331,7 @@ def run(mutants: Sequence[Mutant], workers: int, folder: Path) -> Iterator[tuple
         for number, mutant in enumerate(mutants):
             tests = reached.by(mutant)
             if not tests:
-                yield number, dict(verdict="survived", by=[], diff="no test reaches it")
+                yield number, dict(verdict="survived", by="", diff="no test reaches it")
                 continue
             timeout = 120 + 5 * sum(reached.seconds[test] for test in tests)
             waiting[pool.submit(tried, mutant, tests, timeout)] = number
@@ -341,8 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place, result in results:
             number = numbers[place]
             counts[result["verdict"]] += 1
-            by = result["by"][0] if result["by"] else ""
-            print(f"{number:3} {result['verdict']:9} {listed[number].name}  {by}", flush=True)
+            told = f"{number:3} {result['verdict']:9} {listed[number].name}"
+            print(f"{told}  [{result['by']}]", flush=True)
             if result["verdict"] == "survived":
                 survivors.append((number, result["diff"]))
     for number, diff in sorted(survivors):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -363,6 +364,20 @@ def test_stored_losses_under_weights_that_are_not_finite_name_no_class(whole):
     for wrong, kind in ((torch.nan, "NaN"), (torch.inf, "infinite")):
         with pytest.raises(FloatingPointError, match=f"became {kind} and cannot be judged"):
             whole.hits(lambda levels, wrong=wrong: wrong * levels.sigma)
+
+
+def test_a_hundred_images_are_classified_at_a_time():
+    images = torch.zeros(250, 1, 1, 1)
+    labels = torch.arange(250) % 3
+    always_one = torch.tensor([[0.0, 1.0, 0.0]])
+    counted = list(accuracies.hits(lambda x: always_one.expand(len(x), 3), images, labels))
+    assert counted == [(33, 100), (67, 200), (83, 250)]
+
+
+def test_a_trial_equals_itself_alone():
+    """Its images are tensors, whose equality is no yes or no."""
+    trial = accuracies.bayes_trial("plane:moons", limit=5)
+    assert trial in {trial} and trial != replace(trial, images=trial.images.clone())
 
 
 def test_stored_losses_become_a_record_for_every_weighting(digits, whole):

@@ -1,5 +1,6 @@
 """The draw of mutants: repeatable, of formulas and decisions alone, and what is set apart is there and has a reason."""
 
+import sys
 import textwrap
 
 import mutants
@@ -75,3 +76,64 @@ def test_the_draw_depends_on_its_seed_and_changes_numbers_or_decisions_alone():
         assert "<<" not in mutant.change and '"""' not in mutant.change
     with pytest.raises(ValueError, match="expected at most .* mutants, one a place, got 10000"):
         mutants.drawn(10_000, 0, files)
+
+
+class Contexts:
+    """What coverage.py has seen: which tests have run which line; "" stands for the import."""
+
+    def __init__(self, contexts):
+        self.contexts = contexts
+
+    def contexts_by_lineno(self, path):
+        return self.contexts
+
+
+def test_a_mutant_meets_the_tests_that_reach_its_line_the_quickest_first(tmp_path):
+    module = tmp_path / mutants.LIBRARY / "units.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(MODULE)
+    reached = object.__new__(mutants.Reached)
+    reached.folder = tmp_path
+    reached.seconds = {"slow": 3.0, "quick": 0.1, "other": 1.0}
+    reached.contexts = Contexts(
+        {1: [""], 3: ["slow|run", "quick|run", "other|run", "gone|run"], 6: ["", "slow|run"]}
+    )
+
+    def by(line):
+        return reached.by(mutants.Mutant("units.py", "an operator", 0, line, "x  ->  y"))
+
+    assert by(3) == ["quick", "other", "slow"]
+    assert by(7) == ["slow"], "the whole statement counts"
+    assert by(1) == ["quick", "other", "slow"], "a default runs on import: all tests of the module"
+    assert by(4) == ["quick", "other", "slow"]
+
+
+@pytest.mark.parametrize(
+    "test, verdict, by",
+    [
+        ("half(6) == 3", "killed", "tests/test_half.py::test_half"),
+        ("half(0) == 0", "survived", ""),
+        ("half(6) == 3 or time.sleep(60)", "killed", "time: 15 s"),
+    ],
+)
+def test_what_the_tests_say_of_a_mutant(tmp_path, monkeypatch, test, verdict, by):
+    """A division that becomes a product is noticed by a test that fails, or by one that does not end."""
+    pytest.importorskip("cosmic_ray", reason="the mutation tool is asked for by the group mutants")
+    source = "def half(x):\n    return x / 2\n"
+    module = tmp_path / mutants.LIBRARY / "halves.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(source)
+    module.with_name("__init__.py").write_text("")
+    checked = tmp_path / "tests" / "test_half.py"
+    checked.parent.mkdir()
+    checked.write_text(
+        f"import time\nfrom diffclass.halves import half\n\ndef test_half():\n    assert {test}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffclass"]:
+        monkeypatch.delitem(sys.modules, name)
+    mutant = mutants.Mutant("halves.py", "core/ReplaceBinaryOperator_Div_Mul", 0, 2, "")
+    result = mutants.tried(mutant, ["tests/test_half.py::test_half"], 15)
+    assert (result["verdict"], result["by"]) == (verdict, by)
+    assert "-    return x / 2" in result["diff"] and "+    return x * 2" in result["diff"]
+    assert module.read_text() == source
