@@ -93,3 +93,18 @@ def test_a_digit_is_judged_and_familiar(tmp_path):
     assert first == verdict["prediction"] and f"{first}: " in second
     best = min(range(10), key=verdict["losses"].__getitem__)
     assert verdict["classes"][best] == verdict["prediction"]
+
+
+def test_a_verdict_in_words_names_the_three_best_in_order_and_every_loss_above_the_smallest():
+    verdict = dict(
+        prediction="deer",
+        classes=["cat", "deer", "dog", "frog"],
+        posterior=[0.04, 0.7, 0.01, 0.25],
+        losses=[12.5, 10.0, 14.0, 11.1],
+        familiarity=dict(far=False, sentence="It is near."),
+    )
+    assert judging.described(verdict).splitlines() == [
+        "deer",
+        "  posterior  deer: 70.0%   frog: 25.0%   cat: 4.0%",
+        "  losses     smallest 10.0 nats; above it cat:+2.5 deer:+0.0 dog:+4.0 frog:+1.1",
+    ]

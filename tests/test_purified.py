@@ -518,6 +518,41 @@ def test_a_changed_purifier_keeps_all_that_it_is_not_told(kind):
     assert not model.changed(exact=False).exact and model.exact
 
 
+def purified_with_noise_moved(z, drawn, stochastic):
+    """The slip that takes the noise of the step before, and so that of the way up twice."""
+    model = Purification(gaussian(), 0.8, steps=4, stochastic=stochastic, low=0.1)
+    if stochastic:
+        drawn = torch.cat([drawn[:, :1], drawn[:, :-1]], 1)
+    return model.purify(z, drawn)
+
+
+def purified_by_the_library(z, drawn, stochastic):
+    """The formula."""
+    return Purification(gaussian(), 0.8, steps=4, stochastic=stochastic, low=0.1).purify(z, drawn)
+
+
+@twins.rejected({"noise of the step before": dict(purify=purified_with_noise_moved)})
+def test_the_way_up_and_back_is_the_formula_step_by_step(purify=purified_by_the_library):
+    """Noise 0 goes up, noise i is added after step i, and none after the last one, which ends at level 0."""
+    ends = (0.8 ** (1 / 7), 0.1 ** (1 / 7))
+    levels = [(ends[0] + i / 3 * (ends[1] - ends[0])) ** 7 for i in range(4)] + [0.0]
+    z = torch.randn((3, *SHAPE), generator=seeded(), dtype=torch.float64)
+    drawn = torch.randn((3, 4, *SHAPE), generator=seeded(1), dtype=torch.float64)
+    for stochastic in (True, False):
+        x = z + levels[0] * drawn[:, 0]
+        for i in range(1, 5):
+            high, low = levels[i - 1], levels[i]
+            denoised = MEAN + SPREAD**2 / (SPREAD**2 + high**2) * (x - MEAN)
+            if stochastic:
+                share = (low / high) ** 2
+                x = share * x + (1 - share) * denoised
+                if i < 4:
+                    x = x + low * math.sqrt(1 - share) * drawn[:, i]
+            else:
+                x = denoised + low / high * (x - denoised)
+        assert torch.allclose(purify(z, drawn, stochastic), x, atol=1e-6)
+
+
 def test_a_purifier_changed_again_and_again_stays_what_it_was():
     """Its highest level is the one that it was told, not a root of a power of it."""
     for sigma in torch.linspace(0.1, 1.0, 50, dtype=torch.float64).tolist():
