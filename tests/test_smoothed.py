@@ -205,6 +205,22 @@ def test_a_random_classifier_draws_fresh_noise_for_every_vote():
     )
 
 
+def test_votes_keep_no_graph_and_leave_the_caller_its_own_mode():
+    """A graph of ten thousand copies would not fit into memory, and votes have no gradient to use it for."""
+    modes = []
+
+    class Watched(HalfSpace):
+        def logits(self, x, noise):
+            modes.append(torch.is_grad_enabled())
+            return super().logits(x, noise)
+
+    smooth = Smoothed(Watched(), 0.25, votes=250)
+    for _ in smooth.count(image(0.1), 0, 250):
+        assert torch.is_grad_enabled()
+    smooth(image(0.1).requires_grad_(), draw(smooth, 1, 0))
+    assert modes == [False] * 6
+
+
 def test_counts_are_the_logits_of_the_classifier():
     model = smoothed_half_space(0.25, votes=150)
     x = torch.cat([image(0.1), image(-0.1), image(0.0)])
