@@ -289,8 +289,10 @@ def tried(mutant: Mutant, tests: Sequence[str], timeout: float) -> dict:
     if late:
         return dict(verdict="killed", by=f"time: {timeout:.0f} s", diff=diff)
     killers = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said.read_text(), re.MULTILINE)
-    verdict = "killed" if child.exitcode else "survived"
-    return dict(verdict=verdict, by=killers[0] if killers else "", diff=diff)
+    if child.exitcode == 0:
+        return dict(verdict="survived", by="", diff=diff)
+    by = killers[0] if killers else f"exit code {child.exitcode}: look at what happened"
+    return dict(verdict="killed", by=by, diff=diff)
 
 
 def _tested(listed: Path, said: Path) -> None:

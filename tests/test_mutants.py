@@ -109,14 +109,15 @@ def test_a_mutant_meets_the_tests_that_reach_its_line_the_quickest_first(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "test, verdict, by",
+    "test, timeout, verdict, by",
     [
-        ("half(6) == 3", "killed", "tests/test_half.py::test_half"),
-        ("half(0) == 0", "survived", ""),
-        ("half(6) == 3 or time.sleep(60)", "killed", "time: 15 s"),
+        ("half(6) == 3", 300, "killed", "tests/test_half.py::test_half"),
+        ("half(0) == 0", 300, "survived", ""),
+        ("half(6) == 3 or time.sleep(300)", 5, "killed", "time: 5 s"),
+        ("half(6) == 3 or os._exit(7)", 300, "killed", "exit code 7: look at what happened"),
     ],
 )
-def test_what_the_tests_say_of_a_mutant(tmp_path, monkeypatch, test, verdict, by):
+def test_what_the_tests_say_of_a_mutant(tmp_path, monkeypatch, test, timeout, verdict, by):
     """A division that becomes a product is noticed by a test that fails, or by one that does not end."""
     pytest.importorskip("cosmic_ray", reason="the mutation tool is asked for by the group mutants")
     source = "def half(x):\n    return x / 2\n"
@@ -127,13 +128,13 @@ def test_what_the_tests_say_of_a_mutant(tmp_path, monkeypatch, test, verdict, by
     checked = tmp_path / "tests" / "test_half.py"
     checked.parent.mkdir()
     checked.write_text(
-        f"import time\nfrom diffclass.halves import half\n\ndef test_half():\n    assert {test}\n"
+        f"import os\nimport time\nfrom diffclass.halves import half\n\ndef test_half():\n    assert {test}\n"
     )
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffclass"]:
         monkeypatch.delitem(sys.modules, name)
     mutant = mutants.Mutant("halves.py", "core/ReplaceBinaryOperator_Div_Mul", 0, 2, "")
-    result = mutants.tried(mutant, ["tests/test_half.py::test_half"], 15)
+    result = mutants.tried(mutant, ["tests/test_half.py::test_half"], timeout)
     assert (result["verdict"], result["by"]) == (verdict, by)
     assert "-    return x / 2" in result["diff"] and "+    return x * 2" in result["diff"]
     assert module.read_text() == source
