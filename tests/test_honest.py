@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchattacks
 from diffclass import attacks
 from diffclass.attacks import blackbox
 from diffclass.classifiers.base import Classifier
@@ -289,6 +290,10 @@ def test_the_squares_shrink_as_in_the_paper():
     assert share(11, 10_000) == 0.4 and share(51, 10_000) == 0.2
     assert share(9_999, 10_000) == 0.8 / 512
     assert share(51, 1000) == share(510, 10_000) == 0.8 / 16
+    theirs = torchattacks.Square(torch.nn.Linear(1, 1), n_queries=5000, p_init=0.8)
+    assert [share(step, 5000) for step in range(5000)] == [
+        theirs.p_selection(step) for step in range(5000)
+    ]
 
 
 def test_a_bump_is_a_hill_beside_a_valley_of_unit_norm():

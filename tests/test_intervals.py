@@ -45,6 +45,20 @@ def test_the_interval_of_an_average_at_its_ends():
     assert intervals.mean_interval([0.4], 10)[0] < 0.4
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 40])
+def test_bounds_are_where_the_count_has_the_chance_alpha(n):
+    """Their definition, by the binomial law itself: P(s or more at the lower) = P(s or fewer at the upper) = alpha."""
+    for alpha in (0.001, 0.05):
+        for s in range(n + 1):
+            low = intervals.lower_bound(s, n, alpha)
+            high = intervals.upper_bound(s, n, alpha)
+            if s > 0:
+                assert float(stats.binom.sf(s - 1, n, low)) == pytest.approx(alpha, rel=1e-6)
+            if s < n:
+                assert float(stats.binom.cdf(s, n, high)) == pytest.approx(alpha, rel=1e-6)
+            assert (low == 0) is (s == 0) and (high == 1) is (s == n)
+
+
 def of_count(p: float, count: float, level: float) -> tuple[float, float]:
     """Clopper and Pearson's interval of p count hits of `count`, which need not be whole."""
     tail = (1 - level) / 2
