@@ -1,5 +1,6 @@
 """The honest protocol reaches the truth where the truth is known: linear classifiers, whose worst image is a formula."""
 
+import inspect
 import itertools
 import json
 import math
@@ -294,6 +295,16 @@ def test_the_squares_shrink_as_in_the_paper():
     assert [share(step, 5000) for step in range(5000)] == [
         theirs.p_selection(step) for step in range(5000)
     ]
+
+
+def test_whoever_says_nothing_gets_as_many_steps_as_the_papers_take():
+    """Square's 5000 queries; 100 steps of APGD, of which the reference AutoAttack takes as many; 20 of PGD."""
+    defaults = {
+        name: inspect.signature(getattr(attacks, name)).parameters["steps"].default
+        for name in ("square", "apgd", "pgd")
+    }
+    theirs = inspect.signature(torchattacks.Square).parameters["n_queries"].default
+    assert defaults == {"square": theirs, "apgd": 100, "pgd": 20}
 
 
 def test_a_bump_is_a_hill_beside_a_valley_of_unit_norm():

@@ -281,6 +281,13 @@ def test_what_it_declares():
 # One sigma, and bad input
 
 
+def test_whoever_says_nothing_gets_a_hundred_votes_and_sixteen_draws_of_their_mean():
+    smooth = Smoothed(HalfSpace(), 0.25)
+    assert (smooth.votes, smooth.calls, smooth.surrogate().calls) == (100, 100, 16)
+    (_, votes) = last(counting.draw_votes(smooth, image(0.1)))
+    assert (sum(votes.selection), votes.n) == (100, 1000)  # as many as Cohen et al. select by
+
+
 def test_smoothing_has_one_sigma():
     """That of a base which was made for one, else the one that is given."""
     assert Smoothed(HalfSpace(0.25)).sigma == Smoothed(HalfSpace(), 0.25).sigma == 0.25
