@@ -83,6 +83,14 @@ EQUIVALENT = {
     "return cls(levels, noise.expand(len(levels), -1, 1, -1, -1, -1).clone())": (
         "the third axis, the images, has one entry here: to keep it and to make it one are the same"
     ),
+    "noise.py: return cls(levels, noise.expand(len(levels), -1, -1, -1, -1, -1).clone())  ->  "
+    "return cls(levels, noise.expand(len(levels), -1, +1, -1, -1, -1).clone())": (
+        "the third axis, the images, has one entry here: to keep it and to make it one are the same"
+    ),
+    "denoisers/base.py: return self(x_sigma, sigma, [self.num_classes])[:, 0]  ->  "
+    "return self(x_sigma, sigma, [self.num_classes])[:, -1]": (
+        "one class is asked for, so the first answer is the last one"
+    ),
     "noise.py: right = torch.searchsorted(grid.to(s.device), s).clamp(1, len(grid) - 1)  ->  "
     "right = torch.searchsorted(grid.to(s.device), s).clamp( 0, len(grid) - 1)": (
         "only the lowest level itself is found at 0; its left neighbour is then the last one, a step of -1 away, "
