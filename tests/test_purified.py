@@ -556,6 +556,13 @@ def test_the_way_up_and_back_is_the_formula_step_by_step(purify=purified_by_the_
         assert torch.allclose(purify(z, drawn, stochastic), x, atol=1e-6)
 
 
+def test_no_noise_is_drawn_that_is_not_used():
+    """The ODE needs that of the way up alone; the SDE another for each step back but the last."""
+    for stochastic, count in ((False, 1), (True, 4)):
+        model = Purification(gaussian(), steps=4, stochastic=stochastic)
+        assert model.sample_noise(3, seeded()).shape == (3, count, *SHAPE)
+
+
 def test_a_purifier_changed_again_and_again_stays_what_it_was():
     """Its highest level is the one that it was told, not a root of a power of it."""
     for sigma in torch.linspace(0.1, 1.0, 50, dtype=torch.float64).tolist():
