@@ -301,10 +301,10 @@ def test_whoever_says_nothing_gets_as_many_steps_as_the_papers_take():
     """Square's 5000 queries; 100 steps of APGD, of which the reference AutoAttack takes as many; 20 of PGD."""
     defaults = {
         name: inspect.signature(getattr(attacks, name)).parameters["steps"].default
-        for name in ("square", "apgd", "pgd")
+        for name in ("square", "apgd", "pgd", "smallest_l2")
     }
     theirs = inspect.signature(torchattacks.Square).parameters["n_queries"].default
-    assert defaults == {"square": theirs, "apgd": 100, "pgd": 20}
+    assert defaults == {"square": theirs, "apgd": 100, "pgd": 20, "smallest_l2": 20}
 
 
 def test_a_bump_is_a_hill_beside_a_valley_of_unit_norm():
