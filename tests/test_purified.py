@@ -293,6 +293,8 @@ def test_the_two_variants_differ_in_how_far_they_may_move():
     assert abs(float((paper(x, once(paper)) - x).abs().max()) - 8 / 255) < 1e-9, (
         "the budget is reached, and not passed"
     )
+    # all steps together go 2.5 budgets of 8/255, each of them twice as long in model units
+    assert paper.steps * paper.rate == pytest.approx(2 * 2.5 * 8 / 255)
     released = LikelihoodMaximisation.released(denoiser)
     assert (released.steps, released.rate, released.budget, released.band) == (
         5,
