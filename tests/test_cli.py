@@ -35,6 +35,7 @@ COMMANDS = (
     "classify",
     "sample",
     "evaluate",
+    "compare",
     "verify",
     "list",
     "audit",

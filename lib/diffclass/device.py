@@ -1,4 +1,4 @@
-"""Where tensors live: the one function that names a device."""
+"""Where tensors live, and in which precision networks run: the one function that names a device."""
 
 import torch
 
@@ -8,3 +8,13 @@ def device() -> torch.device:
     from accelerate import Accelerator  # here, not above: it takes a second
 
     return Accelerator().device
+
+
+def in_precision(precision: str, like: torch.Tensor) -> torch.autocast:
+    """Inside, networks run in this precision, "fp32" or "bf16", on the device of a tensor.
+
+    Errors      ValueError for another precision
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"expected the precision fp32 or bf16, got {precision!r}.")
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16")

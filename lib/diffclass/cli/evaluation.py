@@ -271,6 +271,80 @@ def _watched(run, what: str, total: int, note=lambda item: ""):
 
 
 @app.command(epilog=EXIT_CODES)
+def compare(
+    ctx: typer.Context,
+    world: Annotated[str, typer.Option(help="digits or cifar10.")] = "cifar10",
+    classifier: Annotated[
+        str, typer.Option(help="A classifier by losses: dc, contrastive or adversarial-dc.")
+    ] = "contrastive",
+    levels: Annotated[
+        int | None, typer.Option(min=1, max=MANY_LEVELS, help="Noise levels in place of its own.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for the network.")] = "fp32",
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="How long each way is repeated.")
+    ] = 2.0,
+    seed: Seed = 0,
+    json_wanted: Json = False,
+):
+    """Time the losses of one picture: all at once, as here, beside the loops that are published, on the same network.
+
+    The picture is the first test picture of the world, or one that a network drew where there is none. Nothing else
+    should run meanwhile. The losses of all ways must agree: exit code 1 if they do not.
+    """
+    import torch
+
+    from diffclass import noise, zoo
+    from diffclass.classifiers.bayes import BayesClassifier
+    from diffclass.data import cifar, gallery
+    from diffclass.data.worlds import world_of
+    from diffclass.device import device
+    from diffclass.evaluation import timing
+
+    answer = ctx.obj
+    asked = zoo.classifier(world, classifier)
+    if not isinstance(asked, BayesClassifier):
+        raise ValueError(
+            f"expected a classifier by losses, such as dc or contrastive, got {classifier!r}, which has no losses to time."
+        )
+    if levels is not None:
+        ends = (float(asked.levels.lower[0]), float(asked.levels.upper[-1]))
+        asked = asked.changed(levels=noise.log_levels(*ends, levels))
+    where = device()
+    drawn = world_of(world).kind == "cifar10" and not cifar.cifar10_available()[0]
+    pictures = gallery.pictures()[0] if drawn else world_of(world).test(1)[0]
+    rounding = 1e-4 if precision == "fp32" else 5e-2
+    answer.content |= dict(
+        command="compare",
+        world=world,
+        classifier=zoo.entry_of(world, classifier).name,
+        levels=len(asked.levels),
+        precision=precision,
+        device=where.type,
+        threads=torch.get_num_threads(),
+        ways=[],
+    )
+    answer.say(
+        f"{classifier} of {world}, {len(asked.levels)} levels, {precision}, on {where.type} with "
+        f"{torch.get_num_threads()} threads; seconds for one picture (median, interquartile range):"
+    )
+    plain = None
+    code = OK
+    for row in timing.timings(
+        asked.to(where), pictures[:1].to(where), precision=precision, seconds=seconds, seed=seed
+    ):
+        plain = plain or row.seconds
+        answer.content["ways"].append({**asdict(row), "times_as_fast": plain / row.seconds})
+        agree = "" if row.apart <= rounding else "   THE LOSSES DIFFER"
+        code = OK if not agree and code == OK else PROBLEM
+        answer.say(
+            f"  {row.way:16s} {row.seconds:9.4f} ({row.spread:.4f}), n {row.repetitions}, "
+            f"{plain / row.seconds:6.1f} times as fast, losses apart by {row.apart:.1e}{agree}"
+        )
+    raise typer.Exit(code)
+
+
+@app.command(epilog=EXIT_CODES)
 def verify(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="What `evaluate --attack ... --store` has left.")],

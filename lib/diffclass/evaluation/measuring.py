@@ -18,6 +18,7 @@ from diffclass import likelihood
 from diffclass.classifiers.base import Held, Noise, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.data.worlds import world_of
+from diffclass.device import in_precision
 from diffclass.noise import Levels, Weighting, elbo_weight
 from diffclass.storage import files
 
@@ -104,12 +105,9 @@ def measure(
         files.mend(path, b'{"index": ')
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
-            with torch.autocast(
-                accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
-            ):
-                classifier, losses = losses_within_memory(
-                    classifier, images[part].to(accelerator.device), noise
-                )
+            here = images[part].to(accelerator.device)
+            with in_precision(precision, here):
+                classifier, losses = losses_within_memory(classifier, here, noise)
             lines = []
             for index, loss in zip(part, losses.cpu(), strict=True):
                 lines.append(_line(index, int(labels[index]), loss))

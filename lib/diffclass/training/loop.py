@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffclass.denoisers.base import Denoiser
+from diffclass.device import in_precision
 from diffclass.storage import files
 from diffclass.storage.weights import check_finite
 from diffclass.training.losses import Loss, denoising_loss
@@ -239,8 +240,10 @@ class Training:
         for group in self.optimiser.param_groups:  # warm up, then fall linearly to a hundredth
             group["lr"] = settings["rate"] * warm * max(0.01, 1 - self.step / steps)
         self.denoiser.train()
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with autocast, global_draws_from(torch.Generator(device).manual_seed(2**40 + seed)):
+        with (
+            in_precision(self.precision, self.images),
+            global_draws_from(torch.Generator(device).manual_seed(2**40 + seed)),
+        ):
             loss = self.loss(self.denoiser, images, self.labels[chosen], generator)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

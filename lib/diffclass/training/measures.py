@@ -12,6 +12,7 @@ from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.idc import TranslationClassifier, Translator
 from diffclass.denoisers.base import Denoiser
+from diffclass.device import in_precision
 from diffclass.evaluation import accuracies
 
 CARD_STEPS = 20  # of the attack behind a card
@@ -118,11 +119,6 @@ def bayes_curve(span: Span, precision: str) -> Measure:
         return dict(correct=correct, n=len(labels), levels=CURVE_LEVELS)
 
     return measure
-
-
-def in_precision(precision: str, like: Tensor) -> torch.autocast:
-    """Inside, networks run in this precision, "fp32" or "bf16", on the device of a tensor."""
-    return torch.autocast(like.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""What a picture's losses cost: by this library, and by the loops that are published, on the same network and noise."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import benchmark
+
+from diffclass import likelihood, units
+from diffclass.classifiers.bayes import BayesClassifier, bank_of
+from diffclass.denoisers.base import Denoiser
+from diffclass.device import in_precision
+from diffclass.noise import NoiseBank
+
+# What measures losses: denoiser, picture [1,C,H,W] in model space, bank of one sample a level -> [K,T]
+Way = Callable[[Denoiser, Tensor, NoiseBank], Tensor]
+
+
+def _square(denoised: Tensor, z: Tensor) -> Tensor:
+    """Shapes: [...,C,H,W], [1,C,H,W] -> [...]."""
+    return ((denoised - z) ** 2).flatten(-3).sum(-1)
+
+
+def one_by_one(denoiser: Denoiser, z: Tensor, bank: NoiseBank) -> Tensor:
+    """One class, one level, a batch of one picture: a plain loop.
+
+    Source      as zero-shot diffusion classifiers are written down, Li et al. 2023
+    Shapes      z [1,C,H,W] -> [K,T]
+    """
+    rows = []
+    for k in range(denoiser.num_classes):
+        row = []
+        for t, sigma in enumerate(bank.sigma):
+            noisy = z + sigma * bank.noise[t, 0]
+            row.append(_square(denoiser(noisy, sigma, [k])[0, 0], z[0]))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def class_by_class(denoiser: Denoiser, z: Tensor, bank: NoiseBank) -> Tensor:
+    """All levels of a class in one batch, as released codes do it. Shapes: z [1,C,H,W] -> [K,T]."""
+    noisy = z + bank.sigma[:, None, None, None] * bank.noise[:, 0, 0]
+    rows = [_square(denoiser(noisy, bank.sigma, [k])[:, 0], z) for k in range(denoiser.num_classes)]
+    return torch.stack(rows)
+
+
+def all_at_once(denoiser: Denoiser, z: Tensor, bank: NoiseBank) -> Tensor:
+    """This library's: all levels and classes in one batch. Shapes: z [1,C,H,W] -> [K,T]."""
+    return likelihood.diffusion_loss(denoiser, z, bank)[0]
+
+
+WAYS: dict[str, Way] = {
+    "one by one": one_by_one,
+    "class by class": class_by_class,
+    "all at once": all_at_once,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way to measure the losses of one picture.
+
+    seconds     the median of the repetitions; spread: their interquartile range
+    apart       the largest difference of its losses from those of the plain loop, relative to the largest loss
+    """
+
+    way: str
+    seconds: float
+    spread: float
+    repetitions: int
+    apart: float
+
+
+def timings(
+    classifier: BayesClassifier,
+    picture: Tensor,
+    *,
+    precision: str = "fp32",
+    seconds: float = 2.0,
+    seed: int = 0,
+) -> Iterator[Timing]:
+    """Each way of `WAYS`, the plain loop first, on the device that the classifier is on.
+
+    Shapes      picture [1,C,H,W] in [0,1]; each way is repeated for about so many seconds, after one call to warm up
+    Randomness  the noise of one sample a level from `seed`, the same for every way
+    Errors      ValueError for another number of samples than one, or of pictures
+    """
+    units.check_images(picture, classifier.image_shape)
+    if len(picture) != 1 or classifier.samples != 1:
+        raise ValueError(
+            f"expected one picture and one noise sample a level, got {len(picture)} and {classifier.samples}; the loops "
+            "that are published have no other."
+        )
+    drawn = classifier.sample_noise(1, torch.Generator().manual_seed(seed)).to(picture)
+    bank = bank_of(classifier.levels.to(picture), drawn)
+    z = units.to_model(picture)
+    plain = None
+    for name, way in WAYS.items():
+
+        def run(way: Way = way) -> Tensor:
+            with torch.no_grad(), in_precision(precision, z):
+                return way(classifier.denoiser, z, bank).float()
+
+        losses = run()
+        plain = losses if plain is None else plain
+        timer = benchmark.Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        measured = timer.blocked_autorange(min_run_time=seconds)
+        yield Timing(
+            way=name,
+            seconds=measured.median,
+            spread=measured.iqr,
+            repetitions=len(measured.times) * measured.number_per_run,
+            apart=float((losses - plain).abs().max() / plain.abs().max()),
+        )
