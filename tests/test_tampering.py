@@ -389,7 +389,7 @@ def perturbations_in_double_precision(store):
     store.deltas = store.deltas.double()
 
 
-@tampering("holds numbers of type float32")
+@harmless("a millionth of the budget is what rounding leaves of it; older runs store 32 bits")
 def perturbations_a_hair_above_the_budget(store):
     store.deltas = store.deltas.float() * (1 + 1e-6)
 

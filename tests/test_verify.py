@@ -114,11 +114,6 @@ def bend(folder, index, change):
     save_file({"deltas": deltas}, path)
 
 
-WIDER = (
-    "deltas-0.safetensors holds numbers of type float32; what is stored, and judged, is float16."
-)
-
-
 def test_an_honest_claim_stands_and_asks_no_attack(folder, data, claimed, monkeypatch):
     rows = runs.read(folder).rows
     # luck is in it: only the same noise gives the same counts
@@ -206,8 +201,9 @@ def test_an_oversize_perturbation_is_noticed_and_its_image_named(folder, data, c
 
 
 def test_rounding_is_no_fault(folder, data, claimed):
+    """Older runs store 32 bits, in which an attack may end a hair above its budget."""
     bend(folder, 5, lambda delta: delta * (1 + 2e-7))
-    assert faults(folder, data, claimed) == [WIDER]
+    assert faults(folder, data, claimed) == []
 
 
 def test_a_perturbed_image_outside_the_pixel_range_is_noticed(folder, data, claimed):

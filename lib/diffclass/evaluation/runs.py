@@ -350,9 +350,10 @@ def _deltas(folder: Path) -> tuple[Tensor, list[str]]:
             f"expected perturbations of shape [N,C,H,W] in {folder}/deltas-*.safetensors, got {list(whole.shape)}."
         )
     oddities = [
-        f"{path.name} holds numbers of type {str(part.dtype).removeprefix('torch.')}; what is stored, and judged, is float16."
+        f"{path.name} holds numbers of type {str(part.dtype).removeprefix('torch.')}; what is stored, and judged, is float16, "
+        "and float32 in older runs."
         for path, part in zip(paths, parts, strict=True)
-        if part.dtype != torch.float16
+        if part.dtype not in (torch.float16, torch.float32)
     ]
     wanted = [f"deltas-{number}.safetensors" for number in range(len(paths))]
     if [path.name for path in paths] != wanted:
