@@ -14,7 +14,7 @@ from diffclass.audit import planted
 from diffclass.audit.attack import Fitted, masked_loss, random_search
 from diffclass.audit.base import CannotJudge, Case, check, outweighs, proven
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
-from diffclass.classifiers.base import Held
+from diffclass.classifiers.base import Held, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.purified import Purification, PurifiedClassifier
@@ -700,6 +700,33 @@ def test_a_purified_classifier_is_attacked_by_both_gradients_and_behind_the_puri
 def test_a_vote_over_a_voter_that_ignores_its_noise_is_no_random_classifier():
     vote = MajorityVote(planted.Reseeded(), 3).eval()
     assert lights(audit.case_of(vote, *planted.images(12), 0.1, held=False), [5]) == {5: "red"}
+
+
+class Rounded(torch.nn.Module):
+    """Logits that are another hair apart where gradients are wanted: by rounding, or drawn there."""
+
+    def __init__(self, drawn: bool):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 3)
+        self.drawn = drawn
+
+    def forward(self, x):
+        scores = self.linear(x.flatten(1))
+        if x.requires_grad:
+            apart = 5e-6 * torch.ones(3)
+            scores = scores + (torch.randn(3) * apart if self.drawn else apart) * torch.arange(3)
+        return scores
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rounding_with_gradients_is_no_noise_and_a_draw_there_is(drawn):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = Rounded(drawn)
+    classifier = Foreign(module.double(), 3, (1, 8, 8)).eval()
+    x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    case = audit.case_of(classifier, x, decided(classifier(x)), 0.1)
+    assert lights(case, [5]) == {5: "red" if drawn else "green"}
 
 
 def test_a_classifier_that_seeds_the_global_generator_is_red():
