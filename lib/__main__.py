@@ -192,7 +192,8 @@ def main(argv):
     books = map(str, sorted(ROOT.glob("notebooks/*.ipynb")))
     jobs = {
         "lab": lab,
-        "test": lambda: "-m pytest -n 2 --dist loadfile --nbval-lax".split(),
+        # in order: the browser's few tests take longest, and must not begin when the others have ended
+        "test": lambda: "-m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax".split(),
         "bench": lambda: "-m pytest -q -s -m browser tests/test_browser.py".split(),
         "twins": lambda: "-m pytest -q -m pictures tests/test_browser.py".split(),
         "html": lambda: [

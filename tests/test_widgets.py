@@ -658,7 +658,10 @@ def test_a_film_that_fails_says_so_and_the_old_one_stays_its_own(make, student):
     hero.scene.classifier.noise = torch.full_like(noise, float("nan"))
     hero.shooting["index"].value = 7
     assert hero.progress.description == "failed" and hero.progress.bar_style == "danger"
-    assert "failed.</b> ValueError: expected finite images" in hero.stage.frame["note"]
+    assert (
+        "failed.</b> ValueError: expected the noise of a bank as finite numbers"
+        in hero.stage.frame["note"]
+    )
     assert f"This is the film of {old}" in hero.stage.frame["note"]
     assert hero.stage.frame["panels"] == panels
     hero.scene.classifier.noise = noise

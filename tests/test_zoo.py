@@ -47,7 +47,18 @@ DIGITS = (
     "diffpure",
     "idc",
 )
-ATTACKS = ("fgsm", "pgd", "apgd", "square", "mifgsm", "cw", "autoattack-10", "autoattack-100")
+ATTACKS = (
+    "fgsm",
+    "pgd",
+    "apgd",
+    "square",
+    "lagrange",
+    "stadv",
+    "mifgsm",
+    "cw",
+    "autoattack-10",
+    "autoattack-100",
+)
 PLANE = ("dc", "one-call", "vote", "rdc1", "rdc5", "rdc-released")
 DETERMINISTIC = ("cnn", "adversarial")
 PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")

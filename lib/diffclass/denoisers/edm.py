@@ -176,7 +176,7 @@ def read_edm(path: str | Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     ) as reason:
         raise ValueError(
             f"expected {path.name} to hold the tensors of a network, got a file that is refused "
-            f"({str(reason).splitlines()[0]}); fetch it again from its official source."
+            f"({(str(reason).splitlines() or ['the file ends at once'])[0]}); fetch it again from its official source."
         ) from None
     state = unwrapped(state_dict_of(state, path.name))
     own = {name.removeprefix("model."): value for name, value in state.items()}
