@@ -14,10 +14,12 @@ from diffclass import attacks, data, intervals
 from diffclass.certify import certificates, counting
 from diffclass.classifiers.base import Held
 from diffclass.classifiers.noised import NoisedBayesClassifier
+from diffclass.classifiers.one_call import OneCallClassifier
 from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures, widgets
 from diffclass.course.scenes.digits import DigitScene
 from diffclass.course.scenes.explorer import ExplorerScene
+from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.plane import PlaneScene
 from diffclass.data import gallery
 from diffclass.evaluation import measuring
@@ -37,8 +39,22 @@ def photos(_):
     )
 
 
+def one_call(student):
+    """Digits, noised and denoised under each class and without one."""
+    world = data.digits()
+    return widgets.one_call_hero(
+        student,
+        networks.DIGIT_LEVELS,
+        world.test_images[:20],
+        world.test_labels[:20],
+        "0123456789",
+        kind="Digit",
+    )
+
+
 HEROES = {
     "digit": widgets.digit_hero,
+    "one call": one_call,
     "forward": lambda _: widgets.forward_hero(),
     "elbo": lambda _: widgets.elbo_hero(),
     "bayes": lambda _: widgets.bayes_hero(),
@@ -130,7 +146,33 @@ def test_a_dragged_point_is_the_point_of_the_frame(name, student):
     assert hero.stage.frame["panels"][1]["series"] != before["panels"][1]["series"]
 
 
-@pytest.mark.parametrize("name", ["digit", "denoiser"])
+def test_one_call_shows_the_posterior_of_that_call_beside_that_of_the_losses(student):
+    hero = one_call(student)
+    hero.controls["index"].value = 3
+    hero.controls["sigma"].value = 0.5
+    picture, heads, curves, bars = hero.stage.frame["panels"]
+    scene = OneCallScene(
+        student,
+        networks.DIGIT_LEVELS,
+        data.digits().test_images[:20],
+        data.digits().test_labels[:20],
+        "0123456789",
+    )
+    x = data.digits().test_images[3:4]
+    with torch.no_grad():
+        share = OneCallClassifier(student, 0.5)(x, scene.noise).softmax(1)[0]
+        by_losses = scene.bayes(x).softmax(1)[0]
+    assert torch.allclose(torch.tensor(bars["values"]), share, atol=1e-4)
+    assert torch.allclose(torch.tensor(bars["marks"]), by_losses, atol=1e-4)
+    assert len(heads["images"]) == 11 and heads["captions"][-1] == "no class"
+    assert curves["cursor"] == pytest.approx(0.5) and len(picture["images"]) == 2
+    assert (
+        f"says <b>{int(share.argmax())}</b> with {float(share.max()):.2f}"
+        in hero.stage.frame["note"]
+    )
+
+
+@pytest.mark.parametrize("name", ["digit", "denoiser", "one call"])
 def test_dragging_the_cursor_is_moving_the_slider(name, student):
     hero = HEROES[name](student)
     hero.stage.cursor = 1.5
