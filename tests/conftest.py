@@ -23,7 +23,7 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A JupyterLab server on a copy of notebooks/ and assets/: nothing is written into the repository."""
     folder = tmp_path_factory.mktemp("lab")
@@ -31,9 +31,10 @@ def lab(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """One Chromium for the whole session: two playwright instances in one process do not work."""
+    """One Chromium for the module: two playwright instances in one process do not work, and while there is one, an event
+    loop runs in this thread, in which other tests' jobs would wait."""
     if not helpers.CHROMIUM:
         message = "expected Chromium for these tests, found none: `apt-get install chromium` or name it in CHROMIUM."
         (pytest.fail if os.environ.get("DIFFCLASS_REQUIRE_BROWSER") else pytest.skip)(message)
