@@ -9,6 +9,7 @@ from diffclass import intervals
 from diffclass.certify import certificates
 from diffclass.certify.certificates import Certificate, Votes
 from scipy import stats
+from twins import rejected
 
 REPETITIONS = 20_000
 PROBABILITIES = (0.6, 0.9, 0.99, 0.999)
@@ -236,3 +237,128 @@ def test_certified_accuracy_refuses_what_is_not_one_classifier():
         certificates.certified_accuracy([make(0, 0.3)], [0, 1], [0.0])
     with pytest.raises(ValueError, match="labels >= 0"):
         certificates.certified_accuracy([make(None, 0.0)], [-1], [0.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fresh votes, and many certificates at once
+
+
+@rejected({"the votes that chose the class judge it": dict(fresh=False)})
+def test_false_certificates_of_a_tie_are_as_rare_as_alpha_says(fresh=True):
+    """Two classes with half of the votes each: no certificate is right, whichever was chosen."""
+    alpha = 0.05
+    rng = np.random.default_rng(20)
+    first = rng.binomial(1000, 0.5, REPETITIONS)
+    estimation = rng.binomial(1000, 0.5, REPETITIONS) if fresh else first
+    agreeing = np.where(first >= 500, estimation, 1000 - estimation)
+    rate = (intervals.lower_bound(agreeing, 1000, alpha) >= 0.5).mean()
+    assert rate <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / REPETITIONS)
+
+
+@rejected(
+    {
+        "the expected number": dict(most=lambda b, alpha, level: math.ceil(b * alpha)),
+        "one less": dict(most=lambda *a: certificates.wrong_at_most(*a) - 1),
+        "one more": dict(most=lambda *a: certificates.wrong_at_most(*a) + 1),
+    }
+)
+def test_so_many_certificates_are_wrong_at_most(most=certificates.wrong_at_most):
+    """The smallest number that a sum over the binomial law allows, and it holds in simulated data sets."""
+    for pictures, alpha, level in ((500, 0.001, 0.95), (10_000, 0.001, 0.99), (200, 0.05, 0.9)):
+        chances = [
+            math.comb(pictures, w) * alpha**w * (1 - alpha) ** (pictures - w) for w in range(60)
+        ]
+        wanted = next(w for w in range(60) if math.fsum(chances[: w + 1]) >= level)
+        assert most(pictures, alpha, level) == wanted
+    assert most(1, 0.001, 0.95) == 0
+
+
+def test_the_sure_accuracy_of_a_data_set_is_below_the_true_one():
+    """4000 data sets of 200 pictures, certificates at alpha = 0.05: truly safe shares are below `sure` in at most 5 %."""
+    rng = np.random.default_rng(21)
+    alpha = 0.05
+    radius = 0.25  # sigma .25: a share of .8413 is just safe
+    shares = rng.uniform(0.8, 0.9, (4000, 200))
+    needed = certificates.votes_needed(radius, 200, 0.25, alpha)
+    claimed = rng.binomial(200, shares) >= needed
+    safe = (shares >= stats.norm.cdf(1.0)) & claimed
+    correct = claimed.sum(1)
+    wrong = certificates.wrong_at_most(200, alpha)
+    assert (safe.sum(1) < correct - wrong).mean() <= 0.05
+    assert (safe.sum(1) < correct).mean() > 0.2  # twin: nothing is taken off
+    truth = (0.9 - stats.norm.cdf(1.0)) / 0.1
+    beyond = intervals.lower_bound(correct, 200, 0.05) - alpha
+    assert (beyond > truth).mean() <= 0.05
+
+
+def test_the_curve_carries_both_bounds():
+    found = 90 * [make(0, 0.3)] + 10 * [make(1, 0.9)]
+    curve = certificates.certified_accuracy(found, [0] * 100, [0.0, 0.3, 0.5])
+    wrong = certificates.wrong_at_most(100, 0.001)
+    assert wrong == 1 and curve.sure.tolist() == [0.89, 0.89, 0.0]
+    np.testing.assert_allclose(
+        curve.sure_beyond, [intervals.lower_bound(90, 100, 0.05) - 0.001] * 2 + [0.0]
+    )
+    assert (curve.sure <= curve.accuracy).all() and (curve.sure_beyond < curve.accuracy)[:2].all()
+
+
+def of_sigmas(alpha: float, bound: str = "fixed") -> list[Certificate]:
+    """One picture, certified at three sigmas from a share that falls with the noise."""
+    return [
+        certificates.smoothing_radius(Votes((9, 1), (right, 1000 - right), sigma), alpha, bound)
+        for sigma, right in ((0.25, 990), (0.5, 950), (1.0, 600))
+    ]
+
+
+def test_the_best_sigma_of_a_picture_pays_for_all_three():
+    own = of_sigmas(0.001 / 3)
+    (best,) = certificates.per_image_best([own], 0.001)
+    assert best.chosen == own[1] and best.radius == max(one.radius for one in own) > 0
+    assert best.alpha == 0.001 and best.sigmas == (0.25, 0.5, 1.0) and best.prediction == 0
+    curve = certificates.certified_accuracy(
+        certificates.per_image_best([own, of_sigmas(0.001 / 3, "anytime")]), [0, 0], [0.25]
+    )
+    assert curve.correct.tolist() == [2]
+    # shares of alpha need not be equal
+    uneven = [
+        *of_sigmas(0.0005)[:1],
+        *of_sigmas(0.00025)[1:],
+    ]
+    assert certificates.per_image_best([uneven])[0].radius == uneven[1].radius
+
+
+def test_the_best_of_several_radii_needs_the_smaller_alpha():
+    """Radii of three sigmas with one true value: the largest at the full alpha is false too often."""
+    rng = np.random.default_rng(22)
+    alpha = 0.05
+    counts = rng.binomial(2000, 0.9, (REPETITIONS, 3))
+    for spent, holds in ((alpha / 3, True), (alpha, False)):
+        wrong = float((intervals.lower_bound(counts, 2000, spent) > 0.9).any(1).mean())
+        assert (wrong <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / REPETITIONS)) is holds
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: certificates.per_image_best([of_sigmas(0.001)]), "alpha / 3 = 0.000333 each"),
+        (lambda: certificates.per_image_best([[]]), "at least one certificate"),
+        (
+            lambda: certificates.per_image_best([2 * of_sigmas(0.0001)[:1]]),
+            "same different sigmas",
+        ),
+        (
+            lambda: certificates.per_image_best([of_sigmas(0.0001), of_sigmas(0.0001)[:2]]),
+            r"got \(0.25, 0.5\) after \(0.25, 0.5, 1.0\)",
+        ),
+        (
+            lambda: certificates.certified_accuracy(of_sigmas(0.0001), [0, 0, 0], [0]),
+            "by per_image_best",
+        ),
+        (lambda: certificates.wrong_at_most(100, 0.001, 95), "below 1, got 95"),
+        (lambda: certificates.wrong_at_most(100, 0.0), "alpha between 0 and 1"),
+        (lambda: certificates.wrong_at_most(0, 0.001), "at least 1"),
+    ],
+)
+def test_what_cannot_be_said_of_many_is_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -8,12 +8,19 @@ radius. Every result remembers the counts, n, alpha and sigma it came from, and 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy import stats
 
 from diffclass import units
+from diffclass.certify.anytime import anytime_bound, check_alpha
 from diffclass.intervals import interval, lower_bound, upper_bound
+
+BOUNDS = {
+    "fixed": lower_bound,  # of a number of votes that was fixed before the first
+    "anytime": anytime_bound,  # of votes that were counted until they sufficed
+}
 
 
 def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.001) -> bool:
@@ -27,7 +34,7 @@ def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.00
     """
     counts = _votes_of(counts, "counts")
     original = units.check_whole(original, "the original class")
-    alpha = _check_alpha(alpha)
+    alpha = check_alpha(alpha)
     if not 0 <= original < len(counts):
         raise ValueError(f"expected the original class among 0..{len(counts) - 1}, got {original}.")
     n = sum(counts)
@@ -80,6 +87,8 @@ class Certificate:
     """A guarantee for one image, with everything needed to recompute it.
 
     `prediction` is None, and `radius` 0, where the votes do not suffice (an abstention, which counts as an error).
+    `bound` says which of BOUNDS it was made by: "fixed" where n was fixed before the first vote was cast, "anytime" where
+    the votes themselves said when to stop.
     Units       radius: L2, pixels in [0,1]
     """
 
@@ -91,6 +100,7 @@ class Certificate:
     alpha: float
     sigma_pixel: float
     seed: int | None = None
+    bound: str = "fixed"
 
     def __post_init__(self):
         object.__setattr__(self, "counts", _votes_of(self.counts, "counts"))
@@ -99,16 +109,21 @@ class Certificate:
                 f"expected counts that add up to n = {self.n}, got {sum(self.counts)}; a certificate is "
                 "about the votes that were cast, and scaling them makes it false."
             )
-        if self.radius > largest_radius(self.n, self.sigma_pixel, self.alpha) * (1 + 1e-12):
+        ceiling = largest_radius(self.n, self.sigma_pixel, self.alpha, self.bound)
+        if self.radius > ceiling * (1 + 1e-12):
             raise ValueError(
-                f"expected a radius that {self.n} votes can certify, got {self.radius:.4g}, above "
-                f"{largest_radius(self.n, self.sigma_pixel, self.alpha):.4g}."
+                f"expected a radius that {self.n} votes can certify, got {self.radius:.4g}, above {ceiling:.4g}."
             )
         if self.prediction is None and self.radius != 0:
             raise ValueError(f"expected radius 0 for an abstention, got {self.radius:.4g}.")
 
+    @property
+    def setting(self) -> str:
+        """What certificates of one classifier and one confidence have in common."""
+        return f"sigma={self.sigma_pixel:g}, alpha={self.alpha:g}"
+
     def __str__(self) -> str:
-        how = f"n={self.n}, alpha={self.alpha:g}, sigma={self.sigma_pixel:g}"
+        how = f"n={self.n}, {_level_said(self.alpha, self.bound)}, sigma={self.sigma_pixel:g}"
         if self.prediction is None:
             return f"abstains: the votes do not prove a majority (lower bound {self.p_lower:.4f} < 1/2, {how})"
         return (
@@ -117,15 +132,18 @@ class Certificate:
         )
 
 
-def smoothing_radius(votes: Votes, alpha: float = 0.001) -> Certificate:
+def smoothing_radius(votes: Votes, alpha: float = 0.001, bound: str = "fixed") -> Certificate:
     """Certify the smoothed prediction of one image, or abstain.
 
-    Formula     r = sigma Phi^-1(p),  p = lower_bound(estimation[guess], n, alpha); abstains where p < 1/2
-    Source      Cohen et al. 2019, Algorithm 1 and Theorem 1
+    Formula     r = sigma Phi^-1(p),  p the lower bound of the guess's share of the estimation votes; abstains where
+                p < 1/2
+    Source      Cohen et al. 2019, Algorithm 1 and Theorem 1, with the bound of a fixed n; `anytime_bound` for votes
+                counted until they sufficed, as by a `StopRule`
     Units       radius: L2, pixels in [0,1]
-    Errors      a certificate is wrong with probability at most alpha, over the noise of the votes
+    Errors      a certificate is wrong with probability at most alpha, over the noise of the votes; ValueError for a
+                bound that is not in BOUNDS
     """
-    p = lower_bound(votes.estimation[votes.guess], votes.n, alpha)
+    p = _share_bound(bound)(votes.estimation[votes.guess], votes.n, alpha)
     certain = p >= 0.5
     return Certificate(
         prediction=votes.guess if certain else None,
@@ -136,31 +154,37 @@ def smoothing_radius(votes: Votes, alpha: float = 0.001) -> Certificate:
         alpha=alpha,
         sigma_pixel=votes.sigma_pixel,
         seed=votes.seed,
+        bound=bound.lower(),
     )
 
 
-def largest_radius(n: int, sigma_pixel: float, alpha: float = 0.001) -> float:
-    """The radius when every vote agrees: no image can get more from n votes. Formula: sigma Phi^-1(alpha^(1/n)).
+def largest_radius(n: int, sigma_pixel: float, alpha: float = 0.001, bound: str = "fixed") -> float:
+    """The radius when every vote agrees: no image can get more from n votes.
 
+    Formula     sigma Phi^-1(alpha^(1/n)), or of `anytime_bound`
     Units       L2, pixels in [0,1]; 0 where even unanimous votes do not prove a majority
     """
     units.check_sigma_pixel(sigma_pixel)
-    return max(0.0, _radius_of(lower_bound(n, n, alpha), sigma_pixel))
+    n = units.check_whole(n, "n, the number of votes", least=1, most=None)
+    return max(0.0, _radius_of(_share_bound(bound)(n, n, alpha), sigma_pixel))
 
 
-def votes_needed(radius: float, n: int, sigma_pixel: float, alpha: float = 0.001) -> int | None:
+def votes_needed(
+    radius: float, n: int, sigma_pixel: float, alpha: float = 0.001, bound: str = "fixed"
+) -> int | None:
     """The fewest agreeing votes among n that certify `radius`; None where no count does.
 
     Units       radius: L2, pixels in [0,1]
     """
     units.check_sigma_pixel(sigma_pixel)
     n = units.check_whole(n, "n, the number of votes", least=1)
+    share_bound = _share_bound(bound)
     radius = units.check_real(radius, "a radius")
     if not (math.isfinite(radius) and radius >= 0):
         raise ValueError(f"expected a radius >= 0, got {radius}.")
 
     def suffices(agreeing: int) -> bool:
-        p = lower_bound(agreeing, n, alpha)
+        p = share_bound(agreeing, n, alpha)
         return p >= 0.5 and _radius_of(p, sigma_pixel) >= radius
 
     if not suffices(n):
@@ -177,9 +201,105 @@ def votes_needed(radius: float, n: int, sigma_pixel: float, alpha: float = 0.001
 # Many images
 
 
+class Guarantee(Protocol):
+    """What every kind of certificate says of its picture: of counted votes, of soft ones, of a Lipschitz constant."""
+
+    prediction: int | None
+    radius: float
+    alpha: float
+
+    @property
+    def setting(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class BestOfSigmas:
+    """The certificate with the largest radius among those of one picture at several sigmas.
+
+    Meaning     the smoothed classifier with the sigma of `chosen` does not change its prediction inside the radius. No
+                one classifier answers so for all pictures: which sigma is best is only known of the clean picture
+    Units       radius: L2, pixels in [0,1]; alpha is that of all of them together
+    """
+
+    chosen: Certificate
+    sigmas: tuple[float, ...]
+    alpha: float
+
+    @property
+    def prediction(self) -> int | None:
+        """That of the chosen certificate."""
+        return self.chosen.prediction
+
+    @property
+    def radius(self) -> float:
+        """That of the chosen certificate."""
+        return self.chosen.radius
+
+    @property
+    def setting(self) -> str:
+        """What certificates of one classifier and one confidence have in common."""
+        sigmas = ", ".join(f"{sigma:g}" for sigma in self.sigmas)
+        return f"best sigma of {sigmas}, alpha={self.alpha:g}"
+
+
+def per_image_best(
+    certificates: Sequence[Sequence[Certificate]], alpha: float = 0.001
+) -> list[BestOfSigmas]:
+    """The best certificate of each picture among those of several sigmas, all of which hold at once.
+
+    Formula     argmax_i radius_i of m certificates whose alphas sum to at most alpha: alpha/m each
+    Why         the largest of m radii is wrong as often as any of them can be; made at the full alpha, m times as often
+                (a union bound)
+    Shapes      certificates [B][m], in the same order of sigmas for every picture -> B
+    Units       radius: L2, pixels in [0,1]
+    Errors      ValueError for certificates at more than alpha in all, two of one sigma, or other sigmas from picture to
+                picture
+    """
+    alpha = check_alpha(alpha)
+    best = []
+    for own in certificates:
+        if len(own) == 0:
+            raise ValueError("expected at least one certificate for each picture, got none.")
+        sigmas = tuple(one.sigma_pixel for one in own)
+        if len(set(sigmas)) < len(sigmas) or (best and sigmas != best[0].sigmas):
+            raise ValueError(
+                f"expected certificates of the same different sigmas for every picture, got {sigmas}"
+                + (f" after {best[0].sigmas}." if best else ".")
+            )
+        spent = math.fsum(one.alpha for one in own)
+        if spent > alpha * (1 + 1e-9):
+            raise ValueError(
+                f"expected {len(own)} certificates at alpha / {len(own)} = {alpha / len(own):.3g} each, got "
+                f"{spent:.3g} in all, more than alpha = {alpha:g}; certify the same votes again at the smaller alpha."
+            )
+        best.append(BestOfSigmas(max(own, key=lambda one: one.radius), sigmas, alpha))
+    return best
+
+
+def wrong_at_most(certificates: int, alpha: float, level: float = 0.95) -> int:
+    """How many of the certificates of a data set may be wrong, at most, with probability `level`.
+
+    Formula     min{w : P(Binomial(B, alpha) > w) <= 1 - level}
+    Why         each is wrong with probability at most alpha, independently where each picture has noise of its own. A
+                certificate is right or wrong as a whole, so the number holds for all radii of a curve at once
+    Errors      ValueError for alpha or level outside (0, 1)
+    """
+    certificates = units.check_whole(certificates, "a number of certificates", least=1)
+    alpha = check_alpha(alpha)
+    level = units.check_number(level, "a confidence level", above=0)
+    if level >= 1:
+        raise ValueError(f"expected a confidence level below 1, got {level:g}; 95 % is 0.95.")
+    return int(stats.binom.ppf(level, certificates, alpha))
+
+
 @dataclass(frozen=True)
 class CertifiedCurve:
-    """Certified accuracy against the radius, with its binomial interval; all arrays [R], shares in [0,1]."""
+    """Certified accuracy against the radius, with its binomial interval; all arrays [R], shares in [0,1].
+
+    `accuracy` counts certificates, a few of which may be wrong; two bounds, each right with probability `level`, do not:
+    sure        of these pictures: at least this share is classified rightly within the radius, at all radii at once
+    sure_beyond of all pictures, of which these are a random sample: at least this share, at each radius
+    """
 
     radii: np.ndarray
     accuracy: np.ndarray
@@ -189,19 +309,24 @@ class CertifiedCurve:
     n: int
     abstained: int
     level: float
+    sure: np.ndarray
+    sure_beyond: np.ndarray
 
 
 def certified_accuracy(
-    certificates: Sequence[Certificate], labels, radii, level: float = 0.95
+    certificates: Sequence[Guarantee], labels, radii, level: float = 0.95
 ) -> CertifiedCurve:
     """The share of images whose correct class is certified at each radius; abstentions count as errors.
 
-    Formula     mean over images of [prediction = label and radius >= r]
+    Formula     accuracy = mean over images of [prediction = label and radius >= r] = c / B
+                sure = (c - `wrong_at_most`(B, alpha, level)) / B,  of these pictures
+                sure_beyond = lower_bound(c, B, 1 - level) - alpha: a picture drawn at random is certified more often
+                than it is safe by at most alpha
     Source      Cohen et al. 2019, section 4
     Shapes      certificates and labels [B], radii [R] -> curve [R]
     Units       radii: L2, pixels in [0,1]
     Errors      ValueError for unequal lengths, or certificates of different sigma or alpha, which are different
-                classifiers; at level alpha, about alpha * B of the certificates may be wrong
+                classifiers (`per_image_best` makes one of several); about alpha * B of the certificates may be wrong
     """
     labels = units.check_numbers(labels, "labels").detach().cpu().numpy()
     radii = np.atleast_1d(units.check_numbers(radii, "radii").detach().cpu().double().numpy())
@@ -216,11 +341,11 @@ def certified_accuracy(
         )
     if labels.min() < 0:
         raise ValueError(f"expected labels >= 0, got {labels.min()}.")
-    settings = {(c.sigma_pixel, c.alpha) for c in certificates}
+    settings = sorted({c.setting for c in certificates})
     if len(settings) > 1:
         raise ValueError(
-            f"expected certificates of one sigma and one alpha, got {sorted(settings)}; the best sigma "
-            "for each image would need a smaller alpha (a union bound)."
+            f"expected certificates of one sigma and one alpha, got {'; '.join(settings)}; the best sigma for each image "
+            "needs a smaller alpha, by per_image_best."
         )
     if not (np.isfinite(radii).all() and (radii >= 0).all()):
         raise ValueError(f"expected radii >= 0, got {radii.tolist()[:5]}.")
@@ -230,8 +355,19 @@ def certified_accuracy(
     correct = (right[None] & (reach[None] >= radii[:, None])).sum(1)
     low, high = interval(correct, len(right), level)
     abstained = sum(c.prediction is None for c in certificates)
+    alpha = certificates[0].alpha
+    wrong = wrong_at_most(len(right), alpha, level)
     return CertifiedCurve(
-        radii, correct / len(right), low, high, correct, len(right), abstained, level
+        radii=radii,
+        accuracy=correct / len(right),
+        low=low,
+        high=high,
+        correct=correct,
+        n=len(right),
+        abstained=abstained,
+        level=level,
+        sure=np.maximum(correct - wrong, 0) / len(right),
+        sure_beyond=np.maximum(lower_bound(correct, len(right), 1 - level) - alpha, 0),
     )
 
 
@@ -255,11 +391,12 @@ def _votes_of(counts, name: str) -> tuple[int, ...]:
     return counts
 
 
-def _check_alpha(alpha: float) -> float:
-    alpha = units.check_real(alpha, "alpha")
-    if not 0 < alpha < 1:
-        raise ValueError(f"expected alpha between 0 and 1, got {alpha}; 0.001 by custom.")
-    return alpha
+def _share_bound(bound: str):
+    return units.chosen(bound, BOUNDS, "the bound of a share of votes")
+
+
+def _level_said(alpha: float, bound: str) -> str:
+    return f"alpha={alpha:g}" if bound == "fixed" else f"alpha={alpha:g} at every look"
 
 
 def _radius_of(p_lower: float, sigma_pixel: float) -> float:
