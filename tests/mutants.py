@@ -62,6 +62,7 @@ TESTS = (
     "test_classifiers.py",
     "test_purified.py",
     "test_votes.py",
+    "test_noised.py",
     "test_smoothed.py",
     "test_certificates.py",
     "test_attacks.py",

@@ -14,11 +14,19 @@ from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telesc
 from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.idc import TranslationClassifier
-from diffclass.classifiers.noised import NoisedBayesClassifier
+from diffclass.classifiers.mirrored import Mirrored
+from diffclass.classifiers.noised import (
+    ApproximateNoisedClassifier,
+    NoisedBayesClassifier,
+    TrainedOnNoise,
+)
+from diffclass.classifiers.one_call import NearestHeadClassifier, NoisedOneCallClassifier
 from diffclass.classifiers.purified import (
+    Denoising,
     LikelihoodMaximisation,
     Purification,
     PurifiedClassifier,
+    Restoration,
     plain_direction,
 )
 from diffclass.classifiers.smoothed import Smoothed
@@ -78,6 +86,11 @@ def maximised(classifier, **options):
 def diffpure(classifier, **options):
     """Noising and walking back in front of a classifier of the plane."""
     return PurifiedClassifier(Purification(denoiser(), 0.5, steps=4, **options), classifier)
+
+
+def walked(classifier, **options):
+    """A few steps back from the noise that points carry."""
+    return PurifiedClassifier(Restoration(denoiser(), 0.2, steps=4, **options), classifier)
 
 
 def end_term():
@@ -144,6 +157,32 @@ TOYS = {
     "noised": (lambda: NoisedBayesClassifier(denoiser(), 0.2, levels=4, samples=2), points),
     "noised digits": (
         lambda: NoisedBayesClassifier(trained().denoiser, 0.2, levels=2),
+        digits,
+    ),
+    "noised, ensemble": (
+        lambda: ApproximateNoisedClassifier(denoiser(), 0.2, levels=4, samples=2),
+        points,
+    ),
+    "noised, path": (
+        lambda: ApproximateNoisedClassifier(denoiser(), 0.2, form="path", levels=4),
+        points,
+    ),
+    "noised, own path": (
+        lambda: ApproximateNoisedClassifier(denoiser(), 0.2, form="own path", levels=4),
+        points,
+    ),
+    "one call of noised points": (lambda: NoisedOneCallClassifier(denoiser(), 0.2), points),
+    "nearest head": (lambda: NearestHeadClassifier(denoiser(), 0.2), points),
+    "denoised at once": (lambda: PurifiedClassifier(Denoising(denoiser(), 0.2), bayes()), points),
+    "denoised in steps, SDE": (lambda: walked(exact()), points),
+    "denoised in steps, ODE": (lambda: walked(bayes(), stochastic=False), points),
+    "votes over walks": (lambda: MajorityVote(walked(exact()), 3), points),
+    "a network of noised pictures": (lambda: TrainedOnNoise(cnn(), 0.2), digits),
+    "votes of noised pictures": (lambda: TrainedOnNoise(MajorityVote(bayes(), 3), 0.2), points),
+    "mirrored": (lambda: Mirrored(cnn()), digits),
+    "mirrored votes": (lambda: Mirrored(MajorityVote(trained(), 3)), digits),
+    "mirrored, noised": (
+        lambda: Mirrored(NoisedBayesClassifier(trained().denoiser, 0.2, levels=2)),
         digits,
     ),
     "exact": (exact, points),

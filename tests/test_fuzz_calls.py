@@ -24,8 +24,21 @@ from diffclass.classifiers.base import Classifier, Fresh, Held, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
 from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.foreign import Foreign
-from diffclass.classifiers.noised import NoisedBayesClassifier
-from diffclass.classifiers.purified import LikelihoodMaximisation, Purification, PurifiedClassifier
+from diffclass.classifiers.mirrored import Mirrored
+from diffclass.classifiers.noised import (
+    ApproximateNoisedClassifier,
+    NoisedBayesClassifier,
+    TrainedOnNoise,
+    carried_sigma,
+)
+from diffclass.classifiers.one_call import NearestHeadClassifier, NoisedOneCallClassifier
+from diffclass.classifiers.purified import (
+    Denoising,
+    LikelihoodMaximisation,
+    Purification,
+    PurifiedClassifier,
+    Restoration,
+)
 from diffclass.classifiers.smoothed import NoisedCopies, Smoothed
 from diffclass.classifiers.votes import MajorityVote, MeanLogits
 from diffclass.data import corruptions, pictures
@@ -235,6 +248,14 @@ def classifiers() -> dict[str, Classifier]:
         "exact": ExactClassifier(EXACT),
         "exact noised": ExactClassifier(EXACT, sigma_pixel=0.1),
         "noised": NoisedBayesClassifier(EXACT, 0.1, levels=3),
+        "noised, ensemble": ApproximateNoisedClassifier(EXACT, 0.1, levels=3),
+        "noised, path": ApproximateNoisedClassifier(EXACT, 0.1, form="path", levels=3),
+        "one call of noised": NoisedOneCallClassifier(EXACT, 0.1),
+        "nearest head": NearestHeadClassifier(EXACT, 0.1),
+        "denoised": PurifiedClassifier(Denoising(EXACT, 0.1), BAYES),
+        "restored": PurifiedClassifier(Restoration(EXACT, 0.1, steps=2), BAYES),
+        "trained on noise": TrainedOnNoise(BAYES, 0.1),
+        "mirrored": Mirrored(NearestHeadClassifier(EXACT, 0.1)),
         "maximised": maximised,
         "purified": diffused,
         "vote": MajorityVote(diffused, 3),
@@ -876,6 +897,79 @@ CALLS = [
             high=Values((None, 5.0), (1e30,), (math.nan, -1, "x", 0, math.inf)),
             samples=count(1, 2),
         ),
+    ),
+    Call(
+        "ApproximateNoisedClassifier",
+        answered(ApproximateNoisedClassifier),
+        dict(
+            denoiser=fixed(EXACT),
+            sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12)),
+            form=names("ensemble", "path", "own path"),
+            levels=count(1, 3),
+            high=Values((None, 5.0), (1e30,), (math.nan, -1, "x", 0, math.inf)),
+            samples=count(1, 2),
+        ),
+    ),
+    *(
+        Call(
+            build.__name__,
+            answered(build),
+            dict(
+                denoiser=fixed(EXACT),
+                sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12)),
+                follow=names("all", "null", "heads"),
+            ),
+        )
+        for build in (NoisedOneCallClassifier, NearestHeadClassifier)
+    ),
+    Call(
+        "Denoising",
+        answered(lambda **options: PurifiedClassifier(Denoising(EXACT, **options), BAYES)),
+        dict(sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12))),
+    ),
+    Call(
+        "Restoration",
+        answered(lambda **options: PurifiedClassifier(Restoration(EXACT, **options), BAYES)),
+        dict(
+            sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12)),
+            steps=Values((2, 3), (10**30,), (*NO_NUMBER, 0, 1, -1, 2.5)),
+            low=Values((0.05, 0.1), (0.2,), (*NO_NUMBER, 0, -1, 3.0)),
+        ),
+    ),
+    Call(
+        "TrainedOnNoise",
+        answered(TrainedOnNoise),
+        dict(
+            classifier=fixed(BAYES),
+            sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12)),
+        ),
+    ),
+    Call(
+        "carried_sigma",
+        carried_sigma,
+        dict(
+            denoiser=fixed(EXACT),
+            sigma_pixel=Values((0.1, 0.25), (1.0,), (*NO_NUMBER, 0, -1, 12)),
+        ),
+        lambda **_: (),
+    ),
+    *(
+        Call(
+            f"likelihood.{formula.__name__}",
+            formula,
+            dict(
+                denoiser=fixed(EXACT),
+                z_tau=points(),
+                sigma_tau=Values((0.2, 0.1), (), (*NO_NUMBER, 0, -0.2, 3.0)),
+                bank=fixed(ABOVE),
+            ),
+            lambda z_tau, **_: (len(z_tau), K),
+        )
+        for formula in (
+            likelihood.denoised_elbo,
+            likelihood.denoised_target_elbo,
+            likelihood.own_target_elbo,
+        )
     ),
     Call(
         "ExactClassifier",

@@ -242,15 +242,126 @@ def noised_elbo(
     Shapes      z_tau [B,C,H,W], any range; bank over `noise.noised_levels(sigma_tau, ...)` -> [B,K]
     Units       sigma_tau in model space; nats per image
     """
+    sigma_tau = _check_carried(sigma_tau, bank)
+    spread = (bank.sigma**2 - sigma_tau**2).sqrt()
+    errors = _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
+    return evidence(errors.mean(-1), bank.levels, weighting)
+
+
+def _check_carried(sigma_tau: float, bank: NoiseBank) -> float:
+    """Return the noise that an image carries if every level of the bank lies above it, else raise a ValueError."""
     sigma_tau = units.check_real(sigma_tau, "sigma_tau")
     if not 0 < sigma_tau < float(bank.sigma.min()):
         raise ValueError(
             f"expected 0 < sigma_tau below every level of the bank, got sigma_tau {sigma_tau:.3g} and a "
             f"lowest level of {float(bank.sigma.min()):.3g}; build the bank with noise.noised_levels."
         )
+    return sigma_tau
+
+
+def denoised_elbo(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """The ELBO of the denoised image, above the noise that it was freed of (APNDC, the ensemble).
+
+    Formula     - sum_t w_t mean_s ||x^ - D_k(x^ + sigma_t eps_ts, sigma_t)||^2,   x^ = D_null(z_tau, sigma_tau)
+    Source      Chen et al. 2024 (NDC), the form that is certified there
+    Meaning     E_eps log p_tau(x^ + sigma_tau eps | k) but for a constant shared by the classes: the mean over all noised
+                versions of the denoised image, not log p_tau(z_tau | k). So it decides otherwise in places, even with an
+                exact denoiser (tests/test_noised.py)
+    Shapes      z_tau [B,C,H,W], any range; bank over `noise.log_levels(sigma_tau, ...)` -> [B,K]
+    Units       sigma_tau in model space; nats per image
+    Cost        that of `noised_elbo`, and one call without a class
+    Errors      those of `noised_elbo`; ValueError for a denoiser without a null class
+    """
+    sigma_tau = _check_carried(sigma_tau, bank)
+    clean = check_null(denoiser).unconditional(z_tau, sigma_tau)
+    return elbo(denoiser, clean, bank, weighting, classes, chunk)
+
+
+def denoised_target_elbo(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """How well each class, from ever more noise, finds what is found of the noised image itself (APNDC, the path).
+
+    Formula     - sum_t w_t mean_s ||x^ - D_k(z_tau + r_t eps_ts, sigma_t)||^2,   x^ = D_null(z_tau, sigma_tau),
+                r_t^2 = sigma_t^2 - sigma_tau^2: that of `noised_elbo`, where x^ is in place of the point on the line
+    Source      Chen et al. 2024 (NDC), its code
+    Meaning     no likelihood: the expectation is over images noised further than z_tau, the target is not on their way. At
+                sigma_tau its term is ||D_null - D_k||^2, how flat the posterior of class k is
+    Shapes      z_tau [B,C,H,W], any range; bank over `noise.log_levels(sigma_tau, ...)` -> [B,K]
+    Units       sigma_tau in model space
+    Cost        that of `noised_elbo`, and one call without a class
+    Errors      those of `denoised_elbo`
+    """
+    sigma_tau = _check_carried(sigma_tau, bank)
+    clean = check_null(denoiser).unconditional(z_tau, sigma_tau)
+    return _target_elbo(denoiser, z_tau, sigma_tau, clean[:, None], bank, weighting, classes, chunk)
+
+
+def own_target_elbo(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    bank: NoiseBank,
+    weighting: Weighting = noise.elbo_weight,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """`denoised_target_elbo` where each class is held to what it found itself: for a denoiser without a null class.
+
+    Formula     - sum_t w_t mean_s ||x^_k - D_k(z_tau + r_t eps_ts, sigma_t)||^2,   x^_k = D_k(z_tau, sigma_tau)
+    Source      Chen et al. 2024 (NDC), its code
+    Meaning     how steady the answers of class k are: a class of one image is, whatever image it is shown
+    Shapes      z_tau [B,C,H,W], any range; bank over `noise.log_levels(sigma_tau, ...)` -> [B,K]
+    Units       sigma_tau in model space
+    Cost        that of `noised_elbo`, and one call for each class
+    Errors      those of `noised_elbo`
+    """
+    sigma_tau = _check_carried(sigma_tau, bank)
+    clean = denoiser(z_tau, sigma_tau, classes)
+    return _target_elbo(denoiser, z_tau, sigma_tau, clean, bank, weighting, classes, chunk)
+
+
+def _target_elbo(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    target: Tensor,
+    bank: NoiseBank,
+    weighting: Weighting,
+    classes: Sequence[int] | None,
+    chunk: int,
+) -> Tensor:
+    """- sum_t w_t mean_s ||target - D_k(z_tau + r_t eps)||^2. Shapes: target [B,1 or K,C,H,W] -> [B,K]."""
     spread = (bank.sigma**2 - sigma_tau**2).sqrt()
-    errors = _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
+    errors = _errors(
+        denoiser, z_tau, bank, spread, torch.zeros_like(spread), classes, chunk, target
+    )
     return evidence(errors.mean(-1), bank.levels, weighting)
+
+
+def check_null(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser that also answers without a class, else raise a ValueError."""
+    if not denoiser.has_null:
+        raise ValueError(
+            "expected a denoiser that also answers without a class, which gives the clean image that all classes are "
+            f"measured by; this {type(denoiser).__name__} was trained without a null class. EPNDC needs none, and "
+            "own_target_elbo measures each class by its own."
+        )
+    return denoiser
 
 
 def noised_weight(sigma_tau: float) -> Weighting:
@@ -277,9 +388,11 @@ def _errors(
     shift: Tensor,
     classes: Sequence[int] | None,
     chunk: int,
+    target: Tensor | None = None,
 ) -> Tensor:
     """||(z - shift eps) - D_k(z + spread eps, sigma)||^2 - shift^2 ||eps||^2 for every level and sample: [B,K,T,S].
 
+    A `target` [B,1 or K,C,H,W] is what answers are compared with in place of z.
     Rows (level, sample, image) are evaluated `chunk` at a time. Under autograd each chunk is recomputed in the
     backward pass instead of being kept, so memory does not grow with T, S or K. Noise is given, not drawn inside; what
     a network in training mode draws there, such as dropout, is drawn again from the global state that `checkpoint` keeps.
@@ -312,8 +425,9 @@ def _errors(
         denoised = denoiser(
             x0 + wide[:, None, None, None] * eps, bank.sigma[level].to(images), classes
         )
-        target = (x0 - away[:, None, None, None] * eps)[:, None]
-        return ((target - denoised) ** 2).flatten(2).sum(-1) - (
+        base = x0[:, None] if target is None else target[image]
+        wanted = base - (away[:, None, None, None] * eps)[:, None]
+        return ((wanted - denoised) ** 2).flatten(2).sum(-1) - (
             away**2 * (eps**2).flatten(1).sum(1)
         )[:, None]
 

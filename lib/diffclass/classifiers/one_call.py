@@ -1,10 +1,14 @@
 """Bayes' rule from one call of the network: where the answer without a class lies among those with one."""
 
+from abc import abstractmethod
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise
+from diffclass.classifiers.noised import carried_sigma
 from diffclass.denoisers.base import Denoiser
 
 ROUNDS = 40  # of Newton's method, at most; about 15 are needed
@@ -68,7 +72,72 @@ def _reach(value: Tensor, change: Tensor) -> Tensor:
     return limits.amin(1, keepdim=True).clamp_max(1.0)
 
 
-class OneCallClassifier(Classifier):
+class _AmongHeads(Classifier):
+    """What classifiers have in common that ask a network once, at one level, under every class and under none."""
+
+    def __init__(self, denoiser: Denoiser, sigma: float, follow: str):
+        super().__init__()
+        if not denoiser.has_null:
+            raise ValueError(
+                "expected a denoiser that also answers without a class, among whose heads that answer lies; this "
+                f"{type(denoiser).__name__} was trained without a null class."
+            )
+        self.denoiser = denoiser
+        self.sigma = sigma
+        self.follow = units.chosen(follow, ("all", "null", "heads"), "what gradients follow")
+        self.num_classes = denoiser.num_classes
+        self.image_shape = denoiser.image_shape
+
+    @abstractmethod
+    def noised(self, x: Tensor, noise: Noise) -> Tensor:
+        """The noised picture that the network is asked about, in model space. Shapes: x [B,C,H,W] -> the same."""
+
+    @abstractmethod
+    def following(self, follow: str) -> Self:
+        """The same values, the gradient of one side of the difference alone: "null" or "heads"."""
+
+    @abstractmethod
+    def of_answers(self, heads: Tensor, null: Tensor) -> Tensor:
+        """Logits from denoised pictures. Shapes: heads [B,K,C,H,W], null [B,C,H,W] -> [B,K]."""
+
+    def answers(self, x: Tensor, noise: Noise = ()) -> tuple[Tensor, Tensor]:
+        """The denoised pictures under each class, and without one. Shapes: -> [B,K,C,H,W], [B,C,H,W]."""
+        drawn = self.prepared(x, noise)
+        return self._answers(x, drawn)
+
+    def _answers(self, x: Tensor, drawn: Noise) -> tuple[Tensor, Tensor]:
+        every = list(range(self.num_classes + 1))
+        denoised = self.denoiser(self.noised(x, drawn), self.sigma, every)
+        return denoised[:, :-1], denoised[:, -1]
+
+    def logits(self, x: Tensor, noise: Noise) -> Tensor:
+        """See `Classifier.logits`."""
+        heads, null = self._answers(x, noise)
+        if self.follow == "null":
+            heads = heads.detach()
+        if self.follow == "heads":
+            null = null.detach()
+        return self.of_answers(heads, null)
+
+    def routes(self) -> dict[str, Classifier]:
+        """The gradient of the null head alone, and that of the heads alone: each may be masked by the other."""
+        if self.follow != "all":
+            return {}
+        return {
+            "the null head alone": self.following("null"),
+            "the heads alone": self.following("heads"),
+        }
+
+    @property
+    def calls(self) -> int:
+        """See `Classifier.calls`: one, where the network has a head for each class."""
+        return self.denoiser.calls(self.num_classes + 1)
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma:g}, gradients of {self.follow}"
+
+
+class OneCallClassifier(_AmongHeads):
     """p(y | x_sigma) from one noised picture and one call of a network with a head for each class and one for none.
 
     Formula     logit_k(x) = ln p_k,  p the barycentric coordinates of D_null(x_sigma) among the D_k(x_sigma), with
@@ -82,59 +151,83 @@ class OneCallClassifier(Classifier):
     """
 
     def __init__(self, denoiser: Denoiser, sigma: float, *, follow: str = "all"):
-        super().__init__()
-        if not denoiser.has_null:
-            raise ValueError(
-                "expected a denoiser that also answers without a class, among whose heads that answer lies; this "
-                f"{type(denoiser).__name__} was trained without a null class."
-            )
-        self.denoiser = denoiser
-        self.sigma = float(denoiser.check_levels(units.check_sigma(sigma)))
-        self.follow = units.chosen(follow, ("all", "null", "heads"), "what gradients follow")
-        self.num_classes = denoiser.num_classes
-        self.image_shape = denoiser.image_shape
+        super().__init__(denoiser, float(denoiser.check_levels(units.check_sigma(sigma))), follow)
 
     def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
         """See `Classifier.sample_noise`. Shapes: -> [images,C,H,W]."""
         shape = (images, *self.image_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
 
-    def answers(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        """The denoised pictures under each class, and without one. Shapes: -> [B,K,C,H,W], [B,C,H,W]."""
-        drawn = self.prepared(x, noise)
-        return self._answers(x, drawn)
+    def noised(self, x: Tensor, noise: Noise) -> Tensor:
+        """2x - 1 + sigma eps."""
+        return units.to_model(x) + self.sigma * noise
 
-    def _answers(self, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        every = list(range(self.num_classes + 1))
-        denoised = self.denoiser(units.to_model(x) + self.sigma * drawn, self.sigma, every)
-        return denoised[:, :-1], denoised[:, -1]
-
-    def logits(self, x: Tensor, noise: Noise) -> Tensor:
-        """See `Classifier.logits`."""
-        heads, null = self._answers(x, noise)
-        if self.follow == "null":
-            heads = heads.detach()
-        if self.follow == "heads":
-            null = null.detach()
-        return self.of_answers(heads, null)
+    def following(self, follow: str) -> "OneCallClassifier":
+        """The same values, other gradients."""
+        return OneCallClassifier(self.denoiser, self.sigma, follow=follow)
 
     def of_answers(self, heads: Tensor, null: Tensor) -> Tensor:
-        """Logits from denoised pictures. Shapes: heads [B,K,C,H,W], null [B,C,H,W] -> [B,K] in nats."""
+        """Log-probabilities from denoised pictures. Shapes: heads [B,K,C,H,W], null [B,C,H,W] -> [B,K] in nats."""
         return barycentric(heads.flatten(2), null.flatten(1)).to(heads)
 
-    def routes(self) -> dict[str, Classifier]:
-        """The gradient of the null head alone, and that of the heads alone: each may be masked by the other."""
-        if self.follow != "all":
-            return {}
-        return {
-            "the null head alone": OneCallClassifier(self.denoiser, self.sigma, follow="null"),
-            "the heads alone": OneCallClassifier(self.denoiser, self.sigma, follow="heads"),
-        }
 
-    @property
-    def calls(self) -> int:
-        """See `Classifier.calls`: one, where the network has a head for each class."""
-        return self.denoiser.calls(self.num_classes + 1)
+class NoisedOneCallClassifier(_AmongHeads):
+    """p(y | x + sigma_pixel eps) from one call: of a picture that already carries the noise, no other is added.
 
-    def extra_repr(self) -> str:
-        return f"sigma={self.sigma:g}, gradients of {self.follow}"
+    Formula     logit_k(x_tau) = ln p_k,  p the barycentric coordinates of D_null(z_tau, sigma_tau) among the
+                D_k(z_tau, sigma_tau),  z_tau = 2 x_tau - 1,  sigma_tau = 2 sigma_pixel (see `barycentric`)
+    Meaning     that of `OneCallClassifier`: the whole posterior of a noised picture for one call, without randomness
+    Source      this course, notebook 06b
+    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> [B,K] in nats
+    Randomness  none
+    Errors      ValueError for a denoiser without a null class; those of `carried_sigma`
+    """
+
+    def __init__(self, denoiser: Denoiser, sigma_pixel: float, *, follow: str = "all"):
+        super().__init__(denoiser, carried_sigma(denoiser, sigma_pixel), follow)
+        self.sigma_pixel = units.sigma_to_pixel(self.sigma)
+
+    def noised(self, x: Tensor, noise: Noise) -> Tensor:
+        """2 x_tau - 1, which carries its noise."""
+        return units.to_model(x)
+
+    def following(self, follow: str) -> "NoisedOneCallClassifier":
+        """The same values, other gradients."""
+        return NoisedOneCallClassifier(self.denoiser, self.sigma_pixel, follow=follow)
+
+    def of_answers(self, heads: Tensor, null: Tensor) -> Tensor:
+        """Log-probabilities from denoised pictures. Shapes: heads [B,K,C,H,W], null [B,C,H,W] -> [B,K] in nats."""
+        return barycentric(heads.flatten(2), null.flatten(1)).to(heads)
+
+
+class NearestHeadClassifier(_AmongHeads):
+    """The class whose answer is nearest to the one without a class, for a picture that already carries noise.
+
+    Formula     logit_k(x_tau) = -||D_k(z_tau, sigma_tau) - D_null(z_tau, sigma_tau)||^2 / sigma_tau^2,
+                z_tau = 2 x_tau - 1,  sigma_tau = 2 sigma_pixel
+    Meaning     D_k - D_null = sigma_tau^2 grad log p(k | z_tau), so the logit is -sigma_tau^2 ||grad log p(k | z_tau)||^2:
+                the class whose posterior is flattest, on the scale of the noise, wins. Bayes' answer for two classes, where
+                ||D_1 - D_null|| = (1 - p_1) ||D_1 - D_2||; not always for more. Scores, no log-probabilities
+    Source      this course, notebook 06b
+    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> [B,K]
+    Randomness  none
+    Errors      those of `NoisedOneCallClassifier`
+    """
+
+    scale = "scores"
+
+    def __init__(self, denoiser: Denoiser, sigma_pixel: float, *, follow: str = "all"):
+        super().__init__(denoiser, carried_sigma(denoiser, sigma_pixel), follow)
+        self.sigma_pixel = units.sigma_to_pixel(self.sigma)
+
+    def noised(self, x: Tensor, noise: Noise) -> Tensor:
+        """2 x_tau - 1, which carries its noise."""
+        return units.to_model(x)
+
+    def following(self, follow: str) -> "NearestHeadClassifier":
+        """The same values, other gradients."""
+        return NearestHeadClassifier(self.denoiser, self.sigma_pixel, follow=follow)
+
+    def of_answers(self, heads: Tensor, null: Tensor) -> Tensor:
+        """Scores from denoised pictures. Shapes: heads [B,K,C,H,W], null [B,C,H,W] -> [B,K]."""
+        return -((heads - null[:, None]) ** 2).flatten(2).sum(-1) / self.sigma**2

@@ -1,4 +1,4 @@
-"""Purify, then classify: likelihood maximisation, or noising and denoising, in front of a classifier."""
+"""Purify, then classify: likelihood maximisation, noising and denoising, or denoising alone, in front of a classifier."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise, each, on_device_of
 from diffclass.classifiers.bayes import check_level_count, half_and_double
+from diffclass.classifiers.noised import carried_sigma, check_clean
 from diffclass.denoisers import sampling
 from diffclass.denoisers.base import Denoiser
 
@@ -56,7 +57,10 @@ class Purifier(nn.Module, ABC):
     Gradient    `exact`: through every step, each recomputed in the backward pass instead of being kept. Else that of
                 the identity (BPDA, Athalye et al. 2018): the same values, so only an attack can tell the difference
     Randomness  `sample_noise`
+    Noise       `sigma_pixel`: what its pictures carry, which may then leave [0,1]; None for clean pictures
     """
+
+    sigma_pixel: float | None = None
 
     def __init__(self, denoiser: Denoiser, exact: bool):
         super().__init__()
@@ -97,8 +101,8 @@ class Purifier(nn.Module, ABC):
         return ()
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
-        """The purified image. Shapes: x [B,C,H,W] in [0,1] -> the same."""
-        units.check_images(x, self.image_shape)
+        """The purified image. Shapes: x [B,C,H,W] -> the same, in [0,1]."""
+        units.check_images(x, self.image_shape, pixel_range=self.sigma_pixel is None)
         wanted = self.exact and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             own = _for_autograd(x)  # a purifier may need gradients of its own
@@ -255,7 +259,66 @@ class LikelihoodMaximisation(Purifier):
         )
 
 
-class Purification(Purifier):
+class _ReverseWalk(Purifier):
+    """What purifiers have in common that walk back from a noise level with the unconditional denoiser."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma: float,
+        *,
+        steps: int,
+        stochastic: bool,
+        low: float,
+        exact: bool,
+    ):
+        super().__init__(denoiser, exact)
+        self.sigma = sigma
+        self.levels = sampling.karras_levels(steps, low, sigma)
+        self.low = low
+        self.stochastic = stochastic
+
+    def options(self) -> dict:
+        """What the constructor was given, but for the denoiser and the noise."""
+        return dict(
+            steps=len(self.levels) - 1,
+            stochastic=self.stochastic,
+            low=self.low,
+            exact=self.exact,
+        )
+
+    def drawn(self, images: int, count: int, generator: torch.Generator) -> Tensor:
+        """Noise of some steps. Shapes: -> [images,count,C,H,W]."""
+        shape = (count, images, *self.image_shape)
+        return torch.randn(shape, generator=generator, device=generator.device).movedim(1, 0)
+
+    def back(self, x: Tensor, level: Tensor, lower: Tensor) -> Tensor:
+        """The mean of one step from `level` to `lower`. Shapes: [B,C,H,W] and two numbers -> [B,C,H,W]."""
+        ratio = (lower / level) ** (2 if self.stochastic else 1)
+        return ratio * x + (1 - ratio) * self.denoiser.unconditional(x, level)
+
+    def walked(self, x: Tensor, noise: Tensor) -> Tensor:
+        """All steps from a noised image. Shapes: x [B,C,H,W], noise of B or 1 pictures [.,steps-1,C,H,W] -> as x."""
+        levels = self.levels.to(x)
+        for step, (level, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+            x = _recomputed(self.back, x, level, lower)
+            if self.stochastic and lower > 0:
+                x = x + lower * (1 - (lower / level) ** 2).sqrt() * noise[:, step]
+        return x
+
+    @property
+    def calls(self) -> int:
+        """See `Purifier.calls`."""
+        return len(self.levels) - 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"sigma={self.sigma:g}, steps={len(self.levels) - 1}, "
+            f"{'SDE' if self.stochastic else 'ODE'}, exact={self.exact}"
+        )
+
+
+class Purification(_ReverseWalk):
     """Noise the image up to sigma, then walk back with the unconditional denoiser (DiffPure, variance-exploding form).
 
     Formula     x <- z + sigma eps; then for each level s and the next s', r = s'/s:
@@ -275,62 +338,128 @@ class Purification(Purifier):
         low: float = 0.05,
         exact: bool = True,
     ):
-        super().__init__(denoiser, exact)
-        self.sigma = float(units.check_sigma(sigma))
-        self.levels = sampling.karras_levels(steps, low, self.sigma)
-        self.low = low
-        self.stochastic = stochastic
+        super().__init__(
+            denoiser,
+            float(units.check_sigma(sigma)),
+            steps=steps,
+            stochastic=stochastic,
+            low=low,
+            exact=exact,
+        )
 
     def sample_noise(self, images: int, generator: torch.Generator) -> Tensor:
         """Noise [images,steps,C,H,W]: one to go up, and for the SDE one a step back, but for the last step."""
-        count = len(self.levels) - 1 if self.stochastic else 1
-        shape = (count, images, *self.image_shape)
-        return torch.randn(shape, generator=generator, device=generator.device).movedim(1, 0)
-
-    def back(self, x: Tensor, level: Tensor, lower: Tensor) -> Tensor:
-        """The mean of one step from `level` to `lower`. Shapes: [B,C,H,W] and two numbers -> [B,C,H,W]."""
-        ratio = (lower / level) ** (2 if self.stochastic else 1)
-        return ratio * x + (1 - ratio) * self.denoiser.unconditional(x, level)
+        return self.drawn(images, self.calls if self.stochastic else 1, generator)
 
     def purify(self, z: Tensor, noise: Noise) -> Tensor:
         """See `Purifier.purify`."""
-        levels = self.levels.to(z)
-        x = z + levels[0] * noise[:, 0]
-        for step, (level, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
-            x = _recomputed(self.back, x, level, lower)
-            if self.stochastic and lower > 0:
-                x = x + lower * (1 - (lower / level) ** 2).sqrt() * noise[:, step]
-        return x
+        return self.walked(z + self.levels.to(z)[0] * noise[:, 0], noise[:, 1:])
 
     def changed(self, **options) -> "Purification":
         """See `Purifier.changed`."""
-        own = dict(
-            sigma=self.sigma,
-            steps=len(self.levels) - 1,
-            stochastic=self.stochastic,
-            low=self.low,
-            exact=self.exact,
-        )
+        own = dict(sigma=self.sigma, **self.options())
         return Purification(self.denoiser, **{**own, **options})
+
+
+class Restoration(_ReverseWalk):
+    """Walk a picture that already carries noise back to a clean one with the unconditional denoiser (DensePure's walk).
+
+    Formula     x <- z_tau;  then the steps of `Purification` from sigma_tau = 2 sigma_pixel on
+    Meaning     by the SDE a draw from p(x0 | x_tau), as good as the denoiser and the number of steps; in expectation what
+                `Denoising` answers at once. Several walks differ, and their classes vote (`MajorityVote`)
+    Source      Xiao et al. 2023 (DensePure): 10 strided steps of the reverse chain, 40 walks; after Nie et al. 2022
+    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> the same, in [0,1]
+    Units       sigma_pixel in pixels; low in model units
+    Errors      those of `carried_sigma`; ValueError for a noise that lies no higher than the last step
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma_pixel: float,
+        *,
+        steps: int = 10,
+        stochastic: bool = True,
+        low: float = 0.05,
+        exact: bool = True,
+    ):
+        sigma_tau = carried_sigma(denoiser, sigma_pixel)
+        low = float(denoiser.check_levels(units.check_sigma(low)))
+        if not low < sigma_tau:
+            raise ValueError(
+                f"expected a smoothing noise sigma_pixel above {units.sigma_to_pixel(low):.4g}, where the last step starts "
+                f"({low:.4g} in model units), got {units.sigma_to_pixel(sigma_tau):.4g}; there is no way to walk, so denoise "
+                "at once, by Denoising."
+            )
+        super().__init__(
+            denoiser, sigma_tau, steps=steps, stochastic=stochastic, low=low, exact=exact
+        )
+        self.sigma_pixel = units.sigma_to_pixel(sigma_tau)
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> Tensor | tuple:
+        """Noise [images,steps-1,C,H,W] of all steps but the last; none of the ODE."""
+        return self.drawn(images, self.calls - 1, generator) if self.stochastic else ()
+
+    def purify(self, z: Tensor, noise: Noise) -> Tensor:
+        """See `Purifier.purify`."""
+        return self.walked(z, noise)
+
+    def changed(self, **options) -> "Restoration":
+        """See `Purifier.changed`."""
+        own = dict(sigma_pixel=self.sigma_pixel, **self.options())
+        return Restoration(self.denoiser, **{**own, **options})
+
+    @property
+    def level_counts(self) -> tuple[int, ...]:
+        """Half and twice as many steps."""
+        return tuple(count for count in half_and_double(self.calls) if count >= 2)
+
+
+class Denoising(Purifier):
+    """Denoise a picture that already carries noise at once (denoised smoothing).
+
+    Formula     x <- D(z_tau, sigma_tau),  sigma_tau = 2 sigma_pixel: the mean of all clean pictures that x_tau may come from
+    Source      Salman et al. 2020; Carlini et al. 2023, with the denoiser of a diffusion model
+    Shapes      x_tau [B,C,H,W], pixels plus noise, any finite value -> the same, in [0,1]
+    Randomness  none
+    Units       sigma_pixel in pixels
+    Errors      those of `carried_sigma`
+    """
+
+    def __init__(self, denoiser: Denoiser, sigma_pixel: float, *, exact: bool = True):
+        super().__init__(denoiser, exact)
+        self.sigma = carried_sigma(denoiser, sigma_pixel)
+        self.sigma_pixel = units.sigma_to_pixel(self.sigma)
+
+    def sample_noise(self, images: int, generator: torch.Generator) -> tuple:
+        """None."""
+        return ()
+
+    def purify(self, z: Tensor, noise: Noise) -> Tensor:
+        """See `Purifier.purify`."""
+        return self.denoiser.unconditional(z, self.sigma)
+
+    def changed(self, **options) -> "Denoising":
+        """See `Purifier.changed`."""
+        own = dict(sigma_pixel=self.sigma_pixel, exact=self.exact)
+        return Denoising(self.denoiser, **{**own, **options})
 
     @property
     def calls(self) -> int:
         """See `Purifier.calls`."""
-        return len(self.levels) - 1
+        return 1
 
     def extra_repr(self) -> str:
-        return (
-            f"sigma={self.sigma:g}, steps={len(self.levels) - 1}, "
-            f"{'SDE' if self.stochastic else 'ODE'}, exact={self.exact}"
-        )
+        return f"sigma_pixel={self.sigma_pixel:g}, exact={self.exact}"
 
 
 class PurifiedClassifier(Classifier):
     """A purifier in front of a classifier: one function from pixels to logits, for predictions and attacks alike.
 
     Formula     f(purify(x, noise_1), noise_2)
-    Shapes      x [B,C,H,W] in [0,1], noise: the purifier's and the classifier's -> logits [B,K]
-    Errors      ValueError for parts that were made for different images
+    Shapes      x [B,C,H,W] in [0,1], or with the noise `sigma_pixel` of the purifier's pictures; noise: the purifier's and
+                the classifier's -> logits [B,K]
+    Errors      ValueError for parts that were made for different images, or a classifier whose pictures carry noise
     """
 
     def __init__(self, purifier: Purifier, classifier: Classifier, eot: int = 1):
@@ -340,8 +469,10 @@ class PurifiedClassifier(Classifier):
                 f"expected a purifier and a classifier of the same images, got {purifier.image_shape} and "
                 f"{classifier.image_shape}."
             )
+        check_clean(classifier)
         self.purifier = purifier
         self.classifier = classifier
+        self.sigma_pixel = purifier.sigma_pixel
         self.num_classes = classifier.num_classes
         self.image_shape = classifier.image_shape
         self.scale = classifier.scale
@@ -416,6 +547,7 @@ class _Behind(Classifier):
     def __init__(self, whole: PurifiedClassifier):
         super().__init__()
         self.whole = whole
+        self.sigma_pixel = whole.sigma_pixel
         self.num_classes = whole.num_classes
         self.image_shape = whole.image_shape
         self.scale = whole.scale
