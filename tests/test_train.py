@@ -90,6 +90,12 @@ def test_every_network_that_the_course_trains_has_a_recipe():
         networks.HARDENED.values(),
         *(files.values() for files in networks.BASELINES.values()),
         *networks.TRANSLATORS.values(),
+        [
+            networks.smoothing_file(world, method, sigma)
+            for world in networks.MODELS
+            for method in networks.SMOOTHING
+            for sigma in networks.SMOOTHING_SIGMAS
+        ],
     ]
     assert sorted(file for files in trained for file in files) == sorted(RECIPES)
 
@@ -98,7 +104,8 @@ def test_every_network_that_the_course_trains_has_a_recipe():
 def test_a_recipe_is_known_by_the_command_that_the_zoo_names(name):
     recipe = RECIPES[name]
     assert recipe.command == networks.command_for(name)
-    assert name.startswith(recipe.world) and name in recipes.files_of(recipe.world, recipe.method)
+    assert name.startswith(recipe.world)
+    assert name in recipes.files_of(recipe.world, recipe.method, recipe.sigma)
     assert recipe.world in recipes.worlds_of(recipe.method) and recipe.method in recipes.methods()
     json.dumps(recipe.says)
 

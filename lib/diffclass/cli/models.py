@@ -38,9 +38,7 @@ def _train_one(name: str, folder: Path, minutes: float | None, options: dict) ->
     first = None
     with (
         contextlib.closing(run),
-        tqdm(
-            desc=name.partition(".")[0], unit="step", file=sys.stderr, disable=not is_first()
-        ) as bar,
+        tqdm(desc=Path(name).stem, unit="step", file=sys.stderr, disable=not is_first()) as bar,
     ):
         for progress in run:
             first = first or progress
@@ -98,9 +96,13 @@ def train(
         str,
         typer.Option(
             help="diffusion; contrastive: no teacher; idc, idc-small; cnn; "
-            "adversarial, adversarial-dc: on attacked images."
+            "adversarial, adversarial-dc: on attacked images; cohen, smoothadv, macer, consistency: on noised ones."
         ),
     ] = "diffusion",
+    sigma: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="Noise in pixels of a method that learns from it."),
+    ] = None,
     student_only: Annotated[
         bool, typer.Option("--student-only", help="Copy the teacher that is there.")
     ] = False,
@@ -119,7 +121,7 @@ def train(
     options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
     only = "student" if student_only else None
     only = "teacher" if teacher_only else only
-    names = _names(world, method, only, folder)
+    names = _names(world, method, sigma, only, folder)
     try:
         for name in names:
             if not _train_one(name, folder, minutes, options):
@@ -141,7 +143,9 @@ def train(
         raise
 
 
-def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]:
+def _names(
+    world: str, method: str, sigma: float | None, only: str | None, folder: Path
+) -> list[str]:
     """The networks to train, in order."""
     from diffclass import units
     from diffclass.training import recipes
@@ -149,7 +153,14 @@ def _names(world: str, method: str, only: str | None, folder: Path) -> list[str]
 
     method = units.chosen(method, recipes.methods(), "the method")
     worlds = recipes.worlds_of(method)
-    files = recipes.files_of(units.chosen(world, worlds, f"the world of --method {method}"), method)
+    world = units.chosen(world, worlds, f"the world of --method {method}")
+    sigmas = recipes.sigmas_of(world, method)
+    if (sigma not in sigmas) if sigmas else (sigma is not None):
+        among = f"one of {', '.join(f'{s:g}' for s in sigmas)}" if sigmas else "none"
+        raise ValueError(
+            f"expected --sigma with --method {method} as {among}, got {'none' if sigma is None else f'{sigma:g}'}."
+        )
+    files = recipes.files_of(world, method, sigma)
     if only is None:
         return remaining(files, folder)
     if len(files) == 1:

@@ -200,7 +200,9 @@ def card_line(content: dict) -> str:
             "95 % Clopper-Pearson)"
         )
 
-    line = f"test accuracy {stated(content['accuracy'])}"
+    sigma = content["accuracy"].get("sigma_pixel")
+    noise = "" if sigma is None else f" under noise of sigma {sigma:g}"
+    line = f"test accuracy{noise} {stated(content['accuracy'])}"
     hit = content.get("accuracy_under_attack")
     return (
         line

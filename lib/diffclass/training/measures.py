@@ -11,6 +11,7 @@ from diffclass.classifiers.base import Classifier, Fresh, Held
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.cnn import ConvClassifier
 from diffclass.classifiers.idc import TranslationClassifier, Translator
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.denoisers.base import Denoiser
 from diffclass.device import in_precision
 from diffclass.evaluation import accuracies
@@ -150,6 +151,45 @@ def attacked_curve(epsilon: float) -> Measure:
             attack_steps=CURVE_STEPS,
             survived=survivors(classifier, images, labels, epsilon, CURVE_STEPS),
         )
+
+    return measure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain classifiers of noised pictures
+
+
+def noised(images: Tensor, sigma: float, seed: int) -> Tensor:
+    """The images with Gaussian noise, not clamped. Shapes: [N,C,H,W] -> the same. Randomness: from `seed`, on the CPU."""
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return images + sigma * eps.to(images)
+
+
+def noised_accuracy(sigma: float, voted: int, votes: int) -> Measure:
+    """The accuracy on images with one noise each and, of the first `voted`, that of the majority of votes.
+
+    Units       sigma in pixels
+    Randomness  the noise, and the votes, each picture its own, from the seed
+    """
+
+    def measure(classifier: ConvClassifier, images: Tensor, labels: Tensor, seed: int) -> dict:
+        once = accuracies.accuracy(classifier, noised(images, sigma, seed), labels)
+        smoothed = Fresh(Smoothed(classifier, votes=votes), torch.Generator().manual_seed(seed))
+        most = accuracies.accuracy(smoothed, images[:voted], labels[:voted])
+        return dict(
+            accuracy=counted(once, len(labels)) | dict(sigma_pixel=sigma),
+            accuracy_of_votes=counted(most, len(labels[:voted])) | dict(votes=votes),
+        )
+
+    return measure
+
+
+def noised_curve(sigma: float) -> Measure:
+    """The accuracy along a run, on images with one noise each. Units: sigma in pixels."""
+
+    def measure(classifier: ConvClassifier, images: Tensor, labels: Tensor, seed: int) -> dict:
+        correct = accuracies.accuracy(classifier, noised(images, sigma, seed), labels)
+        return dict(correct=correct, n=len(labels))
 
     return measure
 

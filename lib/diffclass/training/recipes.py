@@ -18,7 +18,7 @@ from diffclass.classifiers.bridges import Bridge
 from diffclass.data.worlds import BUDGETS
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
-from diffclass.training import losses, measures
+from diffclass.training import losses, measures, smoothing
 from diffclass.training.hardening import Hardening, Inner, adversarial_loss, hardening_loss
 from diffclass.training.losses import Loss
 from diffclass.training.measures import Measure
@@ -55,7 +55,7 @@ def nothing(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict
 class Recipe:
     """How one network is made.
 
-    world, method  by which `diffclass train WORLD --method METHOD` knows it
+    world, method  by which `diffclass train WORLD --method METHOD` knows it, with `sigma` where it has one
     build          Beginning -> the network before its first step; all randomness is from the seed
     loss           Beginning -> what it is trained by
     pictures       images in [0,1] -> what the loss is given
@@ -66,6 +66,7 @@ class Recipe:
     config         network -> its architecture, for the card
     says           what else the card says of it, JSON values
     compiled       where there is an accelerator
+    sigma          of the noise that its pictures carry, in pixels; None for most
     """
 
     world: str
@@ -88,13 +89,17 @@ class Recipe:
     mirror: bool = False
     precision: str = "fp32"
     compiled: bool = False
+    sigma: float | None = None
 
     @property
     def command(self) -> str:
         """The command that trains the network."""
-        if self.method == "diffusion":
-            return f"diffclass train {self.world}"
-        return f"diffclass train {self.world} --method {self.method}"
+        parts = ["diffclass train", self.world]
+        if self.method != "diffusion":
+            parts.append(f"--method {self.method}")
+        if self.sigma is not None:
+            parts.append(f"--sigma {self.sigma:g}")
+        return " ".join(parts)
 
 
 def from_data(loss: Loss) -> Callable[[Beginning], Loss]:
@@ -233,6 +238,11 @@ def hardened(
 # Plain classifiers and translators
 
 
+def plain_config(network: cnn.ConvClassifier) -> dict:
+    """The architecture of a convolutional network, for its card."""
+    return dict(network="ConvClassifier", widths=list(network.widths))
+
+
 def classifier(
     world: str,
     method: str,
@@ -251,9 +261,6 @@ def classifier(
             beginning.shape, beginning.classes, beginning.widths or widths, beginning.seed
         )
 
-    def config(network: cnn.ConvClassifier) -> dict:
-        return dict(network="ConvClassifier", widths=list(network.widths))
-
     return Recipe(
         world,
         method,
@@ -263,7 +270,7 @@ def classifier(
         watch=measures.attacked_curve(epsilon),
         watched=200,
         save=cnn.save,
-        config=config,
+        config=plain_config,
         says=dict(recipe=says),
         pictures=as_they_are,
         **settings,
@@ -281,6 +288,56 @@ def adversarial(world: str, inner: Inner, *, crop: int = 0, **settings) -> Recip
     loss = adversarial_loss(inner, crop)
     return classifier(
         world, "adversarial", loss=loss, says=dict(crop=crop, inner=asdict(inner)), **settings
+    )
+
+
+# What a method of smoothing is trained by, and what it chooses.
+_SMOOTHING: dict[str, tuple[Callable[..., Loss], dict]] = {
+    "cohen": (smoothing.gaussian_loss, {}),
+    "smoothadv": (smoothing.smoothadv_loss, dict(copies=2, steps=2, reach=1.0)),
+    "macer": (smoothing.macer_loss, dict(copies=8, weight=12.0, gamma=8.0, beta=16.0)),
+    "consistency": (smoothing.consistency_loss, dict(copies=2, agreement=10.0, entropy=0.5)),
+}
+
+
+def smoothed(
+    world: str,
+    method: str,
+    sigma: float,
+    *,
+    widths: tuple[int, ...],
+    voted: int,
+    crop: int = 0,
+    **settings,
+) -> Recipe:
+    """The recipe of a convolutional network that learns from noised pictures, for randomised smoothing.
+
+    Units       sigma in pixels
+    Shapes      voted: of so many test images 100 votes are counted; settings: other fields of `Recipe`
+    """
+    loss, choices = _SMOOTHING[method]
+
+    def build(beginning: Beginning) -> cnn.ConvClassifier:
+        classifier = cnn.ConvClassifier(
+            beginning.shape, beginning.classes, beginning.widths or widths, beginning.seed
+        )
+        classifier.sigma_pixel = sigma  # its pictures leave [0,1]
+        return classifier
+
+    return Recipe(
+        world,
+        method,
+        build=build,
+        loss=from_data(loss(sigma, crop=crop, **choices)),
+        measure=measures.noised_accuracy(sigma, voted, votes=100),
+        watch=measures.noised_curve(sigma),
+        watched=200,
+        save=cnn.save,
+        config=plain_config,
+        says=dict(recipe=dict(sigma_pixel=sigma, crop=crop, **choices)),
+        pictures=as_they_are,
+        sigma=sigma,
+        **settings,
     )
 
 
@@ -346,7 +403,7 @@ def permuted(labels: Tensor, seed: int) -> Tensor:
 DIGITS_IDC = partial(translator, "digits", "idc", "DigitNet", steps=1200, batch=128, rate=2e-3)
 _DIGITS_STUDENT = fresh("MultiHeadDenoiser", "DigitNet")
 _DIGITS_CNN = dict(widths=(32, 64), steps=400, batch=128, rate=2e-3, attacked=400)
-_CIFAR_CNN = dict(
+_CIFAR_NET = dict(
     widths=(32, 64, 128),
     batch=128,
     rate=3e-3,
@@ -354,8 +411,12 @@ _CIFAR_CNN = dict(
     mirror=True,
     ema=0.998,
     precision="bf16",
-    attacked=1000,
 )
+_CIFAR_CNN = dict(**_CIFAR_NET, attacked=1000)
+# Several copies and steps of an attack cost as many passes: those methods take fewer steps.
+_DIGITS_SMOOTHED = dict(widths=(32, 64), batch=128, rate=2e-3, voted=400)
+_DIGITS_SMOOTHED_STEPS = dict(cohen=2000, smoothadv=800, macer=800, consistency=1500)
+_CIFAR_SMOOTHED = dict(**_CIFAR_NET, steps=4000, voted=200)
 _CIFAR = dict(mirror=True, precision="bf16", stored=torch.float16)
 _CIFAR_DENOISER = dict(**_CIFAR, compiled=True, measured=1000, watched=256)
 _CIFAR_TEACHER = networks.MODELS["cifar10"]["teacher"]
@@ -510,6 +571,15 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
+for _method in networks.SMOOTHING:
+    for _sigma in networks.SMOOTHING_SIGMAS:
+        RECIPES[networks.smoothing_file("digits", _method, _sigma)] = smoothed(
+            "digits", _method, _sigma, steps=_DIGITS_SMOOTHED_STEPS[_method], **_DIGITS_SMOOTHED
+        )
+        RECIPES[networks.smoothing_file("cifar10", _method, _sigma)] = smoothed(
+            "cifar10", _method, _sigma, **_CIFAR_SMOOTHED
+        )
+
 
 def methods() -> tuple[str, ...]:
     """The ways to train a network, by name."""
@@ -523,8 +593,22 @@ def worlds_of(method: str) -> tuple[str, ...]:
     )
 
 
-def files_of(world: str, method: str) -> list[str]:
-    """The networks that a method makes of a world, in the order in which they are trained."""
+def sigmas_of(world: str, method: str) -> tuple[float, ...]:
+    """The noises, in pixels, for which a method has a network of a world each; none for most methods."""
+    found = [
+        recipe for recipe in RECIPES.values() if (recipe.world, recipe.method) == (world, method)
+    ]
+    return tuple(recipe.sigma for recipe in found if recipe.sigma is not None)
+
+
+def files_of(world: str, method: str, sigma: float | None = None) -> list[str]:
+    """The networks that a method makes of a world, in the order in which they are trained.
+
+    Units       sigma of the noise in pixels, for a method of `sigmas_of`
+    """
+    wanted = (world, method, sigma)
     return [
-        name for name, recipe in RECIPES.items() if (recipe.world, recipe.method) == (world, method)
+        name
+        for name, recipe in RECIPES.items()
+        if (recipe.world, recipe.method, recipe.sigma) == wanted
     ]

@@ -35,6 +35,9 @@ BASELINES = {
     world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
     for world in MODELS
 }
+# Plain classifiers that learned from noised pictures, for randomised smoothing: methods, and noise in pixels.
+SMOOTHING = ("cohen", "smoothadv", "macer", "consistency")
+SMOOTHING_SIGMAS = (0.125, 0.25, 0.5, 1.0)
 # Translators of each world, the best first: the small one of photographs is what a CPU can train.
 TRANSLATORS = {
     "digits": ("digits-idc.safetensors",),
@@ -82,6 +85,11 @@ def few_levels_of(file: str) -> Levels:
     return PHOTO_LEVELS if levels is CIFAR_LEVELS else levels
 
 
+def smoothing_file(world: str, method: str, sigma: float) -> str:
+    """The file of the plain classifier that a method of `SMOOTHING` trains. Units: sigma in pixels."""
+    return f"{world}-{method}-{sigma:g}.safetensors"
+
+
 def _world(file: str) -> str:
     return file.partition("-")[0]
 
@@ -102,6 +110,9 @@ def command_for(file: str) -> str:
         return "diffclass convert EDM.pkl"
     if method in ("teacher", "student"):
         return f"diffclass train {world}"
+    smoothing, _, sigma = method.rpartition("-")
+    if smoothing in SMOOTHING:
+        return f"diffclass train {world} --method {smoothing} --sigma {sigma}"
     return f"diffclass train {world} --method {method}"
 
 
