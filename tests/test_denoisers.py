@@ -527,17 +527,20 @@ def test_a_patch_network_of_single_pixels_is_the_digits_network_and_patches_stay
     ]
 
 
+DENOISING = losses.denoising_loss()
+
+
 @twins.rejected(
     {
         "no weight": dict(
-            loss=twins.patched(losses.denoising_loss, noise, edm_lambda=torch.ones_like)
+            loss=twins.patched(losses.denoising_loss(), noise, edm_lambda=torch.ones_like)
         ),
         "weight of the noise error": dict(
-            loss=twins.patched(losses.denoising_loss, noise, edm_lambda=noise.snr)
+            loss=twins.patched(losses.denoising_loss(), noise, edm_lambda=noise.snr)
         ),
     }
 )
-def test_the_denoising_loss_of_an_untrained_network_is_one(loss=losses.denoising_loss):
+def test_the_denoising_loss_of_an_untrained_network_is_one(loss=DENOISING):
     """EDM's weight 1 / c_out^2 on the pixel mean: for data of deviation 0.5 and D = c_skip x, one at every level."""
     denoiser = network.build("ConditionalDenoiser", "DigitNet", 2, SHAPE, width=16, blocks=1)
     images = 0.5 * torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))

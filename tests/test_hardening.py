@@ -19,6 +19,7 @@ from diffclass.training.hardening import (
     adversarial_images,
     adversarial_loss,
     drawn_levels,
+    drawn_start,
     hardening_loss,
 )
 from diffclass.zoo import networks
@@ -56,10 +57,11 @@ def test_the_inner_maximisation_reaches_the_closed_form_of_a_linear_model(inner,
     x = 0.2 + 0.6 * torch.rand(50, 1, 2, 2, generator=generator)
     y = torch.zeros(50, dtype=torch.long)
     linear = Linear()
-    got = adversarial_images(linear, x, y, inner, generator)
+    got = adversarial_images(linear, x, y, inner, drawn_start(x, generator))
     way = (got - x).flatten(1) * linear.w.detach().sign() / inner.epsilon
     assert float(way.min()) >= least - 1e-5 and float(way.max()) <= 1 + 1e-5
-    starts = adversarial_images(linear, x, y, replace(inner, steps=0), generator)
+    begun = drawn_start(x, generator)
+    starts = adversarial_images(linear, x, y, replace(inner, steps=0), begun)
     share = ((starts - x) / inner.epsilon).flatten()
     assert abs(float(share.mean())) < 0.15 and 0.5 < float(share.std()) < 0.65  # uniform: 1/sqrt(3)
     assert linear.w.grad is None
@@ -69,7 +71,7 @@ def test_adversarial_images_stay_in_the_budget_and_raise_the_loss(generator):
     classifier = test_cnn.tiny()
     (x, y) = test_cnn.some(count=20)
     x = x.round()  # every pixel at an end of its range
-    got = adversarial_images(classifier, x, y, Inner(0.1, 3, 0.5), generator)
+    got = adversarial_images(classifier, x, y, Inner(0.1, 3, 0.5), drawn_start(x, generator))
     assert (
         float((got - x).abs().max()) <= 0.1 + 1e-6
         and 0 <= float(got.min())
@@ -88,7 +90,7 @@ def test_the_adversarial_loss_is_cross_entropy_on_the_attacked_crops():
     hard = adversarial_loss(inner, crop=1)(classifier, x, y, seeded(5))
     source = seeded(5)
     crops = losses.moved(x, 1, source)
-    attacked = adversarial_images(classifier, crops, y, inner, source)
+    attacked = adversarial_images(classifier, crops, y, inner, drawn_start(x, source))
     assert torch.allclose(hard, torch.nn.functional.cross_entropy(classifier(attacked), y))
     plain = losses.classification_loss(crop=1)(classifier, x, y, seeded(5))
     hard.backward()
@@ -143,14 +145,16 @@ def test_the_loss_is_cross_entropy_on_attacked_images_plus_the_clean_diffusion_l
     x = data.digits().train_images[:6]
     y = data.digits().train_labels[:6]
     monkeypatch.setattr(
-        hardening, "adversarial_images", lambda classifier, x, y, inner, source, noise: x
+        hardening, "adversarial_images", lambda classifier, x, y, inner, start, noise: x
     )
     denoiser = networks.load_digits_denoiser()
     value = hardening_loss(RECIPE)(denoiser, units.to_model(x), y, seeded(5))
     source = seeded(5)
-    for _ in range(2):  # the attack's draw, then the judge's
+    for whose in ("attack", "judge"):
         levels = drawn_levels(0.1, 3.0, 4, source)
         noise = torch.randn(4, 1, 6, 1, 8, 8, generator=source)
+        if whose == "attack":
+            drawn_start(x, source)
     z = units.to_model(x)
     total = 0.0
     for t, sigma in enumerate(levels.sigma):
@@ -177,7 +181,7 @@ def test_the_noise_that_an_attack_met_judges_it_where_it_is_held(held, monkeypat
     met = []
     judged = []
 
-    def attacked(classifier, images, labels, inner, source, noise):
+    def attacked(classifier, images, labels, inner, start, noise):
         met.append((classifier.levels.sigma, noise))
         return (images + 0.05).clamp(0, 1)
 
@@ -213,8 +217,8 @@ def test_the_attack_inside_stays_in_its_budget_and_raises_the_loss(monkeypatch):
     seen = []
     real = hardening.adversarial_images
 
-    def watched(classifier, images, labels, inner, source, noise):
-        found = real(classifier, images, labels, inner, source, noise)
+    def watched(classifier, images, labels, inner, start, noise):
+        found = real(classifier, images, labels, inner, start, noise)
         with torch.no_grad():
             before, after = (
                 attacks.cross_entropy_loss(classifier(i, noise), labels).mean()

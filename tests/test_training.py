@@ -107,10 +107,10 @@ class Offsets(network.MultiHeadDenoiser):
         super().__init__(torch.nn.Identity(), len(offsets) - 1, SHAPE)
         self.offsets = torch.tensor(offsets)
 
-    def forward(self, x_sigma, sigma, classes=None):
+    def answers(self, x_sigma, sigma):
         """[B,K+1,C,H,W], with `noisy` what was last asked."""
         self.noisy = x_sigma
-        return self.offsets[None, list(classes), None, None, None].expand(len(x_sigma), -1, *SHAPE)
+        return self.offsets[None, :, None, None, None].expand(len(x_sigma), -1, *SHAPE)
 
 
 def test_the_contrastive_loss_draws_levels_evenly_in_ln_sigma():
@@ -205,10 +205,8 @@ def test_a_tenth_of_the_labels_is_withheld(monkeypatch):
     )
     images, labels = pictures(4000)
     with torch.no_grad():
-        losses.denoising_loss(denoiser, images, labels, torch.Generator().manual_seed(0))
-        losses.denoising_loss(
-            denoiser, images, labels, torch.Generator().manual_seed(0), null_rate=0.0
-        )
+        for rate in (0.1, 0.0):
+            losses.denoising_loss(rate)(denoiser, images, labels, torch.Generator().manual_seed(0))
     share = float((seen[0] == 2).float().mean())
     assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 4000)
     assert torch.equal(seen[0][seen[0] != 2], labels[seen[0] != 2]) and torch.equal(seen[1], labels)
@@ -334,10 +332,11 @@ def seen(mirror: bool) -> torch.Tensor:
     picture = torch.arange(64.0).reshape(1, *SHAPE) / 64
     given = []
 
-    def loss(denoiser, images, labels, generator):
+    def value(denoiser, images, labels, noise):
         given.append(images.detach().clone())
         return sum(weight.square().sum() for weight in denoiser.parameters())
 
+    loss = losses.Loss(lambda *batch: (), value)
     training = Training(
         tiny(), picture, torch.zeros(1).long(), loss=loss, steps=30, batch=16, mirror=mirror
     )

@@ -1,5 +1,6 @@
 """Denoisers that are learned: EDM preconditioning around a network, one class at a time or one head for each class."""
 
+from abc import abstractmethod
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ def edm_scalings(
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
 
 
-class _AroundNetwork(Denoiser):
-    """A denoiser around a network: what both kinds keep."""
+class LearnedDenoiser(Denoiser):
+    """A denoiser around a network: what both kinds keep, and what training asks of them."""
 
     def __init__(
         self,
@@ -47,8 +48,16 @@ class _AroundNetwork(Denoiser):
         own = next(self.network.parameters(), x)
         return self.network(x.to(own.dtype), log_sigma.to(own.dtype), labels).to(x.dtype)
 
+    @abstractmethod
+    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Denoise under every class and, where it is offered, "no class": for training, nothing is checked.
 
-class ConditionalDenoiser(_AroundNetwork):
+        Shapes      x_sigma [B,C,H,W], sigma [B] -> [B,K or K+1,C,H,W]
+        Why         a check reads a number back from the accelerator, which a captured step cannot
+        """
+
+
+class ConditionalDenoiser(LearnedDenoiser):
     """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
 
     Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma, k)
@@ -63,13 +72,18 @@ class ConditionalDenoiser(_AroundNetwork):
             classes.repeat(len(sigma)),
         ).reshape(len(x_sigma), len(classes), *self.image_shape)
 
+    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """See `LearnedDenoiser.answers`."""
+        count = self.num_classes + self.has_null
+        return self.estimate(x_sigma, sigma, torch.arange(count, device=x_sigma.device))
+
     def paired(self, x_sigma: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """Denoise each image under its own label, as training needs. Shapes: [B,C,H,W], [B], [B] -> [B,C,H,W]."""
         c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
         return c_skip * x_sigma + c_out * self.asked(c_in * x_sigma, sigma.log(), labels)
 
 
-class MultiHeadDenoiser(_AroundNetwork):
+class MultiHeadDenoiser(LearnedDenoiser):
     """One trunk, one output head for each class and one for "no class": a single call answers for all.
 
     Formula     D_k(x, sigma) = c_skip x + c_out F(c_in x, ln sigma)_k
@@ -81,10 +95,21 @@ class MultiHeadDenoiser(_AroundNetwork):
 
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """See `Denoiser.forward`."""
-        c_skip, c_out, c_in = (c[:, None, None, None] for c in edm_scalings(sigma))
-        answers = self.num_classes + 1 if self.has_null else self.num_classes
-        heads = self.asked(c_in * x_sigma, sigma.log(), None).unflatten(1, (answers, -1))
+        heads = self._heads(x_sigma, sigma)
         heads = heads[:, : len(classes)] if _is_range(classes) else heads[:, classes]
+        return self._denoised(x_sigma, sigma, heads)
+
+    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """See `LearnedDenoiser.answers`."""
+        return self._denoised(x_sigma, sigma, self._heads(x_sigma, sigma))
+
+    def _heads(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        c_in = edm_scalings(sigma)[2][:, None, None, None]
+        heads = self.asked(c_in * x_sigma, sigma.log(), None)
+        return heads.unflatten(1, (self.num_classes + self.has_null, -1))
+
+    def _denoised(self, x_sigma: Tensor, sigma: Tensor, heads: Tensor) -> Tensor:
+        c_skip, c_out, _ = (c[:, None, None, None] for c in edm_scalings(sigma))
         return (c_skip * x_sigma)[:, None] + c_out[:, None] * heads
 
 

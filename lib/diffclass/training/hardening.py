@@ -16,7 +16,7 @@ from diffclass.classifiers.base import Classifier, Noise
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Levels
-from diffclass.training.losses import Loss, moved
+from diffclass.training.losses import Loss, crops, drawn_moves
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,26 @@ class Inner:
     stride: float
 
 
+def drawn_start(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Where in its budget each image's attack starts: U(-1, 1) in every pixel. Shapes: [B,C,H,W] -> the same."""
+    return 2 * torch.rand(images.shape, generator=generator, device=generator.device).to(images) - 1
+
+
 def adversarial_images(
     classifier: Classifier,
     x: Tensor,
     y: Tensor,
     inner: Inner,
-    generator: torch.Generator,
+    start: Tensor,
     noise: Noise = (),
 ) -> Tensor:
     """The images on which adversarial training trains: near the clean ones, and of a large loss.
 
     Formula     x <- project(x + stride epsilon sign(grad cross-entropy)), from x + epsilon U(-1, 1)
     Source      Madry et al. 2018; one step of 1.25 epsilon: Wong et al. 2020
-    Shapes      x [B,C,H,W] in [0,1], y [B] -> [B,C,H,W] in [0,1]
-    Randomness  the start from `generator`; `noise` is held for all steps
+    Shapes      x [B,C,H,W] in [0,1], y [B], start [B,C,H,W] in [-1,1] -> [B,C,H,W] in [0,1]
+    Randomness  none: `start` is that of `drawn_start`, and `noise` is held for all steps
     """
-    start = 2 * torch.rand(x.shape, generator=generator, device=generator.device).to(x) - 1
     at = attacks.project(x + inner.epsilon * start, x, inner.epsilon, "linf")
     for _ in range(inner.steps):
         gradient, _, _ = attacks.expected_gradient(
@@ -65,14 +69,19 @@ def adversarial_loss(inner: Inner, crop: int = 0) -> Loss:
     Shapes      images [B,C,H,W] in [0,1], labels [B] -> scalar
     """
 
-    def loss(
+    def draw(
         classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(images, crop, generator)
-        attacked = adversarial_images(classifier, x, labels, inner, generator)
+    ) -> Noise:
+        moves = drawn_moves(len(images), crop, generator)
+        return moves, drawn_start(images, generator)
+
+    def value(classifier: Classifier, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        moves, start = drawn
+        x = crops(images, moves, crop)
+        attacked = adversarial_images(classifier, x, labels, inner, start)
         return cross_entropy(classifier(attacked), labels)
 
-    return loss
+    return Loss(draw, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,26 +137,37 @@ def hardening_loss(hardening: Hardening) -> Loss:
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     """
 
-    def drawn(
-        denoiser: Denoiser, images: int, generator: torch.Generator
-    ) -> tuple[BayesClassifier, Noise]:
+    def bank(denoiser: Denoiser, images: int, generator: torch.Generator) -> tuple[Noise, Noise]:
+        """Levels, of all images alike, and the noise of the classifier at these levels."""
         levels = drawn_levels(hardening.low, hardening.high, hardening.levels, generator)
-        classifier = BayesClassifier(denoiser, levels, temperature=hardening.temperature)
-        return classifier, classifier.sample_noise(images, generator)
+        noise = classifier_of(denoiser, levels).sample_noise(images, generator)
+        return (levels.sigma[None], levels.lower[None], levels.upper[None]), noise
 
-    def loss(
+    def classifier_of(denoiser: Denoiser, levels: Levels) -> BayesClassifier:
+        return BayesClassifier(denoiser, levels, temperature=hardening.temperature)
+
+    def draw(
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(units.to_pixel(images), hardening.shift, generator, "reflect")
-        judge, noise = drawn(denoiser, len(x), generator)
-        attacked = adversarial_images(judge, x, labels, hardening.inner, generator, noise)
-        spared = int(hardening.clean * len(x))
-        attacked = torch.cat([x[:spared], attacked[spared:]])
-        if not hardening.held:
-            judge, noise = drawn(denoiser, len(x), generator)
-        own = judge.losses(x, noise)[torch.arange(len(x), device=x.device), labels]
+    ) -> Noise:
+        count = len(images)
+        moves = drawn_moves(count, hardening.shift, generator)
+        met = bank(denoiser, count, generator)
+        start = drawn_start(images, generator)
+        judging = met if hardening.held else bank(denoiser, count, generator)
+        spared = torch.arange(count, device=images.device) < int(hardening.clean * count)
+        return moves, start, spared, met, judging
+
+    def value(denoiser: Denoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        moves, start, spared, met, judging = drawn
+        x = crops(units.to_pixel(images), moves, hardening.shift, "reflect")
+        (levels, noise), (own_levels, own_noise) = met, judging
+        attacker = classifier_of(denoiser, Levels(*(part[0] for part in levels)))
+        attacked = adversarial_images(attacker, x, labels, hardening.inner, start, noise)
+        attacked = torch.where(spared[:, None, None, None], x, attacked)
+        judge = classifier_of(denoiser, Levels(*(part[0] for part in own_levels)))
+        own = judge.losses(x, own_noise)[torch.arange(len(x), device=x.device), labels]
         evidence = likelihood.evidence(own, judge.levels.to(own), judge.weighting)
-        wrong = cross_entropy(judge(attacked, noise), labels)
+        wrong = cross_entropy(judge(attacked, own_noise), labels)
         return wrong - hardening.denoising * evidence.mean() / x[0].numel()
 
-    return loss
+    return Loss(draw, value)

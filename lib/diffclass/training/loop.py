@@ -27,6 +27,8 @@ from diffclass.storage import files
 from diffclass.storage.weights import check_finite
 from diffclass.training.losses import Loss, denoising_loss
 
+DENOISING = denoising_loss()
+
 
 @contextlib.contextmanager
 def global_draws_from(generator: torch.Generator):
@@ -144,7 +146,7 @@ class Training:
         images: Tensor,
         labels: Tensor,
         *,
-        loss: Loss = denoising_loss,
+        loss: Loss = DENOISING,
         steps: int,
         batch: int = 256,
         rate: float = 2e-3,

@@ -1,18 +1,42 @@
-"""What networks are trained by: denoising, copying, contrast, translation, classification."""
+"""What networks are trained by: denoising, copying, contrast, translation, classification.
+
+A loss first draws all its noise and then has a value that depends on nothing else, so that the value of a batch is the
+mean of the values of its slices, whatever memory allows, and a step can be captured and replayed.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from diffclass import noise, units
-from diffclass.classifiers.base import Classifier
+from diffclass.classifiers.base import Classifier, Noise
 from diffclass.classifiers.idc import Translator
 from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.network import LearnedDenoiser
 
-# What a loss is given: the network, a batch of images, their labels, and the generator of this step
-Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+@dataclass(frozen=True)
+class Loss:
+    """What a network is trained by, in two parts.
+
+    draw    (network, images, labels, generator) -> all the noise of a batch, the picture axis first
+    value   (network, images, labels, noise) -> the mean over these images, of a batch or of a slice of both
+    silent  whether `value` reads no number back from the accelerator, so that a step of it can be captured
+
+    Called with a generator in place of the noise, it does both. Shapes: images [B,C,H,W], labels [B] -> scalar
+    """
+
+    draw: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Noise]
+    value: Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]
+    silent: bool = False
+
+    def __call__(
+        self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        return self.value(network, images, labels, self.draw(network, images, labels, generator))
 
 
 def draw_sigma(
@@ -27,56 +51,60 @@ def draw_sigma(
     return (log_mean + log_std * normal).exp().clamp(*sigma_range)
 
 
-def _noised(
-    denoiser: Denoiser, images: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn_eps(images: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(images.shape, generator=generator, device=generator.device).to(images)
+
+
+def _drawn_level(
+    denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Noise:
+    """A noise level, its weight, and noise for each image. Shapes: -> [B], [B], [B,C,H,W]."""
     sigma = draw_sigma(len(images), generator, sigma_range=denoiser.sigma_range).to(images)
-    eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-    return images + sigma[:, None, None, None] * eps, sigma, noise.edm_lambda(sigma)
+    return sigma, noise.edm_lambda(sigma), _drawn_eps(images, generator)
 
 
-def denoising_loss(
-    denoiser: Denoiser,
-    images: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-    null_rate: float = 0.1,
-) -> Tensor:
+def denoising_loss(null_rate: float = 0.1) -> Loss:
     """EDM's denoising loss under the true label; a share `null_rate` of the labels is withheld (the null class).
 
     Formula     mean over images and pixels of lambda(sigma) (D_y(x + sigma eps, sigma) - x)^2, lambda of `edm_lambda`
     Source      Karras et al. 2022, equation 8; label dropout: Ho & Salimans 2022
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
-    x_sigma, sigma, weight = _noised(denoiser, images, generator)
-    if denoiser.has_null:
-        dropped = (
-            torch.rand(len(labels), generator=generator, device=generator.device).to(images.device)
-            < null_rate
-        )
-        labels = torch.where(dropped, denoiser.num_classes, labels)
-    square = (denoiser.paired(x_sigma, sigma, labels) - images) ** 2
-    return (weight[:, None, None, None] * square).mean()
+
+    def draw(
+        denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Noise:
+        level = _drawn_level(denoiser, images, labels, generator)
+        if denoiser.has_null:
+            part = torch.rand(len(labels), generator=generator, device=generator.device)
+            labels = torch.where(part.to(images) < null_rate, denoiser.num_classes, labels)
+        return *level, labels
+
+    def value(denoiser: LearnedDenoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        sigma, weight, eps, told = drawn
+        noisy = images + sigma[:, None, None, None] * eps
+        square = (denoiser.paired(noisy, sigma, told) - images) ** 2
+        return (weight[:, None, None, None] * square).mean()
+
+    return Loss(draw, value, silent=True)
 
 
-def distillation_loss(teacher: Denoiser) -> Loss:
+def distillation_loss(teacher: LearnedDenoiser) -> Loss:
     """The loss that copies every head of `teacher`: the heads of wrong classes see every image.
 
     Formula     mean over images, classes (and "no class") and pixels of lambda(sigma) (D_k - teacher_k)^2
     Source      Chen et al. 2024 (RDC), multi-head diffusion
     """
-    every = list(range(teacher.num_classes + teacher.has_null))
 
-    def loss(
-        denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x_sigma, sigma, weight = _noised(denoiser, images, generator)
+    def value(denoiser: LearnedDenoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        sigma, weight, eps = drawn
+        noisy = images + sigma[:, None, None, None] * eps
         with torch.no_grad():
-            wanted = teacher(x_sigma, sigma, every)
-        square = (denoiser(x_sigma, sigma, every) - wanted) ** 2
+            wanted = teacher.answers(noisy, sigma)
+        square = (denoiser.answers(noisy, sigma) - wanted) ** 2
         return (weight[:, None, None, None, None] * square).mean()
 
-    return loss
+    return Loss(_drawn_level, value, silent=True)
 
 
 def contrastive_loss(
@@ -94,20 +122,21 @@ def contrastive_loss(
     Errors      ValueError for a denoiser without a null class
     """
 
-    def loss(
+    def draw(
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    ) -> Noise:
         if not denoiser.has_null:
             raise ValueError(
                 "expected a denoiser with a null class, which is trained along, got one without."
             )
-        images = moved(images, shift, generator, "reflect")
+        moves = drawn_moves(len(images), shift, generator)
         part = torch.rand(len(images), generator=generator, device=generator.device).to(images)
-        sigma = low * (high / low) ** part
-        eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-        denoised = denoiser(
-            images + sigma[:, None, None, None] * eps, sigma, range(denoiser.num_classes + 1)
-        )
+        return moves, low * (high / low) ** part, _drawn_eps(images, generator)
+
+    def value(denoiser: LearnedDenoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        moves, sigma, eps = drawn
+        images = crops(images, moves, shift, "reflect")
+        denoised = denoiser.answers(images + sigma[:, None, None, None] * eps, sigma)
         square = (denoised - images[:, None]).float().square().flatten(2).sum(2)
         evidence = -math.log(high / low) * square / sigma[:, None] ** 2
         own = evidence.gather(1, labels[:, None]).mean() + evidence[:, -1].mean()
@@ -115,7 +144,7 @@ def contrastive_loss(
             evidence[:, :-1] / temperature, labels
         ) - denoising * own / (2 * images[0].numel())
 
-    return loss
+    return Loss(draw, value, silent=True)
 
 
 def translation_loss(inter: float = 0.2) -> Loss:
@@ -127,41 +156,50 @@ def translation_loss(inter: float = 0.2) -> Loss:
     Shapes      images [B,C,H,W] in model space, labels [B] -> scalar
     """
 
-    def loss(
+    def draw(
         translator: Translator, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    ) -> Noise:
         bridge = translator.bridge
         targets = units.to_model(translator.labels)
         t = torch.randint(
             bridge.steps, (len(images),), generator=generator, device=generator.device
         )
-        eps = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
+        eps = _drawn_eps(images, generator)
         x_t = bridge.forward(targets[labels], images, t, eps)
-        predicted = x_t - translator(x_t, t)
         offsets = bridge.offsets(targets, targets[labels], images, t, eps)
+        return x_t, torch.logit(bridge.shares.to(images)[t]), offsets
+
+    def value(translator: Translator, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        x_t, log_odds, offsets = drawn
+        predicted = translator.network(x_t, log_odds, None)
         d = (offsets - predicted[:, None]).abs().flatten(2).mean(-1)
-        right = nn.functional.one_hot(labels, len(targets)).bool()
-        intra = d[right]
-        nearest = d.masked_fill(right, torch.inf).amin(1)
+        intra = d.gather(1, labels[:, None])[:, 0]
+        nearest = d.scatter(1, labels[:, None], torch.inf).amin(1)
         return (intra - inter * (intra > nearest) * nearest).mean()
 
-    return loss
+    return Loss(draw, value, silent=True)
 
 
-def moved(images: Tensor, most: int, generator: torch.Generator, edge: str = "constant") -> Tensor:
-    """Each image moved by up to `most` pixels in both directions: a crop of the padded image.
-
-    Shapes      images [B,C,H,W] -> the same; edge: what is where it left, "constant" (0: black, of pixels) or "reflect"
-    Randomness  one move for each image, from `generator`; none is drawn for most = 0
-    """
+def drawn_moves(count: int, most: int, generator: torch.Generator) -> Noise:
+    """By how many pixels each image is moved, down and right; () for most = 0. Shapes: -> [count,2], from 0 to 2 most."""
     if not most:
+        return ()
+    drawn = torch.randint(2 * most + 1, (2, count, 1), generator=generator, device=generator.device)
+    return drawn[:, :, 0].T
+
+
+def crops(images: Tensor, moves: Noise, most: int, edge: str = "constant") -> Tensor:
+    """The padded images, cut where `drawn_moves` says; the images themselves for ().
+
+    Shapes      images [B,C,H,W], moves [B,2] -> [B,C,H,W]; edge: what is where an image left, "constant" (0: black, of
+                pixels) or "reflect"
+    """
+    if isinstance(moves, tuple):
         return images
     count, channels, height, width = images.shape
-    first = torch.randint(
-        2 * most + 1, (2, count, 1), generator=generator, device=generator.device
-    ).to(images.device)
-    rows = first[0] + torch.arange(height, device=images.device)
-    columns = first[1] + torch.arange(width, device=images.device)
+    first = moves.to(images.device)
+    rows = first[:, :1] + torch.arange(height, device=images.device)
+    columns = first[:, 1:] + torch.arange(width, device=images.device)
     image = torch.arange(count, device=images.device)
     channel = torch.arange(channels, device=images.device)
     padded = nn.functional.pad(images, [most] * 4, mode=edge)
@@ -173,6 +211,15 @@ def moved(images: Tensor, most: int, generator: torch.Generator, edge: str = "co
     ]
 
 
+def moved(images: Tensor, most: int, generator: torch.Generator, edge: str = "constant") -> Tensor:
+    """Each image moved by up to `most` pixels in both directions: a crop of the padded image.
+
+    Shapes      images [B,C,H,W] -> the same; edge: that of `crops`
+    Randomness  one move for each image, from `generator`; none is drawn for most = 0
+    """
+    return crops(images, drawn_moves(len(images), most, generator), most, edge)
+
+
 def classification_loss(crop: int = 0) -> Loss:
     """Cross-entropy of a deterministic classifier on moved images.
 
@@ -180,9 +227,12 @@ def classification_loss(crop: int = 0) -> Loss:
     Shapes      images [B,C,H,W] in [0,1], labels [B] -> scalar
     """
 
-    def loss(
+    def draw(
         classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        return nn.functional.cross_entropy(classifier(moved(images, crop, generator)), labels)
+    ) -> Noise:
+        return drawn_moves(len(images), crop, generator)
 
-    return loss
+    def value(classifier: Classifier, images: Tensor, labels: Tensor, moves: Noise) -> Tensor:
+        return nn.functional.cross_entropy(classifier(crops(images, moves, crop)), labels)
+
+    return Loss(draw, value)

@@ -4,14 +4,15 @@ All of them see x + sigma eps, not clamped, as a certificate's votes do; the net
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from diffclass import attacks
-from diffclass.classifiers.base import Classifier
-from diffclass.training.losses import Loss, moved
+from diffclass.classifiers.base import Classifier, Noise
+from diffclass.training.losses import Loss, crops, drawn_moves
 
 # Where a share is kept from 0 and 1 before its quantile is taken. A pair of shares that this changes is more than 9
 # apart in quantiles, beyond any hinge that is used here.
@@ -22,6 +23,22 @@ def noises(images: Tensor, copies: int, generator: torch.Generator) -> Tensor:
     """Standard Gaussian noise for several copies of each image. Shapes: [B,C,H,W] -> [B,M,C,H,W]."""
     shape = (len(images), copies, *images.shape[1:])
     return torch.randn(shape, generator=generator, device=generator.device).to(images)
+
+
+def _copies_of(value: Callable[..., Tensor], copies: int, crop: int) -> Loss:
+    """A loss of the moved images, their labels and the noise of so many copies of each."""
+
+    def draw(
+        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Noise:
+        moves = drawn_moves(len(images), crop, generator)
+        return moves, noises(images, copies, generator)
+
+    def of_slice(classifier: Classifier, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+        moves, eps = drawn
+        return value(classifier, crops(images, moves, crop), labels, eps)
+
+    return Loss(draw, of_slice)
 
 
 def log_shares(classifier: Classifier, images: Tensor, eps: Tensor, sigma: float) -> Tensor:
@@ -54,14 +71,10 @@ def gaussian_loss(sigma: float, crop: int = 0) -> Loss:
     Units       sigma in pixels
     """
 
-    def loss(
-        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(images, crop, generator)
-        eps = noises(x, 1, generator)
+    def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         return mean_entropy(log_shares(classifier, x, eps, sigma), labels)
 
-    return loss
+    return _copies_of(value, 1, crop)
 
 
 def smoothed_worst_case(
@@ -104,15 +117,11 @@ def smoothadv_loss(
     Units       sigma in pixels; reach in units of sigma
     """
 
-    def loss(
-        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(images, crop, generator)
-        eps = noises(x, copies, generator)
+    def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         worst = smoothed_worst_case(classifier, x, labels, eps, sigma, reach * sigma, steps)
         return mean_entropy(log_shares(classifier, worst, eps, sigma), labels)
 
-    return loss
+    return _copies_of(value, copies, crop)
 
 
 def radius_hinge(shares: Tensor, labels: Tensor, sigma: float, gamma: float) -> Tensor:
@@ -146,17 +155,13 @@ def macer_loss(
     Units       sigma in pixels
     """
 
-    def loss(
-        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(images, crop, generator)
-        eps = noises(x, copies, generator)
+    def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         each = log_shares(classifier, x, eps, sigma)
         sharp = (beta * each).softmax(2).mean(1)
         missing = radius_hinge(sharp, labels, sigma, gamma)
         return nll_loss(log_mean(each), labels) + weight * missing.mean()
 
-    return loss
+    return _copies_of(value, copies, crop)
 
 
 def consistency_loss(
@@ -171,11 +176,7 @@ def consistency_loss(
     Units       sigma in pixels
     """
 
-    def loss(
-        classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        x = moved(images, crop, generator)
-        eps = noises(x, copies, generator)
+    def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         each = log_shares(classifier, x, eps, sigma)
         log_whole = log_mean(each)
         whole = log_whole.exp()
@@ -183,4 +184,4 @@ def consistency_loss(
         spread = -(whole * log_whole).sum(1)
         return mean_entropy(each, labels) + (agreement * apart + entropy * spread).mean()
 
-    return loss
+    return _copies_of(value, copies, crop)
