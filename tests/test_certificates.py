@@ -362,3 +362,10 @@ def test_the_best_of_several_radii_needs_the_smaller_alpha():
 def test_what_cannot_be_said_of_many_is_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_votes_that_said_when_to_stop_have_no_fixed_bound():
+    votes = Votes((9, 1), (40, 2), 0.25, 0, stopped=True)
+    assert certificates.smoothing_radius(votes, bound="anytime").radius > 0
+    with pytest.raises(ValueError, match="said themselves when to stop"):
+        certificates.smoothing_radius(votes)

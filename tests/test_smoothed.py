@@ -13,7 +13,7 @@ from diffclass.classifiers.base import Classifier, Held, draw
 from diffclass.classifiers.bayes import ExactClassifier
 from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.classifiers.purified import Purification, PurifiedClassifier
-from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import seed_of
 
@@ -40,7 +40,7 @@ class HalfSpace(Classifier):
     def logits(self, x, noise):
         """The signed distance and its opposite."""
         self.seen.append(x.detach())
-        distance = (x.flatten(1) - 0.5) @ NORMAL
+        distance = (x.flatten(1) - 0.5) @ NORMAL.to(x)
         return torch.stack([distance, -distance], 1)
 
 
@@ -116,7 +116,7 @@ def test_votes_come_in_whole_blocks_that_a_longer_count_repeats():
     for one, other in zip(longer[:7], shorter[:7], strict=True):
         assert torch.equal(one, other)
     seen = torch.cat(model.mean.base.seen).flatten(1)
-    assert len(seen) == 1000 + 800 and torch.equal(seen[:800], seen[1000:])
+    assert len(seen) == 1000 + 730 and torch.equal(seen[:730], seen[1000:])
     cast = ((seen[700:730] - 0.5) @ NORMAL > 0).sum()
     assert int(shorter[-1][0] - shorter[-2][0]) == int(cast)
 
@@ -158,13 +158,12 @@ def test_selection_and_estimation_share_no_noise():
     model = smoothed_half_space(0.25)
     x = image(0.05)
     progress = list(counting.draw_votes(model, x, selection=60, estimation=340, seed=5, picture=7))
-    blocks = torch.stack(model.mean.base.seen).flatten(2)  # one of selection, four of estimation
-    assert tuple(blocks.shape) == (5, VOTE_BLOCK, 4)
-    assert len(blocks.flatten(0, 1).unique(dim=0)) == 5 * VOTE_BLOCK
+    seen = torch.cat(model.mean.base.seen).flatten(1)  # 60 of selection, 340 of estimation
+    assert len(seen.unique(dim=0)) == len(seen) == 400
     votes = progress[-1][1]
     assert sum(votes.selection) == 60 and sum(votes.estimation) == 340 and votes.sigma_pixel == 0.25
-    selected = blocks[0, :60]
-    estimated = torch.cat([blocks[1:4].flatten(0, 1), blocks[4, :40]])
+    selected = seen[:60]
+    estimated = seen[60:]
     assert votes.selection[0] == int(((selected - 0.5) @ NORMAL > 0).sum())
     assert votes.estimation[0] == int(((estimated - 0.5) @ NORMAL > 0).sum())
     alone = last(model.count(x, seed_of(5, "estimation", 7), 340))
@@ -377,3 +376,22 @@ def test_logits_that_are_not_numbers_are_no_votes():
         list(counting.draw_votes(model, image(0.1)))
     with pytest.raises(FloatingPointError, match="logits became NaN and cannot be judged, for"):
         model(image(0.1), draw(model, 1, 0))
+
+
+@pytest.mark.parametrize("together", [7, 64, 100, 1000])
+def test_how_many_votes_are_asked_together_changes_no_count(together):
+    """A vote is a function of (seed, its number) alone: other blocks, kept or resumed, are the same votes."""
+    half = smoothed_half_space(0.25)
+    whole = list(half.count(image(0.1), 7, 1000))[-1]
+    parts = list(half.count(image(0.1), 7, 1000, together=together))
+    assert parts[-1].tolist() == whole.tolist()
+    steps = [int(b.sum() - a.sum()) for a, b in itertools.pairwise(parts)]
+    assert max(steps) <= min(together, 100)
+    assert int(parts[0].sum()) == min(together, 100)
+
+
+def test_votes_of_a_double_picture_are_those_of_a_single_one():
+    half = smoothed_half_space(0.25)
+    single = list(half.count(image(0.1).float(), 7, 500))[-1]
+    double = list(half.count(image(0.1).double(), 7, 500))[-1]
+    assert (single - double).abs().sum() <= 2

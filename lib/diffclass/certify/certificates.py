@@ -51,6 +51,7 @@ def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.00
 class Votes:
     """Class counts of one image under noise: one set to choose the class, a fresh one to judge it.
 
+    `stopped` says that the estimation votes themselves decided how many they are, which only the bound "anytime" allows.
     Shapes      selection, estimation: K counts each
     Units       sigma_pixel is the noise added to pixels in [0,1]
     Why         judging a class with the votes that chose it is biased towards "certified"
@@ -60,6 +61,7 @@ class Votes:
     estimation: tuple[int, ...]
     sigma_pixel: float
     seed: int | None = None
+    stopped: bool = False
 
     def __post_init__(self):
         for name in ("selection", "estimation"):
@@ -143,6 +145,11 @@ def smoothing_radius(votes: Votes, alpha: float = 0.001, bound: str = "fixed") -
     Errors      a certificate is wrong with probability at most alpha, over the noise of the votes; ValueError for a
                 bound that is not in BOUNDS
     """
+    if votes.stopped and bound.lower() == "fixed":
+        raise ValueError(
+            "expected the bound 'anytime' for votes that said themselves when to stop, got 'fixed', which holds for a number "
+            "of votes that was fixed before the first."
+        )
     p = _share_bound(bound)(votes.estimation[votes.guess], votes.n, alpha)
     certain = p >= 0.5
     return Certificate(

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from diffclass.certify.anytime import StopRule
 from diffclass.certify.certificates import Votes
-from diffclass.classifiers.smoothed import Smoothed
+from diffclass.classifiers.base import decided
+from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed
 from diffclass.noise import seed_of
 
 
@@ -17,19 +19,37 @@ def draw_votes(
     estimation: int = 1000,
     seed: int = 0,
     picture: int = 0,
+    rule: StopRule | None = None,
+    together: int = VOTE_BLOCK,
 ) -> Iterator[tuple[int, Votes | None]]:
     """The two independent counts of Cohen's Algorithm 1: one to guess the class, another to bound its probability.
 
     Shapes      x [1,C,H,W] -> yields (votes counted so far, None), and at the end (all, `Votes`)
-    Randomness  both counts from keys of their own, (seed, which, picture): `picture` is the image's place in its data set
+    Stopping    with a `rule`, counting ends when that knows enough, after `estimation` votes at the latest; what was
+                stopped by looking at it is bounded by `anytime` only
+    Randomness  both counts from keys of their own, (seed, which, picture): `picture` is the image's place in its data set;
+                how many votes are asked `together` changes none
     Errors      those of `Smoothed.count`
     """
-    done = 0
-    counts = []
-    for which, wanted in (("selection", selection), ("estimation", estimation)):
-        running = None
-        for running in smoothed.count(x, seed_of(seed, which, picture), wanted):
-            yield done + int(running.sum()), None
-        done += wanted
-        counts.append(tuple(running.tolist()))
-    yield done, Votes(counts[0], counts[1], smoothed.sigma, seed)
+    selected = None
+    for selected in smoothed.count(
+        x, seed_of(seed, "selection", picture), selection, together=together
+    ):
+        yield int(selected.sum()), None
+    guess = int(decided(selected[None].double()))
+    counts = None
+    for counts in smoothed.count(
+        x, seed_of(seed, "estimation", picture), estimation, together=together
+    ):
+        counted = int(counts.sum())
+        yield selection + counted, None
+        if rule is not None and rule.verdict(int(counts[guess]), counted) != "go on":
+            break
+    votes = Votes(
+        tuple(selected.tolist()),
+        tuple(counts.tolist()),
+        smoothed.sigma,
+        seed,
+        stopped=rule is not None,
+    )
+    yield selection + votes.n, votes

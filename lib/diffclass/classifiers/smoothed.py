@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffclass import units
-from diffclass.classifiers.base import Classifier, Noise, decided, on_device_of
+from diffclass.classifiers.base import Classifier, Noise, decided, on_device_of, take
 from diffclass.noise import generator_of
 
 VOTE_BLOCK = 100  # votes that are drawn together, from one key
@@ -57,11 +57,18 @@ class NoisedCopies(Classifier):
         """One seed for each picture. Shapes: -> [images]."""
         return torch.randint(2**62, (images,), generator=generator, device=generator.device)
 
-    def copies(self, x: Tensor, seed: int, number: int, count: int) -> Tensor:
-        """Logits of `count` noised copies of one picture, from the key (seed, number). Shapes: [1,C,H,W] -> [count,K]."""
+    def drawn(self, seed: int, number: int, count: int) -> Noise:
+        """The noise of `count` copies from the key (seed, number): that of the pixels, and the base's own.
+
+        Why         drawn whole, on the CPU and in 32 bits, whatever part of it is asked for, where and how precisely
+        """
         generator = generator_of(seed, number)
-        eps = torch.randn((count, *self.image_shape), generator=generator).to(x)
-        noise = on_device_of(x, self.base.sample_noise(count, generator))
+        eps = torch.randn((count, *self.image_shape), generator=generator, dtype=torch.float32)
+        return eps, self.base.sample_noise(count, generator)
+
+    def copies(self, x: Tensor, drawn: Noise) -> Tensor:
+        """Logits of the noised copies of one picture that some noise makes. Shapes: [1,C,H,W], noise of n -> [n,K]."""
+        eps, noise = on_device_of(x, drawn)
         noised = x + self.sigma * eps
         # made for pictures: it never sees what no picture can hold
         if self.base.sigma_pixel is None:
@@ -72,7 +79,8 @@ class NoisedCopies(Classifier):
         """See `Classifier.logits`."""
         seeds = noise.expand(len(x)).tolist()
         pairs = zip(x.split(1), seeds, strict=True)
-        return torch.stack([self.copies(one, seed, 0, self.draws).mean(0) for one, seed in pairs])
+        means = [self.copies(one, self.drawn(seed, 0, self.draws)).mean(0) for one, seed in pairs]
+        return torch.stack(means)
 
     def gradients(self) -> dict[str, Classifier]:
         """See `Classifier.gradients`: those of the base, averaged."""
@@ -125,11 +133,14 @@ class Smoothed(Classifier):
         return self.mean.sample_noise(images, generator)
 
     @torch.no_grad()
-    def count(self, x: Tensor, seed: int, votes: int) -> Iterator[Tensor]:
-        """The votes on one picture, as running counts after every block; the last ones sum to `votes`.
+    def count(
+        self, x: Tensor, seed: int, votes: int, *, together: int = VOTE_BLOCK
+    ) -> Iterator[Tensor]:
+        """The votes on one picture, as running counts after every `together` of them; the last ones sum to `votes`.
 
         Shapes      x [1,C,H,W] -> yields [K] of dtype long
-        Randomness  block number b of 100 votes from the key (seed, b)
+        Randomness  block number b of 100 votes from the key (seed, b); how many are asked together changes no vote, but
+                    for ties within rounding
         Errors      those of `units.check_images`; ValueError for several pictures or no votes; those of
                     `decided` for logits that are not finite and cannot vote
         """
@@ -141,12 +152,16 @@ class Smoothed(Classifier):
         votes = units.check_whole(votes, "votes")
         if votes < 1:
             raise ValueError(f"expected at least one vote, got {votes}.")
+        together = units.check_whole(together, "votes that are asked together", least=1)
         counts = torch.zeros(self.num_classes, dtype=torch.long)
         for block, start in enumerate(range(0, votes, VOTE_BLOCK)):
-            drawn = self.mean.copies(x, seed, block, VOTE_BLOCK)
-            cast = decided(drawn)[: votes - start]
-            counts = counts + torch.bincount(cast.cpu(), minlength=self.num_classes)
-            yield counts.clone()
+            drawn = self.mean.drawn(seed, block, VOTE_BLOCK)
+            wanted = min(VOTE_BLOCK, votes - start)
+            for first in range(0, wanted, together):
+                part = slice(first, min(first + together, wanted))
+                cast = decided(self.mean.copies(x, take(drawn, part)))
+                counts = counts + torch.bincount(cast.cpu(), minlength=self.num_classes)
+                yield counts.clone()
 
     @torch.no_grad()
     def logits(self, x: Tensor, noise: Noise) -> Tensor:

@@ -1,6 +1,5 @@
 """What a run under attack claims, as records with intervals; and whether a verifier who trusts none of it agrees."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -126,17 +125,9 @@ def _common(run: Run) -> dict:
         classifier=settings["classifier"],
         settings={**settings, "calls per image": round(calls, 1)},
         seed=settings["seed"],
-        checkpoint=_checkpoint(settings["checkpoints"]),
+        checkpoint=results.one_checkpoint(settings["checkpoints"]),
         source=SOURCE,
     )
-
-
-def _checkpoint(weights: dict[str, str]) -> str | None:
-    """One name for all weights of a classifier: that of the file, or of the names of several in order."""
-    digests = [weights[name] for name in sorted(weights)]
-    if len(digests) < 2:
-        return digests[0] if digests else None
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _of_attacks(run: Run) -> Iterator[tuple[str, list[int]]]:

@@ -250,7 +250,14 @@ def read(path) -> list[Record]:
 
 
 def accuracy_record(
-    correct: int, n: int, *, world: str, classifier: str, source: str, **fields
+    correct: int,
+    n: int,
+    *,
+    world: str,
+    classifier: str,
+    source: str,
+    metric: str = "accuracy",
+    **fields,
 ) -> Record:
     """The record of `correct` hits among `n` images, with the Clopper-Pearson interval at `level`, 0.95 unless given.
 
@@ -269,7 +276,7 @@ def accuracy_record(
     low, high = intervals.interval(correct, n, level)
     own = dict(settings={}, seed=None, checkpoint=None)
     return Record(
-        metric="accuracy",
+        metric=metric,
         world=world,
         classifier=classifier,
         value=int(correct) / int(n),
@@ -280,6 +287,14 @@ def accuracy_record(
         source=source,
         **{**own, **fields},
     )
+
+
+def one_checkpoint(weights: dict[str, str]) -> str | None:
+    """One name for all weights of a classifier: that of the file, or of the names of several in order."""
+    digests = [weights[name] for name in sorted(weights)]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def sha256_of(path) -> str:
