@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from diffclass import attacks, data, intervals, likelihood, noise, units
-from diffclass.certify import certificates
+from diffclass.certify import anytime, certificates, lipschitz, soft
 from diffclass.classifiers import bridges, racing
 from diffclass.classifiers.base import Classifier, Fresh, Held, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
@@ -44,6 +44,7 @@ from diffclass.classifiers.votes import MajorityVote, MeanLogits
 from diffclass.data import corruptions, pictures
 from diffclass.data.worlds import world_of
 from diffclass.denoisers import network, sampling
+from diffclass.denoisers.clipped import Clipped
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
@@ -351,6 +352,17 @@ COUNTS = Values(
     (np.array([3, 4]), torch.tensor([3, 4]), (3.0, 4.0)),
     (None, "x", 3, (), (1,), (0, 0), (-1, 2), (0.5, 0.5), (math.nan, 1), ("a", "b"), (True, False)),
 )
+SHARE_BOUND = names("fixed", "anytime")
+SUCCESSES = Values(
+    (3, 0, 7, [1, 2], np.array([0, 7])),
+    (7.0, torch.tensor(3), []),
+    (-1, 0.5, math.nan, None, "x", [1, None], 1j, 101),
+)
+UNIT = Values(
+    ([0.5, 1.0, 0.2], [1.0, 1.0], np.full((3, 4), 0.3)),
+    ([0.0, 0.0], torch.tensor([0.3, 0.4]), np.array([0.3, 0.9])[::-1]),
+    (None, "x", 0.5, [], [1.5, 0.2], [-0.1, 0.5], [math.nan, 0.5], [None, 0.1], ["a", "b"]),
+)
 SHAPES = Values(
     (PLANE, DIGIT, [2, 1, 1]),
     (torch.Size(PLANE),),
@@ -609,12 +621,17 @@ CALLS = [
     Call(
         "certificates.smoothing_radius",
         certificates.smoothing_radius,
-        dict(votes=fixed(VOTES), alpha=share(0.001, 0.05)),
+        dict(votes=fixed(VOTES), alpha=share(0.001, 0.05), bound=SHARE_BOUND),
     ),
     Call(
         "certificates.largest_radius",
         certificates.largest_radius,
-        dict(n=count(10, 1000), sigma_pixel=positive(0.25, 1.0), alpha=share(0.001, 0.05)),
+        dict(
+            n=count(10, 1000),
+            sigma_pixel=positive(0.25, 1.0),
+            alpha=share(0.001, 0.05),
+            bound=SHARE_BOUND,
+        ),
     ),
     Call(
         "certificates.votes_needed",
@@ -624,7 +641,149 @@ CALLS = [
             n=count(10, 1000),
             sigma_pixel=positive(0.25, 1.0),
             alpha=share(0.001, 0.05),
+            bound=SHARE_BOUND,
         ),
+    ),
+    Call(
+        "certificates.wrong_at_most",
+        certificates.wrong_at_most,
+        dict(certificates=count(1, 500), alpha=share(0.001, 0.05), level=share(0.95, 0.5)),
+        lambda **_: (),
+    ),
+    Call(
+        "certificates.per_image_best",
+        certificates.per_image_best,
+        dict(
+            certificates=fixed([[certificates.smoothing_radius(VOTES, 1e-10)]]),
+            alpha=share(0.001, 0.05),
+        ),
+        lambda **_: (1,),
+    ),
+    Call(
+        "anytime.log_evidence",
+        lambda **votes: np.exp(anytime.log_evidence(**votes)),  # -inf below the share
+        dict(successes=SUCCESSES, trials=fixed(7, 100), share=share(0.01, 0.02)),
+    ),
+    Call(
+        "anytime.anytime_bound",
+        anytime.anytime_bound,
+        dict(
+            successes=SUCCESSES,
+            trials=Values((7, 100), (np.int64(7), 10**9, [7, 8]), (-1, 1.5, math.nan, None, "x")),
+            alpha=share(0.001, 0.05),
+        ),
+    ),
+    Call(
+        "anytime.StopRule",
+        lambda successes, **rule: anytime.StopRule(**rule).verdict(successes, 100),
+        dict(
+            sigma_pixel=positive(0.25, 1.0),
+            radii=Values(
+                ((0.1,), [0.05, 0.1], (0.0,)),
+                (np.array([0.1]), torch.tensor([0.1])),
+                ((), None, "x", 0.1, (-0.1,), (math.nan,), (30.0,), ("a",), ((0.1,),)),
+            ),
+            alpha=share(0.001, 0.05),
+            most=count(1000, 10_000),
+            give_up=Values((0.05, 0, 0.5), (1e-9, np.float64(0.1)), (*NO_NUMBER, -0.1, 1, 5)),
+            successes=Values(
+                (0, 90, 100), (torch.tensor(3), [90, 100], 7.0), (-1, 101, 0.9, math.nan, None, "x")
+            ),
+        ),
+    ),
+    *(
+        Call(
+            f"soft.{function.__name__}",
+            function,
+            dict(values=UNIT, alpha=share(0.001, 0.05)),
+        )
+        for function in (soft.hoeffding_bound, soft.bernstein_bound, soft.betting_bound)
+    ),
+    Call(
+        "soft.log_capital",
+        soft.log_capital,
+        dict(values=fixed([0.5, 0.9], [1.0, 0.0]), mean=share(0.3, 0.9)),
+        lambda **_: (),
+    ),
+    Call(
+        "soft.soft_radius",
+        lambda estimation, sigma_pixel, **options: soft.soft_radius(
+            soft.SoftVotes(np.array([[0.8, 0.2], [0.6, 0.4]]), estimation, sigma_pixel), **options
+        ),
+        dict(
+            estimation=Values(
+                ([[0.9, 0.1]] * 5, np.array([[0.3, 0.7], [0.2, 0.8]])),
+                (torch.tensor([[0.5, 0.5], [0.2, 0.1]]), np.ones((3, 2))[::-1] / 2),
+                (None, "x", 3, [], [0.5], [[9, 1]], [[-0.1, 0.5]], [[0.9, 0.9]], [[math.nan, 0.1]])
+                + ([[0.2, 0.3, 0.5]],),
+            ),
+            sigma_pixel=positive(0.25, 1.0),
+            alpha=share(0.001, 0.05),
+            bound=names("hoeffding", "bernstein", "betting"),
+        ),
+    ),
+    *(
+        Call(
+            f"lipschitz.{function.__name__}",
+            function,
+            dict(
+                levels=Values((LEVELS, ABOVE.levels), (), (None, "x", 0.3, [0.1, 0.2])),
+                dimensions=count(2, 3072),
+                over=names("sum", "mean"),
+            ),
+            lambda **_: (),
+        )
+        for function in (lipschitz.margin_constant, lipschitz.logit_constant)
+    ),
+    Call(
+        "lipschitz.released_constant",
+        lipschitz.released_constant,
+        dict(levels=Values((LEVELS,), (), (None, "x", 0.3))),
+        lambda **_: (),
+    ),
+    Call(
+        "lipschitz.probability_constant",
+        lipschitz.probability_constant,
+        dict(constant=positive(0.1, 30.0)),
+        lambda **_: (),
+    ),
+    Call(
+        "lipschitz.margin_radius",
+        lipschitz.margin_radius,
+        dict(margin=Values((0.5, -1.0, 0), (True,), NO_NUMBER), constant=positive(0.1, 30.0)),
+        lambda **_: (),
+    ),
+    Call(
+        "lipschitz.weak_radius",
+        lipschitz.weak_radius,
+        dict(
+            first=Values((0.7, 0.2), (0, True), (*NO_NUMBER, -0.1, 7)),
+            second=Values((0.2, 0.0), (), (*NO_NUMBER, -0.1, 7)),
+            constant=positive(0.1, 30.0),
+        ),
+        lambda **_: (),
+    ),
+    Call(
+        "lipschitz.lipschitz_certificate",
+        lipschitz.lipschitz_certificate,
+        dict(
+            errors=Values(
+                (drawn(3, 4, 6, high=8.0), drawn(2, 4, 50, high=0.1)),
+                (drawn(3, 4, 6).half(), drawn(3, 4, 6).numpy()),
+                (None, "x", 3.0, drawn(4, 6), drawn(1, 4, 6), drawn(3, 3, 6), drawn(3, 4, 1))
+                + (drawn(3, 4, 6) - 2, drawn(3, 4, 6, high=9e3), spoilt(drawn(3, 4, 6), math.nan)),
+            ),
+            levels=fixed(LEVELS),
+            dimensions=fixed(2),
+            alpha=share(0.001, 0.05),
+            bound=names("hoeffding", "bernstein", "betting"),
+        ),
+    ),
+    Call(
+        "denoisers.Clipped",
+        lambda x_sigma, sigma: Clipped(EXACT)(x_sigma, sigma),
+        dict(x_sigma=points(), sigma=positive(0.3, 2.0)),
+        lambda x_sigma, **_: (len(x_sigma), K, *PLANE),
     ),
     Call(
         "certificates.certified_accuracy",
