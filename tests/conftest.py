@@ -68,11 +68,11 @@ def interrupt(monkeypatch):
         step = Training._one_step
         begun = []
 
-        def pressed(self, steps):
+        def pressed(self):
             begun.append(self.step)
             if len(begun) == 2:
                 signal.raise_signal(signal.SIGINT)
-            return step(self, steps)
+            return step(self)
 
         monkeypatch.setattr(Training, "_one_step", pressed)
         return begun

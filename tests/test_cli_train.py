@@ -109,9 +109,9 @@ def test_ctrl_c_keeps_the_checkpoint_of_this_network_and_resumes_to_the_bit(
     ]
 
 
-def test_minutes_pause_and_the_same_command_goes_on(tmp_path):
+def test_a_pause_and_the_same_command_goes_on(tmp_path):
     command = ["--json", "train", "digits", "--method", "cnn", "--steps", 200, *TINY]
-    done = run(*command, "--minutes", 0.01)
+    done = run(*command, "--pause", 0.01)
     kept = tmp_path / "assets" / "checkpoints" / networks.BASELINES["digits"]["cnn"]
     assert done.exit_code == 0 and json.loads(done.stdout)["paused"] == str(kept) and kept.exists()
     assert run(*command).exit_code == 0 and not kept.exists()
@@ -154,6 +154,6 @@ def test_options_that_do_not_apply_get_a_sentence(arguments, words, as_json):
 
 def test_another_recipe_does_not_resume(tmp_path):
     """A checkpoint of other settings is refused, not mixed with new ones."""
-    run("train", "digits", "--method", "cnn", "--steps", 300, *TINY, "--minutes", 0.01)
+    run("train", "digits", "--method", "cnn", "--steps", 300, *TINY, "--pause", 0.01)
     done = run("train", "digits", "--method", "cnn", "--steps", 200, *TINY)
     assert done.exit_code == 2 and one_sentence(done, "['steps'] differ")

@@ -100,10 +100,12 @@ OPTIONS = {
         "--seed": SEEDS,
     },
     "train": {
-        "--method": ("diffusion", "contrastive", "cnn", "idc", "gan", ""),
+        "--method": ("diffusion", "contrastive", "cnn", "cohen", "idc", "gan", ""),
         "--batch": ("2", "0", "x"),
         "--widths": ("4", "4,8", "3", "wide", "", "-4"),
         "--minutes": ("0.01", "nan", "inf", "-1", "x"),
+        "--pause": ("0.01", "nan", "inf", "-1", "x"),
+        "--sigma": ("0.25", "0.3", "nan", "-1", "x"),
         "--measured": ("1", "2", "0"),
         "--teacher-only": (None,),
         "--student-only": (None,),

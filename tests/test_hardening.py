@@ -144,9 +144,7 @@ def test_the_loss_is_cross_entropy_on_attacked_images_plus_the_clean_diffusion_l
     """With an attack that leaves the images alone, both parts can be written down from the same draws."""
     x = data.digits().train_images[:6]
     y = data.digits().train_labels[:6]
-    monkeypatch.setattr(
-        hardening, "adversarial_images", lambda classifier, x, y, inner, start, noise: x
-    )
+    monkeypatch.setattr(hardening, "adversarial_images", lambda logits_of, x, y, inner, start: x)
     denoiser = networks.load_digits_denoiser()
     value = hardening_loss(RECIPE)(denoiser, units.to_model(x), y, seeded(5))
     source = seeded(5)
@@ -181,8 +179,8 @@ def test_the_noise_that_an_attack_met_judges_it_where_it_is_held(held, monkeypat
     met = []
     judged = []
 
-    def attacked(classifier, images, labels, inner, start, noise):
-        met.append((classifier.levels.sigma, noise))
+    def attacked(logits_of, images, labels, inner, start):
+        met.append(logits_of(images).detach())
         return (images + 0.05).clamp(0, 1)
 
     def entropy(logits, labels):
@@ -194,16 +192,21 @@ def test_the_noise_that_an_attack_met_judges_it_where_it_is_held(held, monkeypat
     denoiser = networks.load_digits_denoiser()
     recipe = replace(RECIPE, held=held, clean=0.25)
     hardening_loss(recipe)(denoiser, units.to_model(x), y, seeded(5))
-    ((sigma, noise),) = met
     source = seeded(5)
-    again = drawn_levels(recipe.low, recipe.high, recipe.levels, source)
-    assert torch.equal(sigma, again.sigma)
-    classifier = BayesClassifier(denoiser, again, temperature=recipe.temperature)
+    levels = drawn_levels(recipe.low, recipe.high, recipe.levels, source)
+    classifier = BayesClassifier(denoiser, levels, temperature=recipe.temperature)
+    noise = classifier.sample_noise(8, source)
+
+    def same(logits, images) -> bool:
+        """Whether these are the classifier's, but for a constant of all classes."""
+        with torch.no_grad():
+            wanted = classifier(images, noise).log_softmax(1)
+        return torch.allclose(logits.log_softmax(1), wanted, rtol=1e-4, atol=1e-3)
+
+    assert same(met[0], x)
     # a quarter of the images is spared, the others are those of the attack
     seen = torch.cat([x[:2], (x + 0.05).clamp(0, 1)[2:]])
-    with torch.no_grad():
-        same = classifier(seen, noise)
-    assert torch.allclose(judged[0], same, rtol=1e-4, atol=1e-3) == held
+    assert same(judged[0], seen) == held
 
 
 def test_a_share_of_clean_images_leaves_some_to_attack():
@@ -217,12 +220,11 @@ def test_the_attack_inside_stays_in_its_budget_and_raises_the_loss(monkeypatch):
     seen = []
     real = hardening.adversarial_images
 
-    def watched(classifier, images, labels, inner, start, noise):
-        found = real(classifier, images, labels, inner, start, noise)
+    def watched(logits_of, images, labels, inner, start):
+        found = real(logits_of, images, labels, inner, start)
         with torch.no_grad():
             before, after = (
-                attacks.cross_entropy_loss(classifier(i, noise), labels).mean()
-                for i in (images, found)
+                attacks.cross_entropy_loss(logits_of(i), labels).mean() for i in (images, found)
             )
         seen.append((found, float(after - before)))
         return found

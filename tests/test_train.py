@@ -16,11 +16,13 @@ from diffclass.data.worlds import BUDGETS, images_of
 from diffclass.denoisers import network
 from diffclass.evaluation import accuracies
 from diffclass.storage import assets, weights
-from diffclass.training import losses, measures, recipes
+from diffclass.training import loop, losses, measures, recipes
 from diffclass.training.hardening import Inner, adversarial_loss
 from diffclass.training.recipes import RECIPES, Beginning, Recipe
+from diffclass.training.schedule import Schedule
 from diffclass.training.train import remaining, train, training_of
 from diffclass.zoo import networks
+from twins import rejected
 from typer.testing import CliRunner
 
 TINY = ["--widths", "16,32", "--batch", "4", "--measured", "2", "--seed", "1"]
@@ -227,19 +229,19 @@ def test_a_translator_is_measured_on_all_digits_with_both_noises(tmp_path):
     assert card["accuracy"]["correct"] == accuracies.accuracy(held, *images_of("digits", "test"))
 
 
-def test_minutes_pause_with_a_checkpoint(small_cifar, tmp_path):
-    options = dict(batch=4, widths=(16, 32), minutes=1e-9, measured=2)
+def test_a_pause_leaves_a_checkpoint(small_cifar, tmp_path):
+    options = dict(batch=4, widths=(16, 32), pause=1e-9, measured=2)
     run = train(TEACHER, tmp_path, steps=4, **options)
     assert [p.step for p in run] == [1]
     assert (tmp_path / "checkpoints" / TEACHER).exists()
     assert not (tmp_path / TEACHER).exists()
-    run = train(CNN, tmp_path, steps=3, batch=8, widths=(8, 16), minutes=1e-9, measured=2)
+    run = train(CNN, tmp_path, steps=3, batch=8, widths=(8, 16), pause=1e-9, measured=2)
     assert [p.step for p in run] == [1]
     assert (tmp_path / "checkpoints" / CNN).exists() and not (tmp_path / CNN).exists()
 
 
 def test_a_resume_with_other_settings_is_refused(small_cifar, tmp_path):
-    options = dict(batch=4, widths=(16, 32), minutes=1e-9, measured=2)
+    options = dict(batch=4, widths=(16, 32), pause=1e-9, measured=2)
     list(train(TEACHER, tmp_path, steps=4, **options))
     with pytest.raises(ValueError, match=r"\['steps'\] differ; delete it to start afresh"):
         list(train(TEACHER, tmp_path, steps=5, **options))
@@ -340,7 +342,7 @@ def test_a_paused_run_goes_on_and_ends_where_an_unbroken_one_does(teacher, tmp_p
     seen = 0
     while not (paused / TEACHER).exists():
         done = diffclass(
-            *command, "--minutes", 0.01
+            *command, "--pause", 0.01
         )  # 0.6 s: some steps, not all of them, on most machines
         assert done.exit_code == 0, done.stderr
         seen += 1
@@ -510,3 +512,175 @@ def test_cards_say_what_adversarial_training_is_worth(world):
     assert weak["n"] == firm["n"] >= 400 and len(strong["curve"]) == 20
     survived = [point["survived"] for point in strong["curve"]]
     assert survived[-1] >= 0.8 * max(survived)
+
+
+# -- a run by time ----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that a step moves on by a number of seconds: it is read before and after each."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+def timed(tmp_path, monkeypatch, seconds=0.5, cut=None, **options):
+    """A run of six seconds of the plain network, each of whose steps takes so many."""
+    options = dict(batch=16, widths=(8, 16), measured=10, seed=2, minutes=0.1) | options
+    monkeypatch.setattr(loop.time, "perf_counter", Clock(seconds).perf_counter)
+    frames = []
+    for progress in train(CNN, tmp_path, **options):
+        frames.append(progress)
+        if progress.step == cut:
+            break
+    monkeypatch.undo()
+    return frames
+
+
+def test_minutes_are_the_length_of_a_run_on_a_slow_machine_as_on_a_fast_one(tmp_path, monkeypatch):
+    for seconds, steps in ((0.5, 12), (2.0, 3), (0.125, 48)):
+        frames = timed(tmp_path / str(seconds), monkeypatch, seconds)
+        assert len(frames) == frames[-1].step == frames[-1].steps == steps
+        assert all(f.step < f.steps for f in frames[:-1])
+        assert frames[len(frames) // 2].steps in range(steps - 1, steps + 2)
+        assert sum(f.is_milestone for f in frames) == min(20, steps)
+        card = weights.card(tmp_path / str(seconds) / CNN)
+        assert card["settings"]["minutes"] == 0.1 and card["images_seen"] == 16 * steps
+        assert card["command"] == "diffclass train digits --method cnn --minutes 0.1"
+
+
+@pytest.mark.parametrize("cut", [1, 7, 11])
+def test_a_run_by_time_goes_on_with_the_clock_where_it_was_stopped(cut, tmp_path, monkeypatch):
+    timed(tmp_path / "whole", monkeypatch)
+    timed(tmp_path / "cut", monkeypatch, cut=cut)
+    resumed = timed(tmp_path / "cut", monkeypatch)
+    assert [f.step for f in resumed] == list(range(cut + 1, 13))
+    assert resumed[-1].seconds == pytest.approx(6.0)
+    assert same_weights(tmp_path / "whole" / CNN, tmp_path / "cut" / CNN)
+
+
+def test_a_run_by_time_is_not_resumed_with_another_length(tmp_path, monkeypatch):
+    timed(tmp_path, monkeypatch, cut=2)
+    with pytest.raises(ValueError, match=r"\['minutes'\] differ; delete it to start afresh"):
+        timed(tmp_path, monkeypatch, minutes=0.2)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="in steps or in minutes, got 5 steps and 0.1 minutes"):
+        next(train(CNN, tmp_path, steps=5, minutes=0.1))
+
+
+class BySteps(Schedule):
+    """A twin whose rate looks at the recipe's steps where time decides."""
+
+    def part(self, step, seconds):
+        return min(1.0, step / self.steps)
+
+
+class LongAverage(Schedule):
+    """A twin whose average keeps as much in every step, however many there are."""
+
+    def keep_at(self, step, seconds):
+        return min(self.ema, (step + 1) / (step + 10))
+
+
+@rejected({"by steps": dict(kind=BySteps), "an average by steps": dict(kind=LongAverage)})
+def test_rate_and_average_depend_on_the_share_of_the_time(kind=Schedule):
+    """Ten times the steps in the same time: the same rates at the same times, an average as far back."""
+    reach = {}
+    for steps in (2000, 20_000):
+        schedule = kind(1e-3, 0.998, 6000, minutes=10)
+        moments = [(step, 600 * step / steps) for step in range(steps)]
+        rates = [schedule.rate_at(*m) for m in moments]
+        assert max(rates) == pytest.approx(0.96e-3, rel=0.01)
+        assert rates[steps // 2] == pytest.approx(0.5e-3, rel=1e-6)
+        assert rates[-1] <= 0.011e-3 and rates[0] < 0.03e-3
+        reach[steps] = schedule.keep_at(*moments[-1]) ** (
+            steps / 100
+        )  # over a hundredth of the time
+    # what the recipe keeps over a hundredth of its steps
+    assert reach[2000] == pytest.approx(0.998**60, rel=0.01)
+    assert reach[20_000] == pytest.approx(0.998**60, rel=0.01)
+
+
+def test_by_steps_the_schedule_is_the_linear_one():
+    schedule = Schedule(2e-3, 0.99, 100)
+    assert schedule.rate_at(0, 5.0) == pytest.approx(2e-3 / 20)
+    assert schedule.rate_at(50, 0.0) == pytest.approx(1e-3)
+    assert schedule.rate_at(99, 0.0) == pytest.approx(2e-5)
+    assert schedule.keep_at(4, 9.0) == pytest.approx(5 / 14)
+    assert schedule.keep_at(2000, 9.0) == 0.99 and schedule.steps_at(3, 1e9) == 100
+
+
+# -- saving, before and after -----------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_saved_fails_before_the_first_step(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left")
+
+    steps = []
+    for field, wrong, error in (
+        ("save", full, OSError),
+        ("says", dict(recipe=torch.zeros(1)), TypeError),
+    ):
+        monkeypatch.setitem(RECIPES, CNN, replace(RECIPES[CNN], **{field: wrong}))
+        with pytest.raises(error):
+            steps.extend(train(CNN, tmp_path, steps=2, batch=4, widths=(8, 16)))
+        monkeypatch.undo()
+    assert steps == [] and list(tmp_path.iterdir()) == []
+
+
+def split(path) -> tuple[dict, bytes]:
+    """The header of a safetensors file and the bytes of its tensors: the order of the former's metadata is random."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def channels_last(network):
+    return network.to(memory_format=torch.channels_last)
+
+
+def compiled(network):
+    return torch.compile(network)
+
+
+@pytest.mark.parametrize("changed", [channels_last, compiled])
+def test_a_file_does_not_tell_how_a_network_lay_in_memory(changed, tmp_path):
+    """Tensor for tensor, byte for byte that of the row-major network; read into either layout it has the same logits."""
+    plain = cnn.ConvClassifier((1, 8, 8), 10, (8, 16), 3).eval()
+    other = changed(cnn.ConvClassifier((1, 8, 8), 10, (8, 16), 3).eval())
+    named = dict(network="ConvClassifier", image_shape=[1, 8, 8], num_classes=10, widths=[8, 16])
+    weights.save_weights(plain, named, tmp_path / "plain.safetensors")
+    weights.save_weights(other, named, tmp_path / "other.safetensors")
+    one, two = (split(tmp_path / f"{n}.safetensors") for n in ("plain", "other"))
+    assert one == two
+    x = images_of("digits", "test")[0][:20]
+    read = cnn.load(tmp_path / "other.safetensors")[0]
+    assert torch.allclose(channels_last(read)(x), plain(x), atol=1e-5)
+
+
+def test_two_heads_that_share_a_tensor_are_saved(tmp_path):
+    pair = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)])
+    pair[1].weight = pair[0].weight
+    weights.save_weights(pair, dict(network="pair"), tmp_path / "pair.safetensors")
+    state = weights_in(tmp_path / "pair.safetensors")
+    assert torch.equal(state["0.weight"], state["1.weight"]) and len(state) == 4
+
+
+def test_training_in_channels_last_resumes_and_saves_what_rows_do(tmp_path, monkeypatch):
+    """On an accelerator weights lie channels last; here they are made to, stopped and resumed."""
+    options = dict(steps=4, batch=8, widths=(8, 16), measured=10)
+    list(train(CNN, tmp_path / "rows", **options))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for progress in train(CNN, tmp_path / "last", **options):
+        if progress.step == 2:
+            break
+    list(train(CNN, tmp_path / "last", **options))
+    mine, yours = (weights_in(tmp_path / n / CNN) for n in ("rows", "last"))
+    assert all(torch.allclose(mine[n], yours[n], atol=1e-5) for n in mine)
+    assert all(value.is_contiguous() for value in yours.values())

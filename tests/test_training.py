@@ -516,11 +516,7 @@ def test_a_curve_counts_a_repeated_point_once(tmp_path):
     assert loop.Curve(checkpoint).points() == curve.points()
     checkpoint.unlink()
     assert loop.Curve(checkpoint).points() == [], "a new run begins a new curve"
-    milestones = [
-        step
-        for step in range(1, 41)
-        if loop.Progress(step, 40, 0, 0, torch.tensor(0.0)).is_milestone
-    ]
+    milestones = [progress.step for progress in run(steps=40) if progress.is_milestone]
     assert milestones == list(range(2, 41, 2))
 
 

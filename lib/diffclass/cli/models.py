@@ -26,14 +26,14 @@ Widths = Annotated[
 ]
 
 
-def _train_one(name: str, folder: Path, minutes: float | None, options: dict) -> bool:
+def _train_one(name: str, folder: Path, options: dict) -> bool:
     """Train one network with a progress bar; whether it is complete."""
     from tqdm import tqdm
 
     from diffclass.training import train as training
     from diffclass.training.speed import Speed
 
-    run = training.stoppable(training.train(name, folder, minutes=minutes, **options))
+    run = training.stoppable(training.train(name, folder, **options))
     costs = None
     first = None
     with (
@@ -83,7 +83,15 @@ def train(
     widths: Widths = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, callback=finite, help="Pause each network after this time."),
+        typer.Option(
+            min=0.01,
+            callback=finite,
+            help="Minutes of training of each network in place of steps: it ends annealed on any machine.",
+        ),
+    ] = None,
+    pause: Annotated[
+        float | None,
+        typer.Option(min=0.01, callback=finite, help="Pause each network after these minutes."),
     ] = None,
     measured: Annotated[
         int | None,
@@ -118,15 +126,23 @@ def train(
     ctx.obj.content |= dict(command="train", folder=str(folder), models=[])
     # Before the training, not after it, if it cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
-    options = dict(steps=steps, batch=batch, measured=measured, seed=seed, widths=_numbers(widths))
+    options = dict(
+        steps=steps,
+        batch=batch,
+        minutes=minutes,
+        pause=pause,
+        measured=measured,
+        seed=seed,
+        widths=_numbers(widths),
+    )
     only = "student" if student_only else None
     only = "teacher" if teacher_only else only
     names = _names(world, method, sigma, only, folder)
     try:
         for name in names:
-            if not _train_one(name, folder, minutes, options):
+            if not _train_one(name, folder, options):
                 ctx.obj.content["paused"] = str(folder / "checkpoints" / name)
-                ctx.obj.say(f"{name}: paused after {minutes:g} minutes; the same command goes on.")
+                ctx.obj.say(f"{name}: paused after {pause:g} minutes; the same command goes on.")
                 break
             card = weights.card(folder / name)
             ctx.obj.content["models"].append(dict(file=str(folder / name), card=card))

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffclass.storage import files
+
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = "cifar-10-batches-py"
@@ -57,11 +59,8 @@ SIDE, LARGEST_BATCH = (
 
 
 def cifar10_cache() -> Path:
-    """The folder that downloads go to: `cifar10` in DIFFCLASS_CACHE, else in ~/.cache/diffclass."""
-    return (
-        Path(os.environ.get("DIFFCLASS_CACHE") or Path.home() / ".cache" / "diffclass").expanduser()
-        / "cifar10"
-    )
+    """The folder that downloads go to: `cifar10` in the cache."""
+    return files.cache() / "cifar10"
 
 
 def _folders() -> list[Path]:

@@ -18,6 +18,12 @@ class Busy(RuntimeError):
     """Another run writes to the folder."""
 
 
+def cache() -> Path:
+    """The folder for what can be fetched or made again: DIFFCLASS_CACHE, else ~/.cache/diffclass."""
+    named = os.environ.get("DIFFCLASS_CACHE")
+    return Path(named or Path.home() / ".cache" / "diffclass").expanduser()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 

@@ -26,9 +26,13 @@ def save_weights(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # row-major copies under their own names, however the network lies in memory, shares tensors or was compiled
     state = {
-        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in module.state_dict().items()
+        name: (value.to(dtype) if value.is_floating_point() else value)
+        .detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        for name, value in unwrapped(module.state_dict()).items()
     }
     shards: list[dict[str, Tensor]] = [{}]
     for name, value in state.items():

@@ -5,17 +5,19 @@ robustness, and only several steps show it (catastrophic overfitting, Wong et al
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffclass import attacks, likelihood, units
+from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise
-from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.bayes import sampled_bank
 from diffclass.denoisers.base import Denoiser
-from diffclass.noise import Levels
+from diffclass.denoisers.network import LearnedDenoiser
+from diffclass.noise import Levels, elbo_weight
 from diffclass.training.losses import Loss, crops, drawn_moves
 
 
@@ -37,28 +39,25 @@ def drawn_start(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def adversarial_images(
-    classifier: Classifier,
-    x: Tensor,
-    y: Tensor,
-    inner: Inner,
-    start: Tensor,
-    noise: Noise = (),
+    logits_of: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, inner: Inner, start: Tensor
 ) -> Tensor:
     """The images on which adversarial training trains: near the clean ones, and of a large loss.
 
-    Formula     x <- project(x + stride epsilon sign(grad cross-entropy)), from x + epsilon U(-1, 1)
+    Formula     x <- clip(x + stride epsilon sign(grad cross-entropy)), from x + epsilon start; into the budget, and [0,1]
     Source      Madry et al. 2018; one step of 1.25 epsilon: Wong et al. 2020
-    Shapes      x [B,C,H,W] in [0,1], y [B], start [B,C,H,W] in [-1,1] -> [B,C,H,W] in [0,1]
-    Randomness  none: `start` is that of `drawn_start`, and `noise` is held for all steps
+    Shapes      logits_of: [B,C,H,W] -> [B,K]; x [B,C,H,W] in [0,1], y [B], start in [-1,1] -> [B,C,H,W] in [0,1]
+    Randomness  none: `start` is that of `drawn_start`, and what `logits_of` draws it has drawn before
+    Errors      none of its own: nothing is checked, as a check would read a number back in the midst of a step
     """
-    at = attacks.project(x + inner.epsilon * start, x, inner.epsilon, "linf")
+    low = (x - inner.epsilon).clamp(min=0)
+    high = (x + inner.epsilon).clamp(max=1)
+    at = (x + inner.epsilon * start).clamp(low, high)
     for _ in range(inner.steps):
-        gradient, _, _ = attacks.expected_gradient(
-            classifier, at, y, noise=noise, loss=attacks.cross_entropy_loss
-        )
-        step = inner.stride * inner.epsilon * attacks.ascent(gradient, "linf")
-        at = attacks.project(at + step, x, inner.epsilon, "linf")
-    return at
+        at = at.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(cross_entropy(logits_of(at), y, reduction="sum"), at)
+        step = inner.stride * inner.epsilon * gradient.sign()
+        at = (at.detach() + step).clamp(low, high)
+    return at.detach()
 
 
 def adversarial_loss(inner: Inner, crop: int = 0) -> Loss:
@@ -133,41 +132,54 @@ def hardening_loss(hardening: Hardening) -> Loss:
 
     Formula     mean of -log softmax(ELBO(x') / temperature)_y - denoising ELBO_y(x) / D,
                 x' = argmax over |x' - x|_inf <= epsilon of the same cross-entropy, under other noise or the same
-    Source      Madry et al. 2018 for the maximisation; the classifier is `BayesClassifier` with levels drawn anew
+    Source      Madry et al. 2018 for the maximisation; the classifier is `BayesClassifier`'s, with levels drawn anew
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     """
 
-    def bank(denoiser: Denoiser, images: int, generator: torch.Generator) -> tuple[Noise, Noise]:
-        """Levels, of all images alike, and the noise of the classifier at these levels."""
+    def bank(images: Tensor, generator: torch.Generator) -> Noise:
+        """Levels and their weights, of all images alike, and noise at these levels."""
         levels = drawn_levels(hardening.low, hardening.high, hardening.levels, generator)
-        noise = classifier_of(denoiser, levels).sample_noise(images, generator)
-        return (levels.sigma[None], levels.lower[None], levels.upper[None]), noise
-
-    def classifier_of(denoiser: Denoiser, levels: Levels) -> BayesClassifier:
-        return BayesClassifier(denoiser, levels, temperature=hardening.temperature)
+        eps = sampled_bank((len(levels), 1, *images.shape[1:]), len(images), generator)
+        sigma = levels.sigma.to(images)[None]
+        return sigma, elbo_weight(levels).to(images)[None], eps.to(images)
 
     def draw(
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Noise:
-        count = len(images)
-        moves = drawn_moves(count, hardening.shift, generator)
-        met = bank(denoiser, count, generator)
+        moves = drawn_moves(len(images), hardening.shift, generator)
+        met = bank(images, generator)
         start = drawn_start(images, generator)
-        judging = met if hardening.held else bank(denoiser, count, generator)
-        spared = torch.arange(count, device=images.device) < int(hardening.clean * count)
-        return moves, start, spared, met, judging
+        judging = met if hardening.held else bank(images, generator)
+        first = torch.arange(len(images), device=images.device)
+        return moves, start, first < int(hardening.clean * len(images)), met, judging
 
-    def value(denoiser: Denoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+    def value(denoiser: LearnedDenoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
         moves, start, spared, met, judging = drawn
-        x = crops(units.to_pixel(images), moves, hardening.shift, "reflect")
-        (levels, noise), (own_levels, own_noise) = met, judging
-        attacker = classifier_of(denoiser, Levels(*(part[0] for part in levels)))
-        attacked = adversarial_images(attacker, x, labels, hardening.inner, start, noise)
-        attacked = torch.where(spared[:, None, None, None], x, attacked)
-        judge = classifier_of(denoiser, Levels(*(part[0] for part in own_levels)))
-        own = judge.losses(x, own_noise)[torch.arange(len(x), device=x.device), labels]
-        evidence = likelihood.evidence(own, judge.levels.to(own), judge.weighting)
-        wrong = cross_entropy(judge(attacked, own_noise), labels)
-        return wrong - hardening.denoising * evidence.mean() / x[0].numel()
 
-    return Loss(draw, value)
+        def logits(x: Tensor, bank: Noise) -> Tensor:
+            every = drawn_evidence(denoiser, units.to_model(x), *bank)
+            return every[:, : denoiser.num_classes] / hardening.temperature
+
+        x = crops(units.to_pixel(images), moves, hardening.shift, "reflect")
+        attacked = adversarial_images(lambda at: logits(at, met), x, labels, hardening.inner, start)
+        attacked = torch.where(spared[:, None, None, None], x, attacked)
+        own = hardening.temperature * logits(x, judging).gather(1, labels[:, None])
+        wrong = cross_entropy(logits(attacked, judging), labels)
+        return wrong - hardening.denoising * own.mean() / x[0].numel()
+
+    return Loss(draw, value, silent=True)
+
+
+def drawn_evidence(
+    denoiser: LearnedDenoiser, z: Tensor, sigma: Tensor, weight: Tensor, eps: Tensor
+) -> Tensor:
+    """The evidence of a few drawn levels for every class and, where it is offered, "no class": unchecked, for training.
+
+    Formula     - sum_t w_t |D_k(z + sigma_t eps_t, sigma_t) - z|^2, as `likelihood.elbo` has it
+    Shapes      z [B,C,H,W] in model space, sigma and weight [1,T], eps [B,T,1,C,H,W] -> [B,K or K+1]
+    """
+    noisy = z[:, None] + sigma[0, :, None, None, None] * eps[:, :, 0]
+    levels = sigma.expand(len(z), -1).flatten()
+    denoised = denoiser.answers(noisy.flatten(0, 1), levels).unflatten(0, noisy.shape[:2])
+    square = (denoised - z[:, None, None]).float().square().flatten(3).sum(3)
+    return -(square * weight[0, :, None]).sum(1)

@@ -10,7 +10,8 @@ import copy
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +22,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffclass.denoisers.base import Denoiser
-from diffclass.device import in_precision
+from diffclass import device
+from diffclass.classifiers.base import Noise, each, parts, take
 from diffclass.storage import files
 from diffclass.storage.weights import check_finite
 from diffclass.training.losses import Loss, denoising_loss
+from diffclass.training.optimisers import Optimiser
+from diffclass.training.schedule import Schedule
 
 DENOISING = denoising_loss()
 
@@ -33,14 +36,14 @@ DENOISING = denoising_loss()
 @contextlib.contextmanager
 def global_draws_from(generator: torch.Generator):
     """Inside, what draws from the global random state, such as dropout, follows `generator`; then all is as before."""
-    device = generator.device
-    if device.type == "cpu":
+    place = generator.device
+    if place.type == "cpu":
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator.get_state())
             yield
     else:
-        with torch.random.fork_rng([device.index or 0], device_type=device.type):
-            torch.get_device_module(device).set_rng_state(generator.get_state(), device)
+        with torch.random.fork_rng([place.index or 0], device_type=place.type):
+            torch.get_device_module(place).set_rng_state(generator.get_state(), place)
             yield
 
 
@@ -112,42 +115,46 @@ class Curve:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run stands: step of steps, images seen, seconds spent training in all, and the step's loss."""
+    """Where a training run stands: step of steps, images seen, seconds spent training in all, and the step's loss.
+
+    steps         of a run by time: as many as are expected so far, and `step` once it is over
+    is_milestone  whether this is one of the twenty steps after which a run is measured
+    """
 
     step: int
     steps: int
     images: int
     seconds: float
     measured: Tensor
+    is_milestone: bool = False
 
     @property
     def loss(self) -> float:
         """The loss of this step. Reading it waits for the accelerator, so read it now and then, not at every step."""
         return float(self.measured)
 
-    @property
-    def is_milestone(self) -> bool:
-        """Whether this is one of the twenty steps after which a run is measured."""
-        return self.step % max(1, self.steps // 20) == 0
-
 
 class Training:
     """A run: iterate over it to train, stop whenever you like, iterate again (or make it again) to go on.
 
     Randomness  step i of process r draws its batch, noise and levels from (seed, i, r) alone, so a resumed run equals
-                an unbroken one
+                an unbroken one; a run by time depends on the clock as well, which goes on where it was stopped
     Writes      `checkpoint`, a safetensors file with weights, average and optimiser state, every `save_every` steps
     Precision   "fp32", or "bf16": the network in bfloat16 under autocast, weights and arithmetic of levels in float32
+    Units       minutes: of training, in place of the steps, which then only say how far back the average reaches
+    Memory      where it runs out, the gradient is summed over halves, of halves, of the batch: the noise is drawn for all
+                of it before, so the result is the same but for rounding and for dropout, which is the network's own
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: nn.Module,
         images: Tensor,
         labels: Tensor,
         *,
         loss: Loss = DENOISING,
         steps: int,
+        minutes: float | None = None,
         batch: int = 256,
         rate: float = 2e-3,
         ema: float = 0.995,
@@ -155,19 +162,20 @@ class Training:
         seed: int = 0,
         precision: str = "fp32",
         compiled: bool = False,
+        optimiser: Callable[[nn.Module, float], Optimiser] = Optimiser,
         checkpoint: str | Path | None = None,
         save_every: int = 100,
     ):
         self.accelerator = Accelerator()
         self.own = own_share(batch, self.accelerator.num_processes)
-        device = self.accelerator.device
+        place = self.accelerator.device
         # as measured
         fastest = (
             torch.channels_last if torch.accelerator.is_available() else torch.contiguous_format
         )
-        self.denoiser = denoiser.to(device, memory_format=fastest)
-        self.images = images.to(device)
-        self.labels = labels.to(device)
+        self.denoiser = denoiser.to(place, memory_format=fastest)
+        self.images = images.to(place)
+        self.labels = labels.to(place)
         self.loss = loss
         self.settings = dict(
             steps=steps,
@@ -177,44 +185,55 @@ class Training:
             mirror=mirror,
             seed=seed,
             count=len(images),
+            minutes=minutes,
+            optimiser=optimiser.__name__,
         )
+        self.schedule = Schedule(rate, ema, steps, minutes)
         self.average = copy.deepcopy(denoiser).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            denoiser.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01
-        )
+        self.optimiser = optimiser(denoiser, rate)
         self.step = 0
         self.seconds = 0.0
-        self.precision = precision
+        self.precision = device.available(precision, place)
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.save_every = save_every
+        self.piece = self.own
+        # how much of itself the average gives up in a step: a tensor, so that a captured step can be told anew
+        self.given_up = torch.zeros((), device=place)
         if self.checkpoint and self.checkpoint.exists():
             self._resume()
         if compiled:  # in place, so that the names of the weights stay
+            device.keep_compiled(files.cache() / "compiled")
             self.denoiser.network.compile()
+        self.compiled = compiled
+        self._graph: device.Replayed | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to be done."""
+        return self.schedule.part(self.step, self.seconds) >= 1
 
     def __iter__(self) -> Iterator[Progress]:
-        steps = self.settings["steps"]
         try:
-            while self.step < steps:
+            self._prepare()
+            while not self.is_over:
+                before = self._twentieths()
                 started = time.perf_counter()
-                measured = self._one_step(steps)
-                due = (
-                    self.step + 1 == steps
-                    or self.checkpoint
-                    and (self.step + 1) % self.save_every == 0
-                )
-                # asking waits for the accelerator
-                if (due or self.step % 10 == 0) and not torch.isfinite(measured):
-                    raise FloatingPointError(
-                        f"the loss became {float(measured)} at step {self.step}; lower the rate "
-                        f"({self.settings['rate']:g}) and start again from the last checkpoint."
-                    )
+                measured = self._one_step()
+                self._check(measured)
                 self.step += 1
-                self.seconds += time.perf_counter() - started
+                self._spend(time.perf_counter() - started)
+                due = self.is_over or self.step % self.save_every == 0
+                if self.is_over:
+                    self._check(measured, always=True)
                 if self.checkpoint and due:
                     self.save()
                 yield Progress(
-                    self.step, steps, self.step * self.settings["batch"], self.seconds, measured
+                    self.step,
+                    self.schedule.steps_at(self.step, self.seconds),
+                    self.step * self.settings["batch"],
+                    self.seconds,
+                    measured,
+                    self._twentieths() > before,
                 )
         except FloatingPointError:  # what is in memory is spoilt: the checkpoint before it stays
             raise
@@ -222,42 +241,144 @@ class Training:
             self._keep()
             raise
 
+    def _twentieths(self) -> int:
+        # the slack is for shares such as 0.35, a hair too small as a float
+        return int(20 * self.schedule.part(self.step, self.seconds) + 1e-9)
+
+    def _check(self, measured: Tensor, always: bool = False) -> None:
+        """Now and then, as asking waits for the accelerator, and before anything is written."""
+        due = self.checkpoint and (self.step + 1) % self.save_every == 0
+        if (always or due or self.step % 10 == 0) and not torch.isfinite(measured):
+            raise FloatingPointError(
+                f"the loss became {float(measured)} at step {self.step - always}; lower the rate "
+                f"({self.settings['rate']:g}) and start again from the last checkpoint."
+            )
+
+    def _spend(self, seconds: float) -> None:
+        """Add to the clock; where time decides, all processes share one, or their rates would differ."""
+        if self.schedule.minutes is not None and self.accelerator.num_processes > 1:
+            own = torch.tensor(seconds, device=self.accelerator.device)
+            seconds = float(self.accelerator.reduce(own, "mean"))
+        self.seconds += seconds
+
     def _keep(self) -> None:
         """An interrupted or abandoned run keeps what it has done."""
-        if self.checkpoint and 0 < self.step < self.settings["steps"]:
+        if self.checkpoint and self.step and not self.is_over:
             self.save()
 
-    def _one_step(self, steps: int) -> Tensor:
-        settings = self.settings
-        device = self.accelerator.device
+    def _one_step(self) -> Tensor:
+        """One step: everything is drawn and told, then gradient and update, which depend on nothing else."""
+        batch = self._drawn()
+        self.optimiser.set_rate(self.schedule.rate_at(self.step, self.seconds))
+        self.given_up.fill_(1 - self.schedule.keep_at(self.step, self.seconds))
+        loss = self._within_memory(self._replayed, *batch)
+        return self.accelerator.reduce(loss, "mean")
+
+    def _generator(self, first: int = 0) -> torch.Generator:
+        """The source of this step's draws: `first` tells its own from those of the network, such as dropout."""
+        processes = self.accelerator.num_processes
         rank = self.accelerator.process_index
-        seed = (settings["seed"] * 1_000_003 + self.step) * self.accelerator.num_processes + rank
-        generator = torch.Generator(device).manual_seed(seed)
-        chosen = torch.randint(len(self.images), (self.own,), generator=generator, device=device)
+        seed = (self.settings["seed"] * 1_000_003 + self.step) * processes + rank
+        return torch.Generator(self.accelerator.device).manual_seed(first + seed)
+
+    def _drawn(self) -> tuple[Tensor, Tensor, Noise]:
+        """This step's images and labels, and all the noise that its loss asks for."""
+        place = self.accelerator.device
+        generator = self._generator()
+        chosen = torch.randint(len(self.images), (self.own,), generator=generator, device=place)
         images = self.images[chosen]
-        if settings["mirror"]:
-            turned = torch.rand(self.own, generator=generator, device=device) < 0.5
+        if self.settings["mirror"]:
+            turned = torch.rand(self.own, generator=generator, device=place) < 0.5
             images = torch.where(turned[:, None, None, None], images.flip(3), images)
-        warm = min(1.0, (self.step + 1) / 20)
-        for group in self.optimiser.param_groups:  # warm up, then fall linearly to a hundredth
-            group["lr"] = settings["rate"] * warm * max(0.01, 1 - self.step / steps)
+        labels = self.labels[chosen]
         self.denoiser.train()
-        with (
-            in_precision(self.precision, self.images),
-            global_draws_from(torch.Generator(device).manual_seed(2**40 + seed)),
-        ):
-            loss = self.loss(self.denoiser, images, self.labels[chosen], generator)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.no_grad():
+            return images, labels, self.loss.draw(self.denoiser, images, labels, generator)
+
+    def _within_memory(
+        self, act: Callable[..., Tensor], images: Tensor, labels: Tensor, noise: Noise
+    ) -> Tensor:
+        """What `act` gives for this batch; where memory runs out, again with half as many images at once.
+
+        Errors      torch.OutOfMemoryError where one image is too many
+        """
+        while True:
+            try:
+                with global_draws_from(self._generator(2**40)):
+                    return act(images, labels, noise)
+            except torch.OutOfMemoryError:
+                if self.piece == 1:
+                    raise
+            # after the exception, whose frames hold what has to go
+            self.piece = (self.piece + 1) // 2
+            self._graph = None
+            self.denoiser.zero_grad(set_to_none=True)
+            device.give_back_memory(self.accelerator.device)
+            warnings.warn(
+                f"memory ran out; going on with {self.piece} images at once, {self.own} a step as before: "
+                "same result, slower.",
+                stacklevel=2,
+            )
+
+    def _prepare(self) -> None:
+        """Compile, before a clock runs: a gradient that changes no weight."""
+        if self.compiled and self.schedule.minutes is not None and not self.is_over:
+            self._within_memory(self.gradients, *self._drawn())
+            self.denoiser.zero_grad(set_to_none=True)
+
+    def captures(self) -> bool:
+        """Whether steps are captured and replayed: where the device does that, for a single process and a silent loss."""
+        alone = self.accelerator.num_processes == 1
+        return device.replays(self.accelerator.device) and alone and self.loss.silent
+
+    def _replayed(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
+        """`work` of these tensors, replayed where it is captured; an optimiser that cannot be follows it."""
+        whole = self.optimiser.captured
+        work = self.work if whole else self.gradients
+        if not self.captures():
+            loss = work(images, labels, noise)
+        else:
+            if self._graph is None:
+
+                def flat(images: Tensor, labels: Tensor, *drawn: Tensor) -> Tensor:
+                    rest = iter(drawn)
+                    return work(images, labels, each(lambda part: next(rest), noise))
+
+                self._graph = device.Replayed(flat)
+            loss = self._graph(images, labels, *parts(noise))
+        if not whole:
+            self.update()
+        return loss
+
+    def work(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
+        """Gradient and update: the one function of a step, called plainly or captured. Shapes: -> scalar, the loss."""
+        loss = self.gradients(images, labels, noise)
+        self.update()
+        return loss
+
+    def gradients(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
+        """The gradient of the mean loss in every weight, summed over slices of the batch. Shapes: -> scalar, the loss."""
+        self.denoiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=images.device)
+        for start in range(0, len(images), self.piece):
+            kept = slice(start, start + self.piece)
+            share = len(images[kept]) / len(images)
+            with device.in_precision(self.precision, images, cached=False):
+                loss = self.loss.value(self.denoiser, images[kept], labels[kept], take(noise, kept))
+            (share * loss).backward()
+            total = total + share * loss.detach()
+        return total
+
+    def update(self) -> None:
+        """One step of the optimiser along the clipped gradient, and of the average towards the weights."""
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         self.optimiser.step()
-        keep = min(settings["ema"], (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.denoiser.parameters()), 1 - keep
-            )
-        return self.accelerator.reduce(loss.detach(), "mean")
+            average = list(self.average.parameters())
+            apart = torch._foreach_sub(list(self.denoiser.parameters()), average)
+            torch._foreach_mul_(apart, self.given_up)
+            torch._foreach_add_(average, apart)
 
     def _share_gradients(self) -> None:
         """Average the gradients over the processes, as one message."""
@@ -286,8 +407,7 @@ class Training:
             return
         tensors = {f"now.{n}": v for n, v in self.denoiser.state_dict().items()}
         tensors |= {f"average.{n}": v for n, v in self.average.state_dict().items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
+        tensors |= {f"optimiser.{n}": v for n, v in self.optimiser.state().items()}
         header = json.dumps(dict(settings=self.settings, step=self.step, seconds=self.seconds))
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         files.write_tensors(
@@ -325,11 +445,8 @@ class Training:
         check_finite(tensors, self.checkpoint.name)
         self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
         self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
-        state: dict[int, dict] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        prefix = "optimiser."
+        own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+        self.optimiser.load(own)
         self.step = run["step"]
         self.seconds = run["seconds"]

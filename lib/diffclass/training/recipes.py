@@ -22,6 +22,7 @@ from diffclass.training import losses, measures, smoothing
 from diffclass.training.hardening import Hardening, Inner, adversarial_loss, hardening_loss
 from diffclass.training.losses import Loss
 from diffclass.training.measures import Measure
+from diffclass.training.optimisers import Optimiser
 from diffclass.zoo import networks
 
 
@@ -66,6 +67,7 @@ class Recipe:
     config         network -> its architecture, for the card
     says           what else the card says of it, JSON values
     compiled       where there is an accelerator
+    optimiser      (network, rate) -> what changes its weights
     sigma          of the noise that its pictures carry, in pixels; None for most
     """
 
@@ -89,6 +91,7 @@ class Recipe:
     mirror: bool = False
     precision: str = "fp32"
     compiled: bool = False
+    optimiser: Callable[[nn.Module, float], Optimiser] = Optimiser
     sigma: float | None = None
 
     @property

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from diffclass import device
 from diffclass.data.worlds import SHAPES
 from diffclass.training.recipes import RECIPES, Beginning
 
@@ -79,10 +80,11 @@ def _needed(name: str) -> nn.Module | None:
 
 def matrix_peak(precision: str, size: int = 4096, seconds: float = 0.3) -> float:
     """FLOP a second of a product of two large matrices on this process's chip, in the precision of the network."""
-    device = Accelerator().device
+    place = Accelerator().device
     size = size if torch.accelerator.is_available() else size // 4
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    halved = device.available(precision, place) == "bf16"
+    dtype = torch.bfloat16 if halved else torch.float32
+    matrix = torch.ones(size, size, device=place, dtype=dtype)
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     matrix @ matrix
     wait()

@@ -1,7 +1,9 @@
 """Train a network of `RECIPES` as one call: it goes on where it was stopped, is watched, measured and put away."""
 
 import contextlib
+import json
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,20 +28,28 @@ def train(
     batch: int | None = None,
     widths: tuple[int, ...] | None = None,
     minutes: float | None = None,
+    pause: float | None = None,
     measured: int | None = None,
     seed: int = 0,
 ) -> Iterator[Progress]:
     """Train a network of `RECIPES`, yielding progress; the last act writes weights, card and checksum.
 
-    Shapes      steps, batch, widths and `measured`, the test images of the card, in place of the recipe's; `minutes`
-                pauses the run after that time, resumable; the network that it needs is taken from `folder`
+    Shapes      steps, batch, widths and `measured`, the test images of the card, in place of the recipe's; the network
+                that it needs is taken from `folder`
+    Units       minutes: of training in place of the recipe's steps, at whose end the network is annealed on any machine,
+                however often it was stopped; pause: minutes of this call, after which the run stops, resumable
     Randomness  all from `seed`
-    Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present)
-    Errors      ValueError for a name that has no recipe, or widths that do not apply; FileNotFoundError without the
-                network that it needs; those of `Training` and `images_of`
+    Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present);
+                saving is tried before the first step
+    Errors      ValueError for a name that has no recipe, both steps and minutes, or widths that do not apply;
+                FileNotFoundError without the network that it needs; those of `Training`, `images_of` and `recipe.save`
     """
     if name not in RECIPES:
         raise ValueError(f"expected one of {sorted(RECIPES)} to train, got {name!r}.")
+    if steps and minutes:
+        raise ValueError(
+            f"expected the length of a run in steps or in minutes, got {steps} steps and {minutes:g} minutes."
+        )
     recipe = RECIPES[name]
     recipe = replace(
         recipe,
@@ -53,7 +63,11 @@ def train(
     given = None
     if recipe.needs:
         given = network.load_denoiser(folder / recipe.needs)[0].to(chip.device)
-    run = training_of(recipe, seed, widths=widths, given=given, checkpoint=checkpoint)
+    run = training_of(
+        recipe, seed, widths=widths, given=given, checkpoint=checkpoint, minutes=minutes
+    )
+    if chip.is_main_process:
+        try_saving(recipe, run, folder / name)
     curve = Curve(checkpoint)
     started = time.monotonic()
     for progress in run:
@@ -62,7 +76,7 @@ def train(
             if point:
                 curve.add(progress, **point)
         yield progress
-        if minutes and is_late(chip, progress, started + 60 * minutes):
+        if pause and is_late(chip, progress, started + 60 * pause):
             return  # the loop writes its checkpoint as it is left
     if chip.is_main_process:
         average = run.average.eval()
@@ -82,6 +96,7 @@ def training_of(
     widths: tuple[int, ...] | None = None,
     given: nn.Module | None = None,
     checkpoint: Path | None = None,
+    minutes: float | None = None,
 ) -> Training:
     """The run of a recipe: iterate over it to train. Randomness: all from `seed`."""
     images, labels = images_of(recipe.world, "train")
@@ -93,6 +108,8 @@ def training_of(
         labels,
         loss=recipe.loss(beginning),
         steps=recipe.steps,
+        minutes=minutes,
+        optimiser=recipe.optimiser,
         batch=recipe.batch,
         rate=recipe.rate,
         ema=recipe.ema,
@@ -104,6 +121,18 @@ def training_of(
     )
 
 
+def try_saving(recipe: Recipe, run: Training, path: Path) -> None:
+    """Write what a run begins with beside its file, and take it away: what cannot be saved fails before its minutes.
+
+    Errors      those of `recipe.save`; TypeError for a card that is no JSON
+    """
+    content = card(path.name, recipe, run)
+    json.dumps(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as trial:
+        recipe.save(run.average, Path(trial) / path.name, content)
+
+
 def tested(recipe: Recipe, count: int | None, run: Training) -> tuple[Tensor, Tensor]:
     """The first test images of a recipe's world and their labels, all for None, where the run is."""
     images, labels = images_of(recipe.world, "test")
@@ -113,12 +142,13 @@ def tested(recipe: Recipe, count: int | None, run: Training) -> tuple[Tensor, Te
 
 def card(name: str, recipe: Recipe, run: Training) -> dict:
     """What every model card says: what the network is, what it was trained on, and how."""
+    minutes = run.settings["minutes"]
     return dict(
         name=name,
         data=DATA[recipe.world],
-        command=recipe.command,
+        command=recipe.command if minutes is None else f"{recipe.command} --minutes {minutes:g}",
         settings=run.settings | dict(config=recipe.config(run.average)),
-        precision=recipe.precision,
+        precision=run.precision,
         **recipe.says,
         **run.facts(),
     )
