@@ -172,6 +172,68 @@ def test_one_call_shows_the_posterior_of_that_call_beside_that_of_the_losses(stu
     )
 
 
+def test_a_picture_that_moves_is_asked_one_level_and_one_that_rests_all_of_them(student):
+    async def session():
+        hero = one_call(student)
+        hero.controls["sigma"].value = 0.5
+        for index in (7, 8, 9):  # the slider passes 7 and 8, and rests at 9
+            hero.controls["index"].value = index
+        moving = hero.stage.frame
+        known = len(measured_scene(hero)._measured)
+        await asyncio.sleep(2 * widgets.QUIET)
+        return hero, moving, known, hero.stage.frame
+
+    hero, moving, known, resting = asyncio.run(session())
+    scene = measured_scene(hero)
+    assert "The losses of this call alone say" in moving["note"] and known == 1
+    assert set(scene._measured) == {0, 9}, "what the slider passed was not measured"
+    assert resting == hero.show(9, 0.5, (0.0, 0.0), -1)
+    for place in (0, 1):  # the picture and its heads stay as they were
+        assert moving["panels"][place] == resting["panels"][place]
+    losses = losses_of_one_call(scene, 9, 0.5)
+    lines = moving["panels"][2]["series"]
+    excess = (losses - losses.min()) / 0.5**2
+    assert sorted(line["y"][0] for line in lines) == pytest.approx(
+        sorted(excess.tolist()), rel=1e-3
+    )
+    assert all(len(set(line["y"])) == 1 for line in lines), "one level stands for all"
+    low, high = networks.DIGIT_RANGE
+    share = torch.softmax(-losses / 0.5**2 * np.log(high / low), 0)
+    torch.testing.assert_close(torch.tensor(moving["panels"][3]["marks"]), share, atol=1e-4, rtol=0)
+
+
+def measured_scene(hero):
+    """The scene behind the hero of one call."""
+    return hero.show.__closure__[0].cell_contents
+
+
+def losses_of_one_call(scene, index, sigma):
+    """Each class's squared error of the denoised picture, from the network itself."""
+    z = 2 * scene.images[index] - 1
+    with torch.no_grad():
+        heads = scene.denoiser(z[None] + sigma * scene.noise, sigma)[0]
+    return ((heads - z) ** 2).flatten(1).sum(1)
+
+
+def test_without_a_lesser_frame_nothing_is_drawn_twice():
+    drawn = []
+
+    def show(value, point, picked):
+        drawn.append(value)
+        return bar_of(value)
+
+    async def session(quick):
+        drawn.clear()
+        hero = widgets.Hero(show, {"value": widgets.slider("value", 1, 0, 9, 1)}, quick=quick)
+        hero.controls["value"].value = 2
+        await asyncio.sleep(2 * widgets.QUIET)
+        return drawn
+
+    assert asyncio.run(session(None)) == [1, 2]
+    assert asyncio.run(session(lambda value, point, picked: None)) == [1, 2]
+    assert asyncio.run(session(lambda value, point, picked: bar_of(0.0))) == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["digit", "denoiser", "one call"])
 def test_dragging_the_cursor_is_moving_the_slider(name, student):
     hero = HEROES[name](student)

@@ -34,6 +34,7 @@ from diffclass.noise import Levels
 log = logging.getLogger(__name__)
 
 Job = Generator[float, None, None]  # yields the share of its work that is done
+QUIET = 0.15  # seconds without a change after which a control counts as resting
 VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 WHOLE_LABEL = {"description_width": "initial"}  # labels are not cut off
 
@@ -92,6 +93,8 @@ class Hero(Staged):
 
     Shapes      controls: widgets with a `value`; show(**values by name, point, picked) -> frame; `cursor` names the
                 control that the line in the figure moves, in whole multiples of `cursor_step` if it is given
+    Moving      `quick`, of the same arguments, gives a lesser frame while a control moves, or None where `show` is as
+                quick; `show` follows when the controls have rested for `QUIET`. At once where no event loop runs
     Why         one place for wiring, so that each hero is its controls and one function, and a test can turn them
     """
 
@@ -100,6 +103,7 @@ class Hero(Staged):
         show: Callable[..., dict],
         controls: dict[str, W.Widget],
         *,
+        quick: Callable[..., dict | None] | None = None,
         cursor: str | None = None,
         cursor_step: int | None = None,
         point: tuple[float, float] | None = None,
@@ -110,18 +114,45 @@ class Hero(Staged):
             self.stage.point = list(point)
         self.controls = controls
         self.show = show
+        self.quick = quick
+        self._moving = False
+        self._resting: asyncio.TimerHandle | None = None
         for control in controls.values():
-            control.observe(self.refresh, "value")
-        self.stage.observe(self.refresh, ["point", "picked"])
+            control.observe(self.move, "value")
+        self.stage.observe(self.move, ["point", "picked"])
         if cursor is not None:
             drag_moves(self.stage, controls[cursor], cursor_step)
         self.children = [row(controls.values()), self.stage]
         self.refresh()
 
+    def move(self, _=None) -> None:
+        """Draw what can be drawn while a control moves, and the whole when it rests."""
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # nobody would call back
+            self.refresh()
+            return
+        self._moving = True
+        self.refresh()
+        if self._moving:
+            self._resting = loop.call_later(QUIET, self.rest)
+
+    def rest(self) -> None:
+        """Draw the whole frame."""
+        self._resting = None
+        self._moving = False
+        self.refresh()
+
     def frame(self) -> dict:
-        """The frame of the present controls."""
+        """The frame of the present controls: the lesser one while they move, where there is one."""
         values = {name: control.value for name, control in self.controls.items()}
-        return self.show(**values, point=tuple(self.stage.point), picked=self.stage.picked)
+        state = dict(**values, point=tuple(self.stage.point), picked=self.stage.picked)
+        quick = self.quick(**state) if self.quick is not None and self._moving else None
+        self._moving = quick is not None
+        return self.show(**state) if quick is None else quick
 
 
 def drag_moves(stage: Stage, control: W.Widget, step: int | None = None) -> None:
@@ -327,7 +358,10 @@ def one_call_hero(
         sigma=slider("noise σ", low, math.log10(low), math.log10(high), 0.02, log=True),
     )
     return Hero(
-        lambda index, sigma, point, picked: scene.at(index, sigma), controls, cursor="sigma"
+        lambda index, sigma, point, picked: scene.at(index, sigma),
+        controls,
+        cursor="sigma",
+        quick=lambda index, sigma, point, picked: scene.moving(index, sigma),
     )
 
 

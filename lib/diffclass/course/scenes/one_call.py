@@ -56,23 +56,63 @@ class OneCallScene:
 
     def at(self, index: int, sigma: float) -> dict:
         """The frame of one picture at one noise level."""
-        x = self.images[index : index + 1]
-        label = int(self.labels[index])
-        losses = self.curves(index)
-        by_losses = self.bayes.classifier.logits_of(losses[None]).softmax(1)[0]
-        classifier = OneCallClassifier(self.denoiser, sigma)
+        heads, null = self.answers(index, sigma)
+        of_levels = f"The losses at {len(self.levels)} levels say"
+        return self._frame(index, sigma, heads, null, self.curves(index), self.levels, of_levels)
+
+    def moving(self, index: int, sigma: float) -> dict | None:
+        """The frame from one call alone, whose loss stands for all levels; None where the others are measured already.
+
+        Why         the call that the heads are shown of also measures each class at its own level, for nothing
+        """
+        if index in self._measured:
+            return None
+        heads, null = self.answers(index, sigma)
+        z = units.to_model(self.images[index])
+        losses = (heads[0] - z).square().flatten(1).sum(1, keepdim=True)
+        level = Levels(
+            torch.tensor([sigma], dtype=torch.float64),
+            self.levels.lower[:1],
+            self.levels.upper[-1:],
+        )
+        of_levels = "The losses of this call alone say"
+        return self._frame(index, sigma, heads, null, losses, level, of_levels)
+
+    def answers(self, index: int, sigma: float) -> tuple[Tensor, Tensor]:
+        """A picture's noised copy, denoised under each class and without one. Shapes: -> [1,K,C,H,W], [1,C,H,W]."""
         with torch.no_grad():
-            heads, null = classifier.answers(x, self.noise)
-            share = classifier.of_answers(heads, null).softmax(1)[0]
+            return OneCallClassifier(self.denoiser, sigma).answers(
+                self.images[index : index + 1], self.noise
+            )
+
+    def _frame(
+        self,
+        index: int,
+        sigma: float,
+        heads: Tensor,
+        null: Tensor,
+        losses: Tensor,
+        levels: Levels,
+        of_levels: str,
+    ) -> dict:
+        """Shapes: heads [1,K,C,H,W], null [1,C,H,W], losses [K,T] at T levels."""
+        label = int(self.labels[index])
+        by_losses = self.bayes.classifier.changed(levels=levels).logits_of(losses[None])
+        by_losses = by_losses.softmax(1)[0]
+        share = OneCallClassifier(self.denoiser, sigma).of_answers(heads, null).softmax(1)[0]
         away = (heads - null[:, None])[0].flatten(1).norm(dim=1)
-        z = units.to_model(x)[0]
+        z = units.to_model(self.images[index])
         noised = z + sigma * self.noise[0]
         best = int(decided(share[None]))
         colours = figures.emphasis(share)
+        shown = levels.sigma
+        if len(levels) == 1:  # flat over all levels: it stands for them
+            shown = self.levels.sigma
+            losses = losses * (shown / sigma).to(losses) ** 2
         note = (
             f"One call at σ = {sigma:.2f} says <b>{self.names[best]}</b> with {float(share[best]):.2f} "
             f"({self.kind.lower()} of class {self.names[label]}); the nearest head to the one without a class is "
-            f"{self.names[int(away.argmin())]}. The losses at {len(self.levels)} levels say "
+            f"{self.names[int(away.argmin())]}. {of_levels} "
             f"{self.names[int(decided(by_losses[None]))]} with {float(by_losses.max()):.3f}."
         )
         return figures.frame(
@@ -105,7 +145,7 @@ class OneCallScene:
                     losses,
                     best,
                     colours,
-                    self.levels.sigma,
+                    shown,
                     sigma,
                     names=self.names,
                 ),
