@@ -591,3 +591,32 @@ def test_the_first_test_images_are_taken_and_points_are_drawn():
     assert not torch.equal(place.test(9, 3)[0], place.test(9, 4)[0])
     images, labels = world_of("gallery").test(5)
     assert images.shape == (5, 3, 32, 32) and labels.shape == (5,)
+
+
+# -- where networks are --------------------------------------------------------------------------------------------------
+
+
+def test_the_networks_of_photographs_are_put_where_the_accelerator_is(monkeypatch):
+    monkeypatch.setattr(networks, "device", lambda: torch.device("meta"))
+    photographs, _ = networks.load("cifar10", "contrastive")
+    behind = zoo.classifier("cifar10", "contrastive").denoiser
+    digits, _ = networks.load("digits")
+    assert {p.device.type for p in photographs.parameters()} == {"meta"}
+    assert {p.device.type for p in behind.parameters()} == {"meta"}
+    assert {p.device.type for p in digits.parameters()} == {"cpu"}, "too small to be worth the way"
+
+
+def test_pictures_go_to_where_the_network_is_and_its_answers_come_back(monkeypatch):
+    student, _ = networks.load("digits")
+    seen = []
+
+    def elsewhere(x, log_sigma, labels):
+        seen.append((x.device.type, log_sigma.device.type))
+        return torch.zeros(len(x), 11, *x.shape[2:], dtype=torch.float16)
+
+    student.to("meta")
+    monkeypatch.setattr(student.network, "forward", elsewhere)
+    x = torch.zeros(2, *student.image_shape, dtype=torch.float64)
+    out = student(x, 0.5)
+    assert seen == [("meta", "meta")]
+    assert (out.device, out.dtype, out.shape) == (x.device, x.dtype, (2, 10, *x.shape[1:]))

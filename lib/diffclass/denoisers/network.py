@@ -44,9 +44,13 @@ class LearnedDenoiser(Denoiser):
         self.sigma_range = tuple(sigma_range)
 
     def asked(self, x: Tensor, log_sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """One call of the network, in the precision of its weights; the answer in that of the images."""
+        """One call of the network, where its weights are and in their precision; the answer comes back to the images.
+
+        Why         pictures, noise and Bayes' rule may stay on the CPU, with its values, while an accelerator calls
+        """
         own = next(self.network.parameters(), x)
-        return self.network(x.to(own.dtype), log_sigma.to(own.dtype), labels).to(x.dtype)
+        labels = labels if labels is None else labels.to(own.device)
+        return self.network(x.to(own), log_sigma.to(own), labels).to(x)
 
     @abstractmethod
     def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.device import device
 from diffclass.noise import Levels, Weighting
 from diffclass.storage import assets, weights
 
@@ -175,8 +176,13 @@ def load(world: str, model: str | None = None) -> tuple[Denoiser, str]:
 
 
 def loaded(path: Path) -> Denoiser:
-    """The denoiser in a weights file. Errors: those of `load_denoiser`."""
-    return network.load_denoiser(path)[0]
+    """The denoiser in a weights file, that of photographs on the accelerator where there is one.
+
+    Why         a photograph's network is worth the way there and back; pictures and noise stay where they are
+    Errors      those of `load_denoiser`
+    """
+    denoiser = network.load_denoiser(path)[0]
+    return denoiser.to(device()) if _world(path.name) == "cifar10" else denoiser
 
 
 def load_digits_denoiser(name: str = STUDENT) -> Denoiser:
