@@ -173,6 +173,10 @@ TOYS = {
     ),
     "one call of noised points": (lambda: NoisedOneCallClassifier(denoiser(), 0.2), points),
     "nearest head": (lambda: NearestHeadClassifier(denoiser(), 0.2), points),
+    "denoised at once, exactly": (
+        lambda: PurifiedClassifier(Denoising(denoiser(), 0.2), exact()),
+        points,
+    ),
     "denoised at once": (lambda: PurifiedClassifier(Denoising(denoiser(), 0.2), bayes()), points),
     "denoised in steps, SDE": (lambda: walked(exact()), points),
     "denoised in steps, ODE": (lambda: walked(bayes(), stochastic=False), points),
@@ -345,6 +349,51 @@ def test_classifiers_of_photographs_with_many_calls_keep_the_contract(name, prom
     if not FEW_CALLS < classifier.calls <= MOST_CALLS:
         pytest.skip(f"{classifier.calls} calls a picture, not {FEW_CALLS} to {MOST_CALLS}")
     contract.check_promise(promise, classifier, photographs())
+
+
+NOISE = 0.25  # in pixels, of the pictures that a classifier of noised ones is asked about
+# A vote over walks of several hundred calls is held to the promises that cost none: it is one of fewer walks, but for a number.
+MANY_CALLS = 200
+FEW_NOISED_CALLS = 2  # of the large network of photographs, in the ordinary suite
+
+
+@functools.cache
+def noised_entry(world, name):
+    """A classifier of noised pictures; skips where its weights are yet to be trained."""
+    try:
+        return zoo.noised.classifier(world, name, NOISE)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def with_noise(pictures):
+    """Pictures with the noise on them, which leave [0,1]."""
+    return pictures + NOISE * torch.randn(pictures.shape, generator=contract.seeded(3))
+
+
+@pytest.mark.parametrize("promise", CHECKS)
+@pytest.mark.parametrize("name", zoo.noised.names("digits"))
+def test_every_classifier_of_noised_digits_keeps_the_contract(name, promise):
+    classifier = noised_entry("digits", name)
+    if classifier.calls > MANY_CALLS and promise not in WITHOUT_CALLS:
+        pytest.skip(f"{classifier.calls} calls a picture")
+    contract.check_promise(promise, classifier, with_noise(digits()))
+
+
+@pytest.mark.parametrize("promise", CHECKS)
+@pytest.mark.parametrize("name", zoo.noised.names("plane:overlapping"))
+def test_every_classifier_of_noised_points_keeps_the_contract(name, promise):
+    classifier = noised_entry("plane:overlapping", name)
+    contract.check_promise(promise, classifier, with_noise(points().float()))
+
+
+@pytest.mark.parametrize("promise", CHECKS)
+@pytest.mark.parametrize("name", zoo.noised.names("cifar10"))
+def test_every_classifier_of_noised_photographs_keeps_the_contract(name, promise):
+    classifier = noised_entry("cifar10", name)
+    if classifier.calls > FEW_NOISED_CALLS and promise not in WITHOUT_CALLS:
+        pytest.skip(f"{classifier.calls} calls a picture")
+    contract.check_promise(promise, classifier, with_noise(photographs()))
 
 
 @needs_accelerator

@@ -545,7 +545,7 @@ def test_denoised_smoothing_asks_about_the_denoised_picture():
     x_tau = units.to_pixel(noised_points("gaussians", 5, 0.6)[0])
     behind = ExactClassifier(denoiser)
     model = PurifiedClassifier(Denoising(denoiser, 0.3), behind)
-    assert torch.equal(model(x_tau, ((), ())), behind(denoised(denoiser, 0.3, x_tau)))
+    assert torch.equal(model(x_tau), behind(denoised(denoiser, 0.3, x_tau)))
     assert model.sigma_pixel == 0.3 and model.deterministic and model.calls == 2
     assert Smoothed(model).sigma == 0.3
 

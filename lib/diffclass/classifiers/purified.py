@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from diffclass import units
-from diffclass.classifiers.base import Classifier, Noise, each, on_device_of
+from diffclass.classifiers.base import Classifier, Noise, each, on_device_of, parts
 from diffclass.classifiers.bayes import check_level_count, half_and_double
 from diffclass.classifiers.noised import carried_sigma, check_clean
 from diffclass.denoisers import sampling
@@ -478,14 +478,15 @@ class PurifiedClassifier(Classifier):
         self.scale = classifier.scale
         self.eot = eot
 
-    def sample_noise(self, images: int, generator: torch.Generator) -> tuple[Noise, Noise]:
-        """The noise of the purifier, and that of the classifier behind it."""
+    def sample_noise(self, images: int, generator: torch.Generator) -> Noise:
+        """The noise of the purifier, and that of the classifier behind it; () where neither has one."""
         first = self.purifier.sample_noise(images, generator)
-        return first, self.classifier.sample_noise(images, generator)
+        both = (first, self.classifier.sample_noise(images, generator))
+        return both if any(True for _ in parts(both)) else ()
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`."""
-        first, then = noise
+        first, then = noise or ((), ())
         return self.classifier.logits(self.purifier(x, first), then)
 
     def with_gradient(self, exact: bool) -> "PurifiedClassifier":
@@ -558,7 +559,8 @@ class _Behind(Classifier):
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`."""
-        return self.whole.classifier.logits(x, noise[1])
+        _, then = noise or ((), ())
+        return self.whole.classifier.logits(x, then)
 
     def gradients(self) -> dict[str, Classifier]:
         """See `Classifier.gradients`: those of the classifier."""

@@ -1,5 +1,6 @@
 """Every classifier and every attack that the course speaks of, by name."""
 
+from diffclass.zoo import noised
 from diffclass.zoo.attacks import AttackEntry, attack
 from diffclass.zoo.classifiers import (
     Entry,
@@ -18,5 +19,6 @@ __all__ = [
     "classifier",
     "entry_of",
     "names",
+    "noised",
     "register",
 ]

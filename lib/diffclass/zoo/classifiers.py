@@ -1,6 +1,6 @@
 """Every classifier that the course speaks of: one table, one entry a name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffclass import units
@@ -80,16 +80,22 @@ class Entry:
     weights: Callable[[str], dict[str, str] | None]
 
     def __post_init__(self):
-        for field in ("name", "title", "sentence", "source", "paper"):
-            if not getattr(self, field):
-                raise ValueError(
-                    f"expected an entry with a {field}, got the entry {self.name!r} without; readers are told all of them."
-                )
-        for field in ("build", "weights"):
-            if not callable(getattr(self, field)):
-                raise ValueError(
-                    f"expected {field} of the entry {self.name!r} to be a function, got {getattr(self, field)!r}."
-                )
+        check_entry(self, ("name", "title", "sentence", "source", "paper"))
+
+
+def check_entry(entry, words: Sequence[str]) -> None:
+    """Raise a ValueError for an entry that lacks one of its words, or its functions `build` and `weights`."""
+    told = vars(entry)
+    for field in words:
+        if not told[field]:
+            raise ValueError(
+                f"expected an entry with a {field}, got the entry {entry.name!r} without; readers are told all of them."
+            )
+    for field in ("build", "weights"):
+        if not callable(told[field]):
+            raise ValueError(
+                f"expected {field} of the entry {entry.name!r} to be a function, got {told[field]!r}."
+            )
 
 
 ENTRIES: dict[str, Entry] = {}

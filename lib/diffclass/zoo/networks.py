@@ -86,9 +86,11 @@ def few_levels_of(file: str) -> Levels:
     return PHOTO_LEVELS if levels is CIFAR_LEVELS else levels
 
 
-def smoothing_file(world: str, method: str, sigma: float) -> str:
-    """The file of the plain classifier that a method of `SMOOTHING` trains. Units: sigma in pixels."""
-    return f"{world}-{method}-{sigma:g}.safetensors"
+def smoothing_file(world: str, method: str, sigma_pixel: float) -> str:
+    """The file of the plain classifier that a method of `SMOOTHING` trains on noise. Units: pixels."""
+    sigma_pixel = units.check_sigma_pixel(sigma_pixel)
+    method = units.chosen(method, SMOOTHING, "the method of training on noise")
+    return f"{world}-{method.lower()}-{sigma_pixel:g}.safetensors"
 
 
 def _world(file: str) -> str:
