@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffclass import attacks, data, intervals, likelihood, noise, units
 from diffclass.certify import anytime, certificates, lipschitz, soft
-from diffclass.classifiers import bridges, racing
+from diffclass.classifiers import bridges, paths, racing
 from diffclass.classifiers.base import Classifier, Fresh, Held, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
 from diffclass.classifiers.cnn import ConvClassifier
@@ -367,6 +367,20 @@ SHAPES = Values(
     (PLANE, DIGIT, [2, 1, 1]),
     (torch.Size(PLANE),),
     (None, "x", 3, (), (2,), (2, 1), (0, 1, 1), (-1, 2, 2), (1.5, 1, 1), (None, 1, 1)),
+)
+
+STEPS_OF_A_PATH = Values(
+    (drawn(1, len(LEVELS), *PLANE), drawn(1, len(LEVELS), *PLANE).double()),
+    (),
+    (
+        None,
+        "x",
+        3,
+        drawn(2, len(LEVELS), *PLANE),
+        drawn(1, 2, *PLANE),
+        drawn(1, *PLANE),
+        drawn(1, len(LEVELS), *PLANE) * math.nan,
+    ),
 )
 
 CALLS = [
@@ -1129,6 +1143,45 @@ CALLS = [
             likelihood.denoised_target_elbo,
             likelihood.own_target_elbo,
         )
+    ),
+    Call(
+        "paths.path_noise",
+        paths.path_noise,
+        dict(
+            levels=fixed(LEVELS), image_shape=SHAPES, paths=count_or_0(1, 5), generator=generator()
+        ),
+        lambda image_shape, paths, **_: (paths, len(LEVELS), *image_shape),
+    ),
+    *(
+        Call(
+            f"paths.{function.__name__}",
+            lambda z, increments, function=function: function(EXACT, z, LEVELS, increments),
+            dict(z=points(), increments=STEPS_OF_A_PATH),
+            lambda z, shape=shape, **_: (len(z), *shape),
+        )
+        for function, shape in (
+            (paths.path_logits, (len(LEVELS) - 1, K)),
+            (paths.path_approximations, (len(LEVELS) - 1, K)),
+            (paths.path_posterior, (len(LEVELS), K)),
+        )
+    ),
+    Call(
+        "paths.brownian_path",
+        lambda z, increments: paths.brownian_path(z, LEVELS, increments),
+        dict(z=points(), increments=STEPS_OF_A_PATH),
+        lambda z, **_: (len(z), len(LEVELS), *PLANE),
+    ),
+    Call(
+        "paths.path_votes",
+        paths.path_votes,
+        dict(
+            logits=Values(
+                (drawn(3, 4, K), drawn(1, 2, 5)),
+                (drawn(3, 4, K).double(),),
+                (None, "x", 3, drawn(3, K), drawn(3, 4, 1), drawn(3, 4, K) * math.nan),
+            )
+        ),
+        lambda logits: logits.shape[:2],
     ),
     Call(
         "ExactClassifier",
