@@ -39,6 +39,7 @@ COMMANDS = (
     "verify",
     "list",
     "audit",
+    "certify",
     "readme",
 )
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)

@@ -1,6 +1,6 @@
 """The command `diffclass`: open the course, look after its files, train, classify, evaluate and list."""
 
-from diffclass.cli import auditing, evaluation, files, models, readme
+from diffclass.cli import auditing, certifying, evaluation, files, models, readme
 from diffclass.cli.base import EXIT_CODES, ROOT, app
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "ROOT",
     "app",
     "auditing",
+    "certifying",
     "evaluation",
     "files",
     "main",

@@ -85,6 +85,22 @@ def shown(run, what: str, total: int | None = None, unit: str = "picture"):
             yield first, second
 
 
+def watched(run, what: str, total: int, note=lambda item: ""):
+    """The same items behind a progress bar, with a note on the last one."""
+    from tqdm import tqdm
+
+    with (
+        contextlib.closing(run),
+        tqdm(
+            desc=what, unit="picture", total=total, file=sys.stderr, disable=not is_first()
+        ) as bar,
+    ):
+        for item in run:
+            bar.set_postfix_str(note(item))
+            bar.update(item.images - bar.n)
+            yield item
+
+
 @dataclass
 class Answer:
     """The answer of a command so far, and whether it is wanted as JSON."""

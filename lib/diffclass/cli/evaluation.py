@@ -1,7 +1,5 @@
 """Commands that measure: evaluate, on clean images or under attack; verify what an attack has left; list what there is."""
 
-import contextlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +18,10 @@ from diffclass.cli.base import (
     Json,
     Seed,
     app,
-    is_first,
     shown,
+    watched,
 )
+from diffclass.cli.certifying import verify_certificates
 
 NAME = 16  # columns of a name in a table
 
@@ -224,7 +223,7 @@ def _attacked(
     )
     run = runs.run(classifier, images, labels, protocol, store, own, seed=seed)
     what = f"{entry.name}, {protocol.key}"
-    list(_watched(run, what, len(images), lambda item: item.attack))
+    list(watched(run, what, len(images), lambda item: item.attack))
     listed = claims.records_of(runs.read(store))
     claims.keep(store, listed)
     return listed
@@ -252,22 +251,6 @@ def _protocol(attack: str, classifier, paper: str, norm: str, epsilon: float, st
             return protocols.paper(paper, norm, epsilon, classes=classifier.num_classes)
         return protocols.honest(classifier, norm, epsilon)
     return protocols.alone(name, classifier, norm, epsilon, steps)
-
-
-def _watched(run, what: str, total: int, note=lambda item: ""):
-    """The same items behind a progress bar, with a note on the last one."""
-    from tqdm import tqdm
-
-    with (
-        contextlib.closing(run),
-        tqdm(
-            desc=what, unit="picture", total=total, file=sys.stderr, disable=not is_first()
-        ) as bar,
-    ):
-        for item in run:
-            bar.set_postfix_str(note(item))
-            bar.update(item.images - bar.n)
-            yield item
 
 
 @app.command(epilog=EXIT_CODES)
@@ -371,9 +354,12 @@ def verify(
     from diffclass import zoo
     from diffclass.data.worlds import world_of
     from diffclass.device import device
-    from diffclass.evaluation import claims, runs
+    from diffclass.evaluation import certification, claims, runs
 
     answer = ctx.obj
+    own = claims.own_seed() if seed is None else seed
+    if certification.is_certification(folder):
+        verify_certificates(answer, folder, reattack, own)
     answer.content |= dict(command="verify", folder=str(folder))
     run = runs.read(folder)
     claimed = claims.kept(folder)
@@ -381,7 +367,6 @@ def verify(
     place = world_of(settings["world"])
     name = settings["classifier"]
     images, labels = place.test(max(1, len(run.rows)), settings["seed"])
-    own = claims.own_seed() if seed is None else seed
     answer.content |= dict(seed=own)
     checked = claims.verify(
         zoo.classifier(place.name, name).to(device()),
@@ -395,7 +380,7 @@ def verify(
         seed=own,
         reattack=reattack,
     )
-    *_, state = _watched(checked, name, len(run.rows), lambda item: item.note)
+    *_, state = watched(checked, name, len(run.rows), lambda item: item.note)
     for result in claimed:
         answer.say(f"{result.what}: {result}")
     answer.say(f"checked with the seed {own}:")
@@ -435,14 +420,20 @@ def verify(
 
 @app.command("list", epilog=EXIT_CODES)
 def registries(ctx: typer.Context, json_wanted: Json = False):
-    """List the classifiers and the attacks that can be asked for by name, each with its source."""
+    """List the classifiers, of clean and of noised pictures, and the attacks, by name, each with its source."""
     answer = ctx.obj
     answer.content |= dict(command="list")
     classifiers = _classifiers()
+    noised = _noised()
     attacks = _attacks()
-    answer.content |= dict(classifiers=classifiers, attacks=attacks)
+    answer.content |= dict(classifiers=classifiers, noised=noised, attacks=attacks)
     answer.say("classifiers: evaluate --classifier NAME, audit NAME")
     for entry in classifiers:
+        answer.say(_described(entry, f"{entry['title']} ({', '.join(entry['worlds'])})"))
+    answer.say(
+        "classifiers of noised pictures: certify CLASSIFIER, which takes those above as well"
+    )
+    for entry in noised:
         answer.say(_described(entry, f"{entry['title']} ({', '.join(entry['worlds'])})"))
     answer.say("attacks: evaluate --attack NAME, audit --attack NAME")
     for entry in attacks:
@@ -460,6 +451,22 @@ def _classifiers() -> list[dict]:
             title=entry.title,
             sentence=entry.sentence,
             worlds=[kind for kind in SHAPES if entry.weights(kind) is not None],
+            source=entry.source,
+        )
+        for entry in ENTRIES.values()
+    ]
+
+
+def _noised() -> list[dict]:
+    """The entries of the table of classifiers of noised pictures."""
+    from diffclass.zoo.noised import ENTRIES
+
+    return [
+        dict(
+            name=entry.name,
+            title=entry.title,
+            sentence=entry.sentence,
+            worlds=list(entry.worlds),
             source=entry.source,
         )
         for entry in ENTRIES.values()
