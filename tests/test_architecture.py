@@ -208,8 +208,16 @@ def deciding_rooms() -> dict[str, str]:
     }
 
 
+NAMES_DEVICES = "device.py"
+
+
+def without_a_device() -> dict[str, str]:
+    """The sources of all modules but the one that may name a device."""
+    return {name: source for name, source in sources(PACKAGE).items() if name != NAMES_DEVICES}
+
+
 RULES = {
-    names_no_device: lambda: sources(PACKAGE),
+    names_no_device: without_a_device,
     draws_from_given_generators: lambda: sources(PACKAGE),
     probes_nothing: asking_rooms,
     decides_by_decided: deciding_rooms,

@@ -267,6 +267,20 @@ def test_the_hinge_is_finite_with_its_gradient_at_certain_shares():
     assert bool(torch.isfinite(shares.grad).all())
 
 
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: smoothing.gaussian_loss(0.0), "sigma_pixel > 0"),
+        (lambda: smoothing.macer_loss(12.0), r"at most 1, got 12; did you mean 12/255"),
+        (lambda: smoothing.smoothadv_loss("much"), "sigma_pixel"),
+        (lambda: smoothing.consistency_loss(0.25, copies=0), "copies as a whole number of at"),
+    ],
+)
+def test_what_cannot_be_meant_gets_a_sentence(make, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        make()
+
+
 # -- recipes and the command ------------------------------------------------------------------------------------------
 
 

@@ -412,12 +412,14 @@ def test_a_network_to_start_from_is_needed(tmp_path):
         next(train(networks.HARDENED["digits"], tmp_path))
 
 
-def test_two_processes_train_one_network(tmp_path):
+@pytest.mark.parametrize("length", [("--steps", "3"), ("--minutes", "0.02")])
+def test_two_processes_train_one_network(tmp_path, length):
+    """By time as well: with clocks of their own one would wait for the other's last step for ever."""
     script = tmp_path / "worker.py"
     script.write_text(SMALL + "import sys\nfrom diffclass.cli import main\nmain()\n")
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ["train", "cifar10", "--steps", "3", "--teacher-only", "--out", str(tmp_path / "o")]
+    command = ["train", "cifar10", *length, "--teacher-only", "--out", str(tmp_path / "o")]
     done = subprocess.run(
         [*launch, str(script), *command, *TINY],
         env=env,
@@ -427,7 +429,8 @@ def test_two_processes_train_one_network(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     card = network.load_denoiser(tmp_path / "o" / TEACHER)[1]
-    assert card["processes"] == 2 and card["images_seen"] == 12
+    assert card["processes"] == 2
+    assert card["images_seen"] == 12 or card["seconds"] >= 1.2
 
 
 @pytest.mark.parametrize("method, widths", [("idc", ("--widths", "32,32")), ("idc-small", ())])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from diffclass import attacks
+from diffclass import attacks, units
 from diffclass.classifiers.base import Classifier, Noise
 from diffclass.training.losses import Loss, crops, drawn_moves
 
@@ -27,6 +27,7 @@ def noises(images: Tensor, copies: int, generator: torch.Generator) -> Tensor:
 
 def _copies_of(value: Callable[..., Tensor], copies: int, crop: int) -> Loss:
     """A loss of the moved images, their labels and the noise of so many copies of each."""
+    copies = units.check_whole(copies, "copies", least=1)
 
     def draw(
         classifier: Classifier, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -69,7 +70,9 @@ def gaussian_loss(sigma: float, crop: int = 0) -> Loss:
     Source      Cohen et al. 2019
     Shapes      images [B,C,H,W] in [0,1], moved by up to `crop` pixels, labels [B] -> scalar
     Units       sigma in pixels
+    Errors      those of `units.check_sigma_pixel`, and of `units.check_whole` for copies
     """
+    sigma = units.check_sigma_pixel(sigma)
 
     def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         return mean_entropy(log_shares(classifier, x, eps, sigma), labels)
@@ -115,7 +118,9 @@ def smoothadv_loss(
     Source      Salman et al. 2019 (SmoothAdv); the same noise finds x' and is trained on
     Shapes      images [B,C,H,W] in [0,1], moved by up to `crop` pixels, labels [B] -> scalar
     Units       sigma in pixels; reach in units of sigma
+    Errors      those of `units.check_sigma_pixel`, and of `units.check_whole` for copies
     """
+    sigma = units.check_sigma_pixel(sigma)
 
     def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         worst = smoothed_worst_case(classifier, x, labels, eps, sigma, reach * sigma, steps)
@@ -153,7 +158,9 @@ def macer_loss(
     Source      Zhai et al. 2020 (MACER): no attack inside
     Shapes      images [B,C,H,W] in [0,1], moved by up to `crop` pixels, labels [B] -> scalar
     Units       sigma in pixels
+    Errors      those of `units.check_sigma_pixel`, and of `units.check_whole` for copies
     """
+    sigma = units.check_sigma_pixel(sigma)
 
     def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         each = log_shares(classifier, x, eps, sigma)
@@ -174,7 +181,9 @@ def consistency_loss(
     Source      Jeong & Shin 2020
     Shapes      images [B,C,H,W] in [0,1], moved by up to `crop` pixels, labels [B] -> scalar
     Units       sigma in pixels
+    Errors      those of `units.check_sigma_pixel`, and of `units.check_whole` for copies
     """
+    sigma = units.check_sigma_pixel(sigma)
 
     def value(classifier: Classifier, x: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         each = log_shares(classifier, x, eps, sigma)
