@@ -840,6 +840,19 @@ CALLS = [
         )
     ),
     Call(
+        "likelihood.noised_errors",
+        likelihood.noised_errors,
+        dict(
+            denoiser=fixed(EXACT),
+            z_tau=points(),
+            sigma_tau=Values((0.2, 0.1), (), (*NO_NUMBER, 0, -0.2, 3.0)),
+            bank=fixed(ABOVE),
+            classes=Values((None, [0, 1]), (), ("x", [99], [-1], [0.5], [])),
+            chunk=count(1, 64),
+        ),
+        lambda z_tau, classes, **_: (len(z_tau), len(classes or range(K)), *ABOVE.noise.shape[:2]),
+    ),
+    Call(
         "likelihood.noised_elbo",
         likelihood.noised_elbo,
         dict(

@@ -242,10 +242,28 @@ def noised_elbo(
     Shapes      z_tau [B,C,H,W], any range; bank over `noise.noised_levels(sigma_tau, ...)` -> [B,K]
     Units       sigma_tau in model space; nats per image
     """
+    errors = noised_errors(denoiser, z_tau, sigma_tau, bank, classes, chunk)
+    return evidence(errors.mean(-1), bank.levels, weighting)
+
+
+def noised_errors(
+    denoiser: Denoiser,
+    z_tau: Tensor,
+    sigma_tau: float,
+    bank: NoiseBank,
+    classes: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """The terms of `noised_elbo`, for every class, noise level and noise sample, not yet weighted.
+
+    Formula     e[b,k,t,s] = ||z~ - D_k(z_tau + r_t eps_ts, sigma_t)||^2 - (sigma_tau^2/r_t)^2 ||eps_ts||^2
+    Shapes      z_tau [B,C,H,W], any range; bank T x S over levels above sigma_tau -> [B,K,T,S]
+    Units       sigma_tau in model space
+    Errors      ValueError for a sigma_tau that does not lie below every level of the bank
+    """
     sigma_tau = _check_carried(sigma_tau, bank)
     spread = (bank.sigma**2 - sigma_tau**2).sqrt()
-    errors = _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
-    return evidence(errors.mean(-1), bank.levels, weighting)
+    return _errors(denoiser, z_tau, bank, spread, sigma_tau**2 / spread, classes, chunk)
 
 
 def _check_carried(sigma_tau: float, bank: NoiseBank) -> float:

@@ -4,7 +4,7 @@ Every strategy asks for the class with the smallest score, a weighted sum of los
 
     score_k = sum_g w_g E_eps e_k(g, eps) - ln prior_k,    e_k(g, eps) = ||D_k(z + sigma_g eps, sigma_g) - z||^2
 
-and yields `Answer`s that a notebook can animate; `answer` runs it to its end and keeps the way there.
+(of a picture that carries noise, the terms of `likelihood.noised_errors`) and yields `Answer`s that a notebook can animate; `answer` runs it to its end and keeps the way there.
 """
 
 import math
@@ -28,13 +28,16 @@ Rule = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class Question:
     """What is asked: a denoiser, G levels, w = weighting(levels), and ln prior [K], None for a uniform one.
 
-    A score is minus a logit of the `BayesClassifier` made of the same parts, its noise averaged away.
+    A score is minus a logit of the `BayesClassifier` made of the same parts, its noise averaged away; with a `sigma_pixel`,
+    the noise that the pictures carry, of the `NoisedBayesClassifier`.
+    Errors      ValueError for a prior that does not fit, or a noise that does not lie below every level
     """
 
     denoiser: Denoiser
     levels: Levels
     weighting: Weighting = noise.elbo_weight
     log_prior: Tensor | None = None
+    sigma_pixel: float | None = None
 
     def __post_init__(self):
         count = self.denoiser.num_classes
@@ -44,18 +47,34 @@ class Question:
                 f"expected a finite log-prior for each of {count} classes, got {prior.tolist()}."
             )
         object.__setattr__(self, "log_prior", prior.double())
+        if self.sigma_pixel is not None:
+            carried = units.check_sigma_pixel(self.sigma_pixel)
+            lowest = float(self.levels.sigma.min())
+            if not units.sigma_to_model(carried) < lowest:
+                raise ValueError(
+                    f"expected a noise sigma_pixel below {units.sigma_to_pixel(lowest):.4g}, the lowest level of the grid in "
+                    f"pixels, got {carried:.4g}; take noise.noised_levels({units.sigma_to_model(carried):.4g}, ...)."
+                )
+
+    def errors(self, z: Tensor, bank: NoiseBank, classes: Sequence[int]) -> Tensor:
+        """e_k of some classes at the levels of a bank. Shapes: z [B,C,H,W] in model space -> [B,k,T,S]."""
+        if self.sigma_pixel is None:
+            return likelihood.diffusion_errors(self.denoiser, z, bank, classes)
+        sigma_tau = units.sigma_to_model(self.sigma_pixel)
+        return likelihood.noised_errors(self.denoiser, z, sigma_tau, bank, classes)
 
 
 class Meter:
     """A batch of images, and the number of network evaluations spent on each of them.
 
     One evaluation is one forward of one image for one class; a multi-head network answers for all classes in one.
-    Shapes      x [B,C,H,W] in [0,1]; evaluations [B]
+    Shapes      x [B,C,H,W] in [0,1], or with the question's noise; evaluations [B]
     Randomness  noise from `generator`, each image its own
     """
 
     def __init__(self, question: Question, x: Tensor, generator: torch.Generator):
-        units.check_images(x, question.denoiser.image_shape)
+        clean = question.sigma_pixel is None
+        units.check_images(x, question.denoiser.image_shape, pixel_range=clean)
         self.question = question
         self.z = units.to_model(x)
         self.generator = generator
@@ -93,9 +112,7 @@ class Meter:
             rows = asked[:, classes].any(1).nonzero().flatten()
             if len(rows):
                 bank = NoiseBank(levels, eps[:, :, rows])
-                errors = likelihood.diffusion_errors(
-                    self.question.denoiser, self.z[rows], bank, classes
-                )[..., 0]
+                errors = self.question.errors(self.z[rows], bank, classes)[..., 0]
                 weighted[rows[:, None], torch.tensor(classes, device=rows.device)] = (
                     errors.double() * self.weights[index]
                 )
