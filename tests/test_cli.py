@@ -633,11 +633,11 @@ def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, 
     step = loop.Training._one_step
     calls = []
 
-    def interrupted(self, steps):
+    def interrupted(self):
         calls.append(type(self.denoiser).__name__)
         if len(calls) == 6:  # three steps of the teacher, two of the student
             raise KeyboardInterrupt
-        return step(self, steps)
+        return step(self)
 
     monkeypatch.setattr(loop.Training, "_one_step", interrupted)
     command = ("train", "digits", "--steps", 3, "--out", out)
@@ -654,10 +654,10 @@ def test_interrupted_student_does_not_train_its_teacher_again(folder, tmp_path, 
 
 
 def test_resuming_with_other_settings_is_refused_in_one_sentence(folder, tmp_path, monkeypatch):
-    def interrupted(self, steps):
+    def interrupted(self):
         if self.step == 2:
             raise KeyboardInterrupt
-        return step(self, steps)
+        return step(self)
 
     step = loop.Training._one_step
     monkeypatch.setattr(loop.Training, "_one_step", interrupted)
