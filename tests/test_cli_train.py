@@ -117,6 +117,31 @@ def test_a_pause_and_the_same_command_goes_on(tmp_path):
     assert run(*command).exit_code == 0 and not kept.exists()
 
 
+@pytest.mark.parametrize(
+    "world, method, widths",
+    [
+        ("digits", "cnn", "8,16"),
+        ("cifar10", "contrastive", "16"),
+        ("cifar10", "idc", "32,32"),
+    ],
+)
+def test_minutes_are_a_whole_run(tmp_path, world, method, widths):
+    """Of 0.6 seconds of training: its card says how long it was to be, and was, and how to make it again."""
+    command = ["--json", "train", world, "--method", method, "--minutes", 0.01, "--batch", 4]
+    done = run(*command, "--measured", 4, "--widths", widths)
+    assert done.exit_code == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    card = model["card"]
+    assert card["settings"]["minutes"] == 0.01 and card["seconds"] >= 0.6
+    assert card["command"].endswith(f"--method {method} --minutes 0.01")
+    assert card["images_seen"] >= 4 and not list((tmp_path / "assets" / "checkpoints").iterdir())
+
+
+def test_steps_and_minutes_are_not_both_the_length_of_a_run():
+    done = run("train", "digits", "--method", "cnn", "--steps", 4, "--minutes", 1)
+    assert done.exit_code == 2 and one_sentence(done, "in steps or in minutes", "got 4 steps")
+
+
 def test_a_longer_run_says_how_fast_it_is():
     done = run("train", "digits", "--method", "cnn", "--steps", 12, *TINY)
     assert done.exit_code == 0 and "% of the matrix peak" in done.stderr

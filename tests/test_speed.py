@@ -235,10 +235,11 @@ class OnTheCpu(device.Replayed):
     def _capture(self, given):
         self.own = [part.clone() for part in given]
         self.graph = self
+        self.value = torch.zeros(())
 
     def replay(self):
         """Run on the tensors that were kept when the step was captured."""
-        self.value = self.function(*self.own)
+        self.value.copy_(self.function(*self.own))
         self.kept.append([part.data_ptr() for part in self.own])
 
 
@@ -252,7 +253,8 @@ def test_a_captured_step_is_the_plain_one_on_tensors_of_its_own(name, optimiser,
     monkeypatch.setattr(device, "Replayed", OnTheCpu)
     captured = prepared(name, optimiser=optimiser, steps=7)
     assert captured.captures()
-    assert [progress.loss for progress in captured] == wanted
+    frames = list(captured)
+    assert [progress.loss for progress in frames] == wanted
     assert test_training.equal(plain, captured)
     kept = captured._graph.kept
     assert len(kept) == 7 - device.WARM_CALLS and all(places == kept[0] for places in kept)
@@ -334,6 +336,20 @@ def test_one_image_that_is_too_many_is_an_error_that_keeps_what_was_done(tmp_pat
     assert poor.piece == 1 and poor.step == 0
     fresh = test_training.tiny()
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in poor.denoiser.state_dict().items())
+
+
+def test_memory_that_runs_out_in_an_update_is_not_tried_again(monkeypatch, tmp_path):
+    """Weights that were changed in part are neither changed twice nor kept."""
+    poor = test_training.run(batch=4, checkpoint=tmp_path / "run.safetensors")
+    poor.step = 1
+
+    def step():
+        raise torch.OutOfMemoryError("no memory for another moment")
+
+    monkeypatch.setattr(poor.optimiser, "step", step)
+    with pytest.raises(MemoryError, match="while the weights were changed, which fewer images"):
+        next(iter(poor))
+    assert poor.piece == 4 and list(tmp_path.iterdir()) == []
 
 
 def test_an_accelerator_without_bfloat16_takes_fp32_and_says_so(monkeypatch):

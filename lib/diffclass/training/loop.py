@@ -235,8 +235,8 @@ class Training:
                     measured,
                     self._twentieths() > before,
                 )
-        except FloatingPointError:  # what is in memory is spoilt: the checkpoint before it stays
-            raise
+        except (FloatingPointError, MemoryError):
+            raise  # what is in memory is spoilt: the checkpoint before it stays
         except BaseException:
             self._keep()
             raise
@@ -370,15 +370,23 @@ class Training:
         return total
 
     def update(self) -> None:
-        """One step of the optimiser along the clipped gradient, and of the average towards the weights."""
-        self._share_gradients()
-        nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
-        self.optimiser.step()
-        with torch.no_grad():
-            average = list(self.average.parameters())
-            apart = torch._foreach_sub(list(self.denoiser.parameters()), average)
-            torch._foreach_mul_(apart, self.given_up)
-            torch._foreach_add_(average, apart)
+        """One step of the optimiser along the clipped gradient, and of the average towards the weights.
+
+        Errors      MemoryError where memory runs out here: a part may be done already, so it cannot be done again
+        """
+        try:
+            self._share_gradients()
+            nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+            self.optimiser.step()
+            with torch.no_grad():
+                average = list(self.average.parameters())
+                apart = torch._foreach_sub(list(self.denoiser.parameters()), average)
+                torch._foreach_mul_(apart, self.given_up)
+                torch._foreach_add_(average, apart)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"memory ran out while the weights were changed, which fewer images at once do not help: {error}"
+            ) from error
 
     def _share_gradients(self) -> None:
         """Average the gradients over the processes, as one message."""
