@@ -8,6 +8,9 @@ import pytest
 import torch
 from diffclass import course
 from diffclass.course.checks import CheckFailed, check, check_less, check_true
+from diffclass.course.shorthand import photographs
+from diffclass.data import cifar, gallery
+from PIL import Image
 
 WANT = torch.tensor([[0.3, 1.2, 2.5], [0.7, 3.1, 0.4]], dtype=torch.float64)
 
@@ -382,3 +385,31 @@ def test_impossible_predictions_are_named():
         course.predict("?", ["only"])
     with pytest.raises(ValueError, match="expected one of"):
         course.predict("?", ["a", "b"], answer="c")
+
+
+# -- photographs ---------------------------------------------------------------------------------------------------------
+
+
+def test_photographs_are_generated_ones_where_there_are_no_others(monkeypatch, capsys):
+    monkeypatch.setattr(cifar, "cifar10_available", lambda: (False, "absent"))
+    images, labels, kind = photographs(20)
+    drawn, classes = gallery.pictures()
+    assert kind == "Generated" and "diffclass download cifar10" in capsys.readouterr().out
+    assert torch.equal(torch.bincount(labels), torch.full((10,), 2)), "of every class equally many"
+    for image, label in zip(images, labels, strict=True):
+        assert torch.equal(image, drawn[(drawn == image).flatten(1).all(1)][0])
+        assert classes[(drawn == image).flatten(1).all(1)][0] == label
+    assert torch.equal(photographs(len(drawn) + 1)[0], drawn)
+
+
+def test_photographs_put_the_readers_own_first_and_refuse_other_classes(monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar, "cifar10_available", lambda: (False, "absent"))
+    file = tmp_path / "red.png"
+    Image.new("RGB", (640, 480), (255, 0, 0)).save(file)
+    images, labels, _ = photographs(10, own={file: "ship"})
+    assert images.shape == (11, 3, 32, 32) and int(labels[0]) == 8
+    assert torch.equal(images[0].amax((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="dragon"):
+        photographs(10, own={file: "dragon"})
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        photographs(10, own={tmp_path / "none.png": "ship"})

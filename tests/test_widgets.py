@@ -20,6 +20,7 @@ from diffclass.course import figures, widgets
 from diffclass.course.scenes.digits import DigitScene
 from diffclass.course.scenes.explorer import ExplorerScene
 from diffclass.course.scenes.one_call import OneCallScene
+from diffclass.course.scenes.photos import SHORT
 from diffclass.course.scenes.plane import PlaneScene
 from diffclass.data import gallery
 from diffclass.evaluation import measuring
@@ -30,6 +31,19 @@ from diffclass.zoo import networks
 @pytest.fixture(scope="module")
 def student():
     return networks.load_digits_denoiser()
+
+
+def photo_attack(student):
+    """Digits in place of photographs, with names and a film of three steps."""
+    world = data.digits()
+    return widgets.photo_attack_hero(
+        DigitScene(student).classifier,
+        world.test_images[:20],
+        world.test_labels[:20],
+        SHORT,
+        kind="Photo",
+        steps=3,
+    )
 
 
 def photos(_):
@@ -67,6 +81,7 @@ HEROES = {
     "audit": lambda _: widgets.audit_hero(),
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,
+    "photo attack": photo_attack,
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 
@@ -829,7 +844,7 @@ def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
     y = world.test_labels[12:13]
     for norm, budget in (("L∞", 0.1), ("L2, radius 8ε", 0.8)):
         hero.shooting["norm"].value = norm
-        *_, last = attacks.pgd(scene.classifier, x, y, budget, norm=scene.NORMS[norm], steps=20)
+        *_, last = attacks.pgd(scene.classifier, x, y, budget, norm=scene.norms[norm], steps=20)
         assert torch.equal(scene.film[-1].x, last.x) and float(last.size) <= budget + 1e-5
     assert bool(last.fooled) and "fooled" in hero.stage.frame["note"]
     lead = hero.stage.frame["panels"][3]["series"][0]["y"]
@@ -839,10 +854,28 @@ def test_the_attack_film_is_pgd_and_stays_in_its_budget(student):
     )
     share = torch.softmax(last.logits[0], 0)
     np.testing.assert_allclose(hero.stage.frame["panels"][2]["values"], share, atol=1e-4)
-    curve = scene.losses(20)
+    curve = scene.shown.losses[20]
     torch.testing.assert_close(
         scene.bayes_classifier.logits_of(curve[None]), last.logits, rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_photographs_film_names_its_classes_and_counts_its_budget_in_255ths(student):
+    hero = photo_attack(student)
+    assert hero.shooting["epsilon"].label == "8/255" and hero.controls["step"].max == 3
+    note = hero.stage.frame["note"]
+    label = SHORT[int(data.digits().test_labels[0])]
+    assert "Attack on photo 0, L∞ within 0.031, margin loss, 3 steps" in note
+    assert hero.stage.frame["panels"][0]["title"] == f"Photo 0: {label}"
+    assert hero.stage.frame["panels"][2]["labels"] == list(SHORT)
+    hero.shooting["epsilon"].value = 16 / 255
+    x = data.digits().test_images[:1]
+    y = data.digits().test_labels[:1]
+    *_, last = attacks.pgd(hero.scene.classifier, x, y, 16 / 255, steps=3)
+    torch.testing.assert_close(hero.scene.film[-1].x, last.x, atol=1e-6, rtol=0)
+    hero.shooting["norm"].value = "L2, radius 8ε"
+    *_, last = attacks.pgd(hero.scene.classifier, x, y, 8 * 16 / 255, norm="l2", steps=3)
+    torch.testing.assert_close(hero.scene.film[-1].x, last.x, atol=1e-6, rtol=0)
 
 
 def test_frame_five_of_the_walk_is_what_the_defence_answers(student):

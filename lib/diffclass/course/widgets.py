@@ -14,6 +14,7 @@ import traitlets
 from torch import Tensor
 
 from diffclass import data
+from diffclass.classifiers.base import Held
 from diffclass.classifiers.idc import Translator
 from diffclass.course import figures
 from diffclass.course.scenes.attacking import AttackScene
@@ -572,17 +573,40 @@ def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 
 
 def attack_hero(denoiser: Denoiser, index: int = 12) -> Filmed:
     """One digit attacked by PGD: picture, change, losses and posterior at every step (notebook 08)."""
-    scene = AttackScene(DigitScene(denoiser))
+    digits = DigitScene(denoiser)
+    scene = AttackScene(digits.classifier, digits.world.test_images, digits.world.test_labels)
+    which = digit_slider(digits, index, width=290, continuous_update=False)
+    budget = slider("budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False)
+    return _attacked(scene, which, budget)
+
+
+def photo_attack_hero(
+    classifier: Held, images: Tensor, labels: Tensor, names: Sequence[str], **more
+) -> Filmed:
+    """One photograph attacked by PGD of ten steps: picture, change, losses and posterior at each (notebook 08)."""
+    scene = AttackScene(classifier, images, labels, names, **{"steps": 10, **more})
+    which = slider("picture", 0, 0, len(images) - 1, 1, width=290, continuous_update=False)
+    budget = W.SelectionSlider(
+        options=[(f"{k}/255", k / 255) for k in range(17)],
+        value=8 / 255,
+        description="budget ε (pixels)",
+        continuous_update=False,
+        style=WHOLE_LABEL,
+        layout=W.Layout(width="290px"),
+    )
+    return _attacked(scene, which, budget)
+
+
+def _attacked(scene: AttackScene, which: W.Widget, budget: W.Widget) -> Filmed:
+    """The film of an attack, with what chooses the picture and the budget."""
     return Filmed(
         scene,
         "attacking",
-        dict(step=slider("film: PGD step", 20, 0, 20, 1, width=290)),
+        dict(step=slider("film: PGD step", scene.steps, 0, scene.steps, 1, width=290)),
         dict(
-            index=digit_slider(scene, index, width=290, continuous_update=False),
-            epsilon=slider(
-                "budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False
-            ),
-            norm=choice("norm", scene.NORMS, width=170),
+            index=which,
+            epsilon=budget,
+            norm=choice("norm", scene.norms, width=190),
             loss=choice("loss", scene.LOSSES, width=160),
         ),
     )

@@ -1,6 +1,7 @@
-"""Frames of an attack on one digit: the picture, the change, the losses of the classes, and how far the label leads."""
+"""Frames of an attack on one picture: the picture, the change, the losses of the classes, and how far the label leads."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from diffclass import attacks
 from diffclass.attacks.search import AttackStep
-from diffclass.classifiers.base import decided
+from diffclass.classifiers.base import Held, decided
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
-from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
+from diffclass.course.scenes.digits import excess_curves, posterior_bars
 from diffclass.course.scenes.results import AttackFilm, recorded
 
 STEPS = 20
@@ -24,38 +25,53 @@ def magnified(delta: Tensor) -> Tensor:
 
 
 @dataclass(eq=False, kw_only=True)
-class DigitFilm(AttackFilm):
-    """The film of an attack on one test digit, with the settings that it was shot with.
+class PictureFilm(AttackFilm):
+    """The film of an attack on one picture, with the settings that it was shot with.
 
-    Shapes      x [1,C,H,W], y [1]; losses [K,T] of the steps that were looked at
+    Shapes      x [1,C,H,W], y [1]; losses [K,T] of every frame
     """
 
     settings: dict
     x: Tensor
     y: Tensor
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
 
 
 class AttackScene:
-    """PGD on one test digit, filmed: `shoot` attacks, `at` shows one step of what there is of the film.
+    """PGD on one picture, filmed: `shoot` attacks, `at` shows one step of what there is of the film.
 
-    Randomness  none: the classifier's noise is held, and PGD starts at the clean digit
+    Shapes      classifier: a `BayesClassifier` with its noise held; images [N,C,H,W] in [0,1], labels [N], K names
+    Randomness  none: the classifier's noise is held, and PGD starts at the clean picture
     """
 
-    # 8 = sqrt(64): the smallest L2 ball around the box
-    NORMS = {"L∞": "linf", "L2, radius 8ε": "l2"}
     LOSSES = {
         "margin": attacks.margin_loss,
         "cross-entropy": attacks.cross_entropy_loss,
         "DLR": attacks.dlr_loss,
     }
 
-    def __init__(self, digits: DigitScene):
-        self.world = digits.world
-        self.bayes_classifier = digits.bayes_classifier
-        self.classifier = digits.classifier
-        self.shown: DigitFilm | None = None
-        self._films: dict[tuple, DigitFilm] = {}
+    def __init__(
+        self,
+        classifier: Held,
+        images: Tensor,
+        labels: Tensor,
+        names: Sequence[str] = tuple("0123456789"),
+        kind: str = "Test digit",
+        steps: int = STEPS,
+    ):
+        self.bayes_classifier = classifier.classifier
+        self.classifier = classifier
+        self.images = images
+        self.labels = labels
+        self.names = tuple(names)
+        self.kind = kind
+        self.steps = steps
+        side = (
+            math.prod(images.shape[1:]) ** 0.5
+        )  # of the box, in budgets: the smallest L2 ball around it
+        self.norms = {"L∞": "linf", f"L2, radius {side:.0f}ε": "l2"}
+        self.shown: PictureFilm | None = None
+        self._films: dict[tuple, PictureFilm] = {}
 
     @property
     def film(self) -> list[AttackStep]:
@@ -69,16 +85,17 @@ class AttackScene:
 
     def described(self, index: int, epsilon: float, norm: str, loss: str) -> str:
         """Settings in words. Units: pixels."""
-        kind = self.NORMS[norm]
+        kind = self.norms[norm]
         name = "L∞" if kind == "linf" else "L2"
-        return f"digit {index}, {name} within {self._radius(epsilon, kind):.3f}, {loss} loss, {STEPS} steps"
+        radius = self._radius(epsilon, kind)
+        return f"{self.kind.lower()} {index}, {name} within {radius:.3f}, {loss} loss, {self.steps} steps"
 
     def _radius(self, epsilon: float, kind: str) -> float:
-        image = self.world.test_images[:1]
+        image = self.images[:1]
         return float(attacks.size_of(torch.full_like(image, epsilon), kind))
 
     def shoot(self, index: int, epsilon: float, norm: str, loss: str) -> Iterator[float]:
-        """Attack a test digit; yields the share of the steps done. A finished film is kept and not shot again.
+        """Attack a picture; yields the share of the steps done. A finished film is kept and not shot again.
 
         The film that is shown gives way when the new one has its first frame.
         """
@@ -87,13 +104,13 @@ class AttackScene:
             self.shown = self._films[key]
             yield 1.0
             return
-        film = DigitFilm(
-            steps=STEPS,
+        film = PictureFilm(
+            steps=self.steps,
             settings=dict(index=index, epsilon=epsilon, norm=norm, loss=loss),
-            x=self.world.test_images[index : index + 1],
-            y=self.world.test_labels[index : index + 1],
+            x=self.images[index : index + 1],
+            y=self.labels[index : index + 1],
         )
-        kind = self.NORMS[norm]
+        kind = self.norms[norm]
         with recorded(film):
             for frame in attacks.pgd(
                 self.classifier,
@@ -101,24 +118,17 @@ class AttackScene:
                 film.y,
                 self._radius(epsilon, kind),
                 norm=kind,
-                steps=STEPS,
+                steps=self.steps,
                 loss=self.LOSSES[loss],
             ):
+                with torch.no_grad():
+                    losses = self.bayes_classifier.losses(frame.x, self.classifier.noise)[0]
                 film.frames.append(frame)
+                film.losses.append(losses)
                 if frame.step == 0:
                     self.shown = film
-                yield (frame.step + 1) / (STEPS + 1)
+                yield (frame.step + 1) / (self.steps + 1)
         self._films[key] = film
-
-    def losses(self, step: int) -> Tensor:
-        """The losses [K,T] behind the logits of a frame of the film that is shown, measured once."""
-        film = self.shown
-        if step not in film.losses:
-            with torch.no_grad():
-                film.losses[step] = self.bayes_classifier.losses(
-                    film.frames[step].x, self.classifier.noise
-                )[0]
-        return film.losses[step]
 
     def at(self, step: int) -> dict:
         """The frame of a step; of the last one there is, while the film is being shot."""
@@ -128,7 +138,7 @@ class AttackScene:
         x = film.x
         index = film.settings["index"]
         now = film.frames[max(0, min(step, len(film.frames) - 1))]
-        losses = self.losses(now.step)
+        losses = film.losses[now.step]
         label = int(film.y)
         logits = now.logits[0]
         best = int(decided(now.logits))
@@ -140,18 +150,20 @@ class AttackScene:
             colours[best] = figures.WRONG
             colours[label] = figures.SECOND
         sizes = {norm: float(attacks.size_of(delta, norm)) for norm in ("linf", "l2")}
-        caption = f"step {now.step}: {best}"
+        caption = f"step {now.step}: {self.names[best]}"
+        name = self.names[label]
+        wide = len(name) > 1
         return figures.frame(
             [
                 figures.tiles(
                     [x[0], now.x[0], magnified(delta[0])],
                     columns=3,
-                    size=96,
-                    title=f"Test digit {index}, a {label}",
+                    size=112 if wide else 96,
+                    title=f"{self.kind} {index}: {name}",
                     captions=["clean", caption, f"change × {LOUDER}"],
                     borders=[None, figures.WRONG if best != label else None, None],
-                    alt=f"A handwritten {label}, its perturbed copy at {caption}, and the change, ten times as "
-                    "strong, on grey.",
+                    alt=f"A picture of class {name}, its perturbed copy at {caption}, and the change, ten times "
+                    "as strong, on grey.",
                 ),
                 excess_curves(
                     losses,
@@ -159,16 +171,17 @@ class AttackScene:
                     colours,
                     self.bayes_classifier.levels.to(losses).sigma,
                     None,
+                    names=self.names,
                     w=380,
                     h=230,
                 ),
-                posterior_bars(share, colours, w=300, h=230),
+                posterior_bars(share, colours, names=self.names, w=420 if wide else 300, h=230),
                 self._film_panel(film, now.step),
             ],
             self._note(film, label, best, float(share[best]), sizes),
         )
 
-    def _film_panel(self, film: DigitFilm, step: int) -> dict:
+    def _film_panel(self, film: PictureFilm, step: int) -> dict:
         frames = film.frames
         shown = frames if len(frames) > 1 else frames * 2  # a line needs two ends
         steps = [float(i) for i in range(len(shown))]
@@ -182,18 +195,18 @@ class AttackScene:
             title="The film: how far the label leads",
             xlabel="PGD step (drag)",
             ylabel="lead / nats",
-            xrange=(0, STEPS),
+            xrange=(0, self.steps),
             cursor=step,
             alt="Lead of the label over the best other class, in nats, at each step of the attack; "
             "below zero the classifier is fooled.",
         )
 
     def _note(
-        self, film: DigitFilm, label: int, best: int, share: float, sizes: dict[str, float]
+        self, film: PictureFilm, label: int, best: int, share: float, sizes: dict[str, float]
     ) -> str:
-        verdict = f"<b>fooled</b>, label {label}" if best != label else "right"
+        verdict = f"<b>fooled</b>, label {self.names[label]}" if best != label else "right"
         return (
             f"Attack on {self.described(**film.settings)}: {film.outcome}. At the step shown the classifier says "
-            f"<b>{best}</b> with posterior {share:.3f} ({verdict}). Size of the change in pixels: "
+            f"<b>{self.names[best]}</b> with posterior {share:.3f} ({verdict}). Size of the change in pixels: "
             f"L∞ {sizes['linf']:.3f}, which is {255 * sizes['linf']:.0f}/255 of the range; L2 {sizes['l2']:.2f}."
         )
