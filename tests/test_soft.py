@@ -258,6 +258,14 @@ def test_soft_votes_win_where_votes_are_lost_narrowly_and_lose_where_they_are_wo
     assert intervals.lower_bound(900, 900, 0.001) > 0.99 > 0.65 > soft_two.p_lower > 0.5
 
 
+def test_the_class_of_the_selection_votes_is_judged():
+    """The estimation votes prefer another class: that proves nothing of the one that was chosen."""
+    selection = np.array([[0.1, 0.9], [0.2, 0.8]])
+    votes = SoftVotes(selection, np.tile([0.99, 0.01], (500, 1)), 0.25)
+    one = soft_radius(votes)
+    assert votes.guess == 1 and one.prediction is None and one.p_lower <= 0.01
+
+
 def test_votes_may_be_tensors_and_rows_may_leave_something_over():
     rows = torch.full((30, 3), 0.3) + torch.tensor([0.05, 0.0, 0.0])
     votes = SoftVotes(rows[:10], rows[10:], 0.5)

@@ -173,10 +173,10 @@ def lipschitz_certificate(
     Shapes      errors [K,T,S]: those of one picture in [-1,1] by `likelihood.diffusion_errors` of a `Clipped` denoiser,
                 of S independent draws at T levels, summed over the D pixels
     Units       radius: L2, pixels in [0,1]
-    Meaning     about the mean over all noise, which no run computes: a classifier of finitely many draws answers so only
-                where its own margin does not deceive it. Constants added to logits, such as a prior, have to be added
-                to none here: uniform priors only, and no `end_term`. Errors of several pictures under one bank are not
-                independent, so neither are their certificates
+    Meaning     about the classifier that averages over all noise, which no run computes: one of finitely many draws can
+                differ from it, and is as steep as its network. Of equal priors, and without the `end_term`, whose slope
+                is in no constant here. Errors of several pictures under one bank are not independent, and neither
+                are their certificates, which `certificates.wrong_at_most` assumes
     Randomness  in the errors: draws of `NoiseBank.fixed` or `fresh`; those of `sobol` are not independent
     Errors      ValueError for errors outside [0, 4 D], as of a denoiser that is not clipped, or another shape;
                 those of `margin_constant` and of the bound
