@@ -260,6 +260,27 @@ def test_a_captured_step_is_the_plain_one_on_tensors_of_its_own(name, optimiser,
     assert len(kept) == 7 - device.WARM_CALLS and all(places == kept[0] for places in kept)
 
 
+class Capturing:
+    """A stream of an accelerator that is being captured, as an optimiser of torch asks about it."""
+
+    type = "cuda"
+
+    def is_capturing(self) -> bool:
+        return True
+
+
+def test_torch_lets_the_optimiser_be_captured(monkeypatch):
+    """Its own check, which looks only where there is an accelerator: here it is told that there is one."""
+    runs = [prepared(CONTRASTIVE, optimiser=kind) for kind in (Optimiser, Scalar)]
+    for run in runs:
+        next(iter(run))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: Capturing())
+    monkeypatch.setattr(torch.accelerator, "current_stream", Capturing)
+    runs[0].optimiser.step()
+    with pytest.raises(RuntimeError, match="Attempting CUDA graph capture"):
+        runs[1].optimiser.step()
+
+
 def test_one_function_decides_what_is_captured(monkeypatch):
     assert device.replays(torch.device("cuda")) and not device.replays(torch.device("cpu"))
     monkeypatch.setattr(device, "replays", lambda place: True)

@@ -1,5 +1,7 @@
 """What changes the weights: AdamW, or Muon for the hidden matrices and AdamW for what it leaves."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,11 @@ class Optimiser:
 
     def step(self) -> None:
         """One update, from the gradients of the weights."""
-        self.parts[0].step()
+        with warnings.catch_warnings():
+            # of plain steps before the capture, or of several processes
+            warnings.filterwarnings("ignore", message="This instance was constructed with capt")
+            for part in self.parts:
+                part.step()
 
     def state(self) -> dict[str, Tensor]:
         """What the next step needs to know, as tensors by name."""
@@ -95,14 +101,15 @@ class Muon(Optimiser):
         """See `Optimiser.step`."""
         for matrix, weight in zip(self.matrices, self.inner.values(), strict=True):
             matrix.grad = None if weight.grad is None else as_matrix(weight.grad)
-        for part in self.parts:
-            part.step()
+        super().step()
 
 
 def _adamw(weights: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
     # the rate is a tensor of its own, where the weights are
     lr = torch.tensor(rate, device=weights[0].device)
-    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(
+        weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=True
+    )
 
 
 def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
