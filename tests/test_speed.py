@@ -4,13 +4,14 @@ import os
 from dataclasses import replace
 
 import pytest
+import test_train
 import test_training
 import torch
 from diffclass import device
 from diffclass.classifiers.base import Noise, each, take
 from diffclass.data.worlds import SHAPES
 from diffclass.denoisers import network
-from diffclass.training import losses, optimisers, speed
+from diffclass.training import loop, losses, optimisers, speed
 from diffclass.training.loop import Training
 from diffclass.training.optimisers import Muon, Optimiser
 from diffclass.training.recipes import RECIPES, Beginning
@@ -386,8 +387,12 @@ def test_an_accelerator_without_bfloat16_takes_fp32_and_says_so(monkeypatch):
     assert test_training.run(precision="bf16").precision == "fp32", "what its card says"
 
 
-def test_what_is_compiled_stays_in_the_cache(monkeypatch, tmp_path):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+@pytest.mark.parametrize("before", [None, "/tmp/torchinductor_reader"])
+def test_what_is_compiled_stays_in_the_cache(before, monkeypatch, tmp_path):
+    """Whether torch has already named a temporary folder or not."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before or "")
+    if before is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("DIFFCLASS_CACHE", str(tmp_path))
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(module))
@@ -396,6 +401,29 @@ def test_what_is_compiled_stays_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     test_training.run(compiled=True)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_compiling_is_not_on_the_clock_of_a_run_by_time_and_changes_no_weight(monkeypatch):
+    """Here nothing is compiled, but done as if: one gradient more than steps, before the first."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    plain = losses.denoising_loss()
+    asked = []
+
+    def value(*given):
+        asked.append(1)
+        return plain.value(*given)
+
+    runs = []
+    for compiled in (False, True):
+        monkeypatch.setattr(loop.time, "perf_counter", test_train.Clock(0.5).perf_counter)
+        asked.clear()
+        run = test_training.run(
+            steps=100, minutes=0.05, compiled=compiled, loss=replace(plain, value=value)
+        )
+        assert len(list(run)) == 6 and len(asked) == 6 + compiled
+        assert run.seconds == pytest.approx(3.0)
+        runs.append(run)
+    assert test_training.equal(*runs)
 
 
 # -- Muon -------------------------------------------------------------------------------------------------------------

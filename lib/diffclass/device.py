@@ -56,9 +56,12 @@ def give_back_memory(place: torch.device) -> None:
 def keep_compiled(folder: Path) -> None:
     """Let what `torch.compile` makes stay in a folder, so that the next process need not compile it again.
 
-    Why         a graph takes a minute; a folder that the environment already names stays
+    Why         a graph takes a minute; a folder that a reader names in the environment stays, but not the temporary one
+                that torch puts there itself when it is first asked
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")
+    if Path(named).name.startswith("torchinductor_"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
