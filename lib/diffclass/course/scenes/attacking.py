@@ -158,7 +158,7 @@ class AttackScene:
                 figures.tiles(
                     [x[0], now.x[0], magnified(delta[0])],
                     columns=3,
-                    size=112 if wide else 96,
+                    size=104 if wide else 96,
                     title=f"{self.kind} {index}: {name}",
                     captions=["clean", caption, f"change × {LOUDER}"],
                     borders=[None, figures.WRONG if best != label else None, None],
@@ -175,7 +175,7 @@ class AttackScene:
                     w=380,
                     h=230,
                 ),
-                posterior_bars(share, colours, names=self.names, w=420 if wide else 300, h=230),
+                posterior_bars(share, colours, names=self.names, w=345 if wide else 300, h=230),
                 self._film_panel(film, now.step),
             ],
             self._note(film, label, best, float(share[best]), sizes),
