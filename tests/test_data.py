@@ -248,3 +248,13 @@ def test_changed_digits_are_noticed(monkeypatch, where):
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: source)
     with pytest.raises(ValueError, match="expected scikit-learn's digits with SHA-256"):
         data.digits()
+
+
+def test_a_law_is_read_from_any_array_of_numbers_and_its_labels_are_whole():
+    law = data.gaussians()
+    parts = [getattr(law, name).numpy() for name in ("means", "scales", "weights", "labels")]
+    backwards = data.MixtureLaw("backwards", *(part[::-1] for part in parts), law.priors)
+    assert torch.equal(backwards.means, law.means.flip(0))
+    assert backwards.labels.tolist() == [2, 1, 0]
+    with pytest.raises(ValueError, match="labels as whole numbers"):
+        data.MixtureLaw("halves", *parts[:3], law.labels + 0.5, law.priors)

@@ -303,3 +303,38 @@ def test_lists_keep_their_precision_and_tensors_their_own():
             units.check_numbers(wrong, "shares")
     with pytest.raises(ValueError, match="got 1 NaN or infinite ones among 2"):
         units.check_numbers([0.1, math.inf], "shares")
+
+
+READ_ONLY = np.arange(3.0)
+READ_ONLY.flags.writeable = False
+VIEWS = {
+    "backwards": np.array([2.0, 1.0, 0.0])[::-1],
+    "every other one, backwards": np.array([2, 9, 1, 9, 0], dtype=np.int16)[::-2],
+    "another order of bytes": np.array([0.0, 1.0, 2.0]).astype(">f8"),
+    "whole numbers in another order of bytes": np.array([0, 1, 2]).astype(">i4"),
+    "extended precision": np.array([0.0, 1.0, 2.0], dtype=np.longdouble),
+    "unsigned": np.array([0, 1, 2], dtype=np.uint64),
+    "a column of a table": np.array([[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]])[:, 0],
+    "read-only": READ_ONLY,
+    "broadcast": np.broadcast_to(np.arange(3.0), (2, 3))[1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.filterwarnings("error")
+def test_every_array_of_real_numbers_is_read_whatever_its_memory_looks_like(view):
+    for check in (units.check_numbers, units.check_reals):
+        got = check(view, "shares")
+        assert got.tolist() == [0.0, 1.0, 2.0]
+        got += 1  # its own numbers: the caller's array stays as it is
+        assert view.tolist() == [0.0, 1.0, 2.0]
+    assert units.check_wholes([int(one) for one in view], "counts") == (0, 1, 2)
+
+
+def test_a_single_number_of_an_array_keeps_its_shape_and_a_small_type_its_precision():
+    assert units.check_numbers(np.float32(0.5), "a share").shape == ()
+    single = np.array([0.5, 1], dtype=np.float32)[::-1]
+    assert units.check_numbers(single, "shares").dtype == torch.float32
+    for wrong in (np.array([True]), np.array(["1"]), np.array([1j])[::-1], np.array([None])):
+        with pytest.raises(TypeError, match="as real numbers"):
+            units.check_numbers(wrong, "shares")

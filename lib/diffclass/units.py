@@ -142,13 +142,24 @@ def check_numbers(values, name: str) -> Tensor:
 def check_reals(values, name: str) -> Tensor:
     """Return real numbers as a floating-point tensor, whether they are finite or not, else raise a TypeError."""
     try:
-        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+        tensor = values if isinstance(values, Tensor) else _copied(np.asarray(values))
         real = not tensor.is_complex() and tensor.dtype != torch.bool
     except (TypeError, ValueError, RuntimeError, OverflowError):
         real = False
     if not real:
         raise TypeError(f"expected {name} as real numbers, got {_briefly(values)}.")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def _copied(array: np.ndarray) -> Tensor:
+    """An array's numbers as a tensor of their own.
+
+    Why         a tensor has no backward view such as x[::-1], no other machine's order of bytes, no extended precision and
+                no read-only memory, all of which an array may have; the numbers are the same
+    """
+    extended = array.dtype == np.longdouble
+    own = np.dtype(np.float64) if extended else array.dtype.newbyteorder("=")
+    return torch.from_numpy(array.astype(own, order="C", copy=True))
 
 
 def check_image_shape(image_shape) -> tuple[int, int, int]:

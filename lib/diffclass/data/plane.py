@@ -40,10 +40,14 @@ class MixtureLaw:
 
     def __post_init__(self):
         for field in ("means", "scales", "weights", "priors"):
-            object.__setattr__(
-                self, field, torch.as_tensor(getattr(self, field), dtype=torch.float64)
+            numbers = units.check_reals(getattr(self, field), f"{field} of the law '{self.name}'")
+            object.__setattr__(self, field, numbers.double())
+        labels = units.check_numbers(self.labels, f"labels of the law '{self.name}'")
+        if bool((labels != labels.floor()).any()):
+            raise ValueError(
+                f"law '{self.name}': expected labels as whole numbers, got {labels.tolist()[:5]}."
             )
-        object.__setattr__(self, "labels", torch.as_tensor(self.labels, dtype=torch.int64))
+        object.__setattr__(self, "labels", labels.long())
         self._check_shapes()
         self._check_values()
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffclass import noise
+from diffclass import noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.storage.weights import filled, unwrapped
 
@@ -88,7 +88,7 @@ class ScheduledDenoiser(Denoiser):
             raise ValueError(
                 f"expected a network that predicts one of {', '.join(PREDICTIONS)}, got {predicts!r}."
             )
-        betas = torch.as_tensor(betas).double()
+        betas = units.check_reals(betas, "betas").double()
         if betas.ndim != 1 or not bool(torch.isfinite(betas).all()):
             raise ValueError(
                 f"expected finite betas, one for each timestep, got shape {list(betas.shape)} with "
