@@ -82,6 +82,7 @@ HEROES = {
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,
     "photo attack": photo_attack,
+    "certify": widgets.certify_hero,
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 
@@ -99,7 +100,7 @@ def another(control):
 
 
 def controls_of(hero):
-    if isinstance(hero, widgets.Hero | widgets.Filmed):
+    if isinstance(hero, widgets.Hero | widgets.Filmed | widgets.Certifier):
         return hero.controls
     return {name: getattr(hero, name) for name in ("index", "sigma", "votes")}
 

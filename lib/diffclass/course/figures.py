@@ -84,22 +84,26 @@ def curves(
     xrange=None,
     yrange=None,
     cursor: float | None = None,
+    legend: str = "top",
     w: int = 420,
     h: int = 260,
 ) -> dict:
     """Lines over one axis. Each series: y, colour, and optionally label, width, dash, opacity, fill (down to `base`).
 
-    Shapes      x [T], each y [T] -> a panel; `cursor` puts a draggable line at that x
+    Shapes      x [T], each y [T] -> a panel; a series that ends before the others brings its own x; `cursor` puts a
+                draggable line at that x; `legend` is where on the right the labels stand, "top" or "bottom"
     """
     lines = []
     for one in series:
         y = np.asarray(one["y"], dtype=float)
-        if len(y) != len(x):
+        own = one.get("x", x)
+        if len(y) != len(own):
             raise ValueError(
-                f"expected {len(x)} values in each series, got {len(y)} in {one.get('label', 'one')!r}."
+                f"expected {len(own)} values in each series, got {len(y)} in {one.get('label', 'one')!r}."
             )
         lines.append(
             dict(
+                x=_list(own) if "x" in one else None,
                 y=_list(y),
                 color=one["colour"],
                 label=one.get("label"),
@@ -124,6 +128,7 @@ def curves(
         yrange=_range(everything, yrange, ylog),
         series=lines,
         cursor=None if cursor is None else float(_finite(cursor)),
+        legend=legend,
         w=w,
         h=h,
     )

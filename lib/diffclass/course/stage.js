@@ -127,7 +127,8 @@ class Curves extends Panel {
     s.series.forEach((c, i) => { const xs = c.x || s.x; set(paths[i], { stroke: c.color, "stroke-width": c.width || 1.5, opacity: c.opacity ?? 1,
       "stroke-dasharray": c.dash || null, d: "M" + c.y.map((v, j) => `${x(xs[j]).toFixed(1)} ${inside(y(v)).toFixed(1)}`).join("L") }); });
     const texts = pool(this.names, "text", labelled.length);
-    labelled.forEach((c, i) => set(texts[i], { x: right - 2, y: top + 10 + 13 * i, "text-anchor": "end", fill: c.color, text: c.label }));
+    const first = s.legend === "bottom" ? bottom - 8 - 13 * (labelled.length - 1) : top + 10;
+    labelled.forEach((c, i) => set(texts[i], { x: right - 2, y: first + 13 * i, "text-anchor": "end", fill: c.color, text: c.label }));
     const on = s.cursor !== undefined && s.cursor !== null, cx = on ? x(s.cursor) : 0;
     for (const item of [this.bar, this.knob]) set(item, { visibility: on ? "visible" : "hidden" });
     set(this.bar, { x1: cx, x2: cx, y1: top, y2: bottom });

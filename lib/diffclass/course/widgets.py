@@ -19,6 +19,7 @@ from diffclass.classifiers.idc import Translator
 from diffclass.course import figures
 from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
+from diffclass.course.scenes.certifying import MOST, TOGETHER, CertifyingScene
 from diffclass.course.scenes.digits import DigitScene, OptimalDigitsScene
 from diffclass.course.scenes.explorer import NORMS, ExplorerScene
 from diffclass.course.scenes.maximising import MaximisationScene
@@ -628,6 +629,77 @@ def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
             target=choice("attack on", scene.TARGETS, width=260),
         ),
     )
+
+
+class Certifier(Worker):
+    """Notebook 12: votes on one digit as they arrive, and what they prove. Jobs can be stopped, and go on where they were.
+
+    Controls    another digit or sigma stops the running job and shows the votes cast there, if any; another alpha reads the
+                counted votes again; `shown` scrubs through them
+    """
+
+    def __init__(self, denoiser: Denoiser, index: int):
+        super().__init__()
+        self.scene = CertifyingScene(denoiser)
+        self.controls = dict(
+            shown=slider("votes shown", MOST, TOGETHER, MOST, TOGETHER, width=290),
+            index=digit_slider(self.scene, index, width=290),
+            sigma=slider("smoothing σ (pixels)", 0.25, 0.05, 0.5, 0.05, width=290),
+            alpha=slider("wrong at most α", 1e-3, -5, -1, 0.25, log=True, width=290),
+        )
+        self.run_vote = button("Vote", "success", "1000 noised copies more; press again to go on")
+        self.run_attack = button(
+            "Attack", "danger", "the shortest change that turns the votes: from above"
+        )
+        self._wire()
+        self.children = [
+            row([self.controls[name] for name in ("index", "sigma", "alpha")]),
+            row([self.controls["shown"], self.run_vote, self.run_attack, self.stop, self.progress]),
+            self.stage,
+        ]
+        first = self.scene.vote(*self.place(), votes=5 * TOGETHER)
+        self._take_over("voting", first)
+        self._run_at_once(first)  # the figure is never empty
+
+    def _wire(self) -> None:
+        for name in ("index", "sigma"):
+            self.controls[name].observe(lambda _: self.choose(), "value")
+        for name in ("alpha", "shown"):
+            self.controls[name].observe(self.refresh, "value")
+        drag_moves(self.stage, self.controls["shown"], step=TOGETHER)
+        self.run_vote.on_click(lambda _: self.vote())
+        self.run_attack.on_click(lambda _: self.attack())
+
+    def place(self) -> tuple[int, float]:
+        """The digit and the sigma that the controls ask for."""
+        return self.controls["index"].value, round(self.controls["sigma"].value, 6)
+
+    def frame(self) -> dict:
+        """The frame of the present state."""
+        return self.scene.at(
+            *self.place(), self.controls["alpha"].value, self.controls["shown"].value
+        )
+
+    def choose(self) -> None:
+        """Take the chosen digit and sigma; a job on other ones ends."""
+        self.halt()
+        self.message = ""
+        self.refresh()
+
+    def vote(self) -> None:
+        """Cast more votes, and show them all."""
+        self.controls["shown"].value = MOST
+        self.start("voting", self.scene.vote(*self.place()))
+
+    def attack(self) -> None:
+        """Start an attack on the votes."""
+        job = self.scene.attack(*self.place(), self.controls["alpha"].value)
+        self.start("attacking", job)
+
+
+def certify_hero(denoiser: Denoiser, index: int = 12) -> Certifier:
+    """The votes on a digit, two lower bounds of their share, the radius, and an attack from above (notebook 12)."""
+    return Certifier(denoiser, index)
 
 
 class Explorer(Worker):

@@ -4,7 +4,6 @@ Two functions are shown and never confused: the plain classifier (attacked, neve
 majority vote of the noised classifier, which has a certificate and an attack of its own.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,29 +13,20 @@ from torch import Tensor
 from diffclass import attacks
 from diffclass.attacks.search import AttackStep
 from diffclass.certify import certificates, counting
-from diffclass.classifiers.base import decided, fresh_noise
+from diffclass.classifiers.base import decided
 from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
+from diffclass.course.scenes.certifying import attack_votes
 from diffclass.course.scenes.digits import DigitScene, excess_curves, posterior_bars
 from diffclass.course.scenes.results import DONE, RUNNING, AttackFilm, Result, recorded
-from diffclass.noise import seed_of
 
 NORMS = {"L2": "l2", "L∞": "linf"}
 ALPHA = 0.001
 STEPS = 20
 SELECTION = 100  # votes that choose the class to certify
 CHECK_VOTES = 200  # votes that decide whether a perturbed point has changed the smoothed prediction
-# L2, pixels, tried one after the other on the smoothed vote
-SMOOTHED_BUDGETS = (
-    1.0,
-    2.0,
-    3.0,
-    4.5,
-)
-SMOOTHED_STEPS = 8
-SMOOTHED_ROUNDS = 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -201,32 +191,20 @@ class ExplorerScene:
     def _attack_smoothed(
         self, smoothed: Smoothed, x: Tensor, certified: Certified
     ) -> Iterator[float]:
-        """Climb the mean logits of noised copies; votes of their own decide about every picture on the way."""
-        original = certified.certificate.prediction
-        climbed = smoothed.surrogate()
-        seeds = (
-            seed_of(self.seed, "judge", certified.index, picture) for picture in itertools.count()
-        )
-
-        def changed(image: Tensor) -> bool:
-            *_, counts = smoothed.count(image, next(seeds), CHECK_VOTES)
-            return certificates.prediction_changed(counts.tolist(), original, ALPHA)
-
-        search = attacks.smallest_l2(
-            climbed,
+        """The shortest change of the smoothed prediction, kept as it shrinks."""
+        search = attack_votes(
+            smoothed,
             x,
-            torch.tensor([original]),
-            noise=fresh_noise(climbed, 1, self.seed, "attack", certified.index),
-            fooled=changed,
-            budgets=SMOOTHED_BUDGETS,
-            steps=SMOOTHED_STEPS,
-            rounds=SMOOTHED_ROUNDS,
+            certified.certificate.prediction,
+            alpha=ALPHA,
+            votes=CHECK_VOTES,
+            seed=self.seed,
+            picture=certified.index,
         )
-        whole = attacks.longest_search(len(SMOOTHED_BUDGETS), SMOOTHED_STEPS, SMOOTHED_ROUNDS)
-        for trial, best in enumerate(search):
-            if best is not None:
-                certified.smallest = float(attacks.size_of(best - x, "l2"))
-            yield 0.5 + 0.5 * (trial + 1) / whole
+        for done, length in search:
+            if length is not None:
+                certified.smallest = length
+            yield 0.5 + 0.5 * done
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
