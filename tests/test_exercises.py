@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffclass import intervals, noise, units
 from diffclass.audit import planted
+from diffclass.certify import anytime, certificates, lipschitz
 from diffclass.course import exercises, grade
 from diffclass.course.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
 from diffclass.course.scenes.audit import MYSTERIES
@@ -239,3 +240,47 @@ def test_the_diagnoses_are_those_of_the_lamp_panel():
         NotYet, match="expected one of honest, two-faced.*for mystery 1, got 'masked'"
     ):
         grade(exercises.DIAGNOSIS, lambda mystery: "masked")
+
+
+def test_the_bridge_reference_is_conditioning_of_the_joint_gaussian():
+    for tau, low, high, x_tau, x_high in exercises.BRIDGE_POSTERIOR.cases():
+        added = low**2 - tau**2  # Var x_t = Cov(x_t, x_high), given x_tau
+        whole = high**2 - tau**2  # Var x_high
+        mean = x_tau + added / whole * (x_high - x_tau)
+        answer = exercises.BRIDGE_POSTERIOR.reference(tau, low, high, x_tau, x_high)
+        torch.testing.assert_close(answer[:-1], mean)
+        assert float(answer[-1]) == pytest.approx(added - added**2 / whole)
+
+
+def test_the_lipschitz_reference_is_the_librarys_constant():
+    for sigma, weights, dimensions in exercises.LIPSCHITZ_PIXELS.cases():
+        levels = noise.Levels(sigma, 0.9 * sigma, 1.1 * sigma)
+        wanted = lipschitz.margin_constant(levels, dimensions, lambda _, w=weights: w, "mean")
+        assert exercises.LIPSCHITZ_PIXELS.reference(sigma, weights, dimensions) == pytest.approx(
+            wanted
+        )
+
+
+def test_the_references_of_votes_are_the_librarys():
+    for radius, n, sigma, alpha in exercises.VOTES_NEEDED.cases():
+        wanted = certificates.votes_needed(radius, n, sigma, alpha) or n + 1
+        assert exercises.VOTES_NEEDED.reference(radius, n, sigma, alpha) == wanted
+    assert any(
+        exercises.VOTES_NEEDED.reference(*case) > case[1] for case in exercises.VOTES_NEEDED.cases()
+    )
+    for won, n, sigma, alpha in exercises.CERTIFIED_RADIUS.cases():
+        votes = certificates.Votes((1, 0), (int(won), int(n - won)), sigma)
+        wanted = certificates.smoothing_radius(votes, alpha).radius
+        assert exercises.CERTIFIED_RADIUS.reference(won, n, sigma, alpha) == pytest.approx(wanted)
+
+
+def test_the_stop_reference_is_the_first_look_that_the_librarys_bound_passes():
+    seen = set()
+    for hits, p, alpha in exercises.ANYTIME_STOP.cases():
+        won = hits.cumsum(0).long()
+        n = torch.arange(1, len(hits) + 1)
+        proven = anytime.anytime_bound(won, n, alpha) > p
+        wanted = int(proven.argmax()) + 1 if proven.any() else 0
+        assert exercises.ANYTIME_STOP.reference(hits, p, alpha) == wanted
+        seen.add(wanted > 0)
+    assert seen == {True, False}

@@ -16,7 +16,13 @@ from diffclass.course.exercises.bayes import (
     TEMPERATURE,
     TWEEDIE,
 )
-from diffclass.course.exercises.certify import CERTIFIED_RADIUS
+from diffclass.course.exercises.certify import (
+    ANYTIME_STOP,
+    BRIDGE_POSTERIOR,
+    CERTIFIED_RADIUS,
+    LIPSCHITZ_PIXELS,
+    VOTES_NEEDED,
+)
 from diffclass.course.exercises.cost import LEVEL_WEIGHTS, NEYMAN, PAIRED_VARIANCE, TWO_HEADS
 from diffclass.course.exercises.forward import (
     FORWARD_NOISE,
@@ -74,6 +80,10 @@ EXERCISES: dict[str, Exercise] = {
         ZERO_COSINE_LABELS,
         WRONG_POSTERIOR,
         DISTANCE_LOGITS,
+        BRIDGE_POSTERIOR,
+        LIPSCHITZ_PIXELS,
+        VOTES_NEEDED,
+        ANYTIME_STOP,
         CERTIFIED_RADIUS,
     )
 }
@@ -118,5 +128,9 @@ __all__ = [
     "ZERO_COSINE_LABELS",
     "WRONG_POSTERIOR",
     "DISTANCE_LOGITS",
+    "BRIDGE_POSTERIOR",
+    "LIPSCHITZ_PIXELS",
+    "VOTES_NEEDED",
+    "ANYTIME_STOP",
     "CERTIFIED_RADIUS",
 ]
