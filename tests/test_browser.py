@@ -178,9 +178,9 @@ def test_draw_the_static_twin(path, lab, page):
     assert browser.run_all(page) == "done"
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage) > .jupyter-widgets").first
     hero.wait_for()
-    for name in ("Attack (PGD-20)", "Certify"):
-        if hero.get_by_role("button", name=name).count():
-            hero.get_by_role("button", name=name).click()
+    for name in ("Attack (PGD-20)", "Certify", "Vote", "Attack"):
+        if hero.get_by_role("button", name=name, exact=True).count():
+            hero.get_by_role("button", name=name, exact=True).click()
             page.wait_for_timeout(500)
             hero.get_by_text("done", exact=True).wait_for()
     page.add_style_tag(content=".jp-Toolbar { visibility: hidden }")
