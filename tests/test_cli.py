@@ -40,6 +40,7 @@ COMMANDS = (
     "list",
     "audit",
     "certify",
+    "compare-votes",
     "readme",
 )
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from diffclass import zoo
-from diffclass.evaluation import claims, tables
+from diffclass.evaluation import certification, claims, tables
 from diffclass.storage import results
+from diffclass.zoo import noised
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = (("digits", "linf"), ("digits", "l2"), ("cifar10", "linf"))
@@ -233,3 +234,31 @@ def test_a_cell():
     assert tables.cell(None) == ""
     assert tables.cell(record(5)) == "25.0 [9, 49] (20)"
     assert asdict(record(5))["value"] == 0.25
+
+
+@pytest.mark.parametrize("world", ["digits", "cifar10"])
+def test_the_tables_of_certificates_are_those_of_the_counts(world):
+    """From the votes of every picture, not from the records: accuracies, votes, and radii that no vote can reach."""
+    wanted = tables.certified_table(world)
+    assert shown(world, "certified") == wanted
+    rows = tables.certified_rows(world)
+    assert len(rows) == len(wanted) - 2 == len(tables.certified_folders(world)) > 0
+    for folder in tables.certified_folders(world):
+        run = certification.read(folder)
+        plan = run.plan
+        own = [
+            row
+            for row in rows
+            if row.title == noised.entry_of(world, run.settings["classifier"]).title
+            and row.sigma_pixel == plan.sigma_pixel
+        ]
+        assert len(own) == 1
+        for radius, record in own[0].records.items():
+            right = [
+                certificate.prediction == label and certificate.radius >= radius
+                for certificate, label in zip(run.certificates(), run.labels.tolist(), strict=True)
+            ]
+            if record is None:
+                assert radius > plan.ceiling and not any(right)
+            else:
+                assert record.value == sum(right) / len(right)

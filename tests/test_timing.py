@@ -7,7 +7,7 @@ import torch
 from diffclass import data, noise, units
 from diffclass.classifiers.bayes import BayesClassifier, bank_of
 from diffclass.evaluation import timing
-from diffclass.zoo import networks
+from diffclass.zoo import networks, noised
 from test_cli import run
 
 
@@ -55,6 +55,28 @@ def test_timings_compare_with_the_plain_loop():
     assert all(row.seconds > 0 and row.repetitions > 0 for row in rows)
     # ten heads and three levels in one call: far from the thirty of the loop
     assert rows[2].seconds < rows[0].seconds / 2
+
+
+def test_votes_are_timed_one_by_one_and_together():
+    """A network of eight levels takes longer than a CNN, and a vote alone longer than its share of a hundred."""
+    built = {name: noised.classifier("digits", name, 0.25) for name in ("cohen", "epndc")}
+    rows = list(timing.vote_timings(built, data.digits().test_images[:1], 0.25, seconds=0.05))
+    cohen, epndc = rows
+    assert [row.name for row in rows] == ["cohen", "epndc"]
+    assert (cohen.calls, epndc.calls) == (1, 8) and epndc.vote > 3 * cohen.vote
+    assert all(row.alone > row.vote > 0 and row.repetitions > 0 for row in rows)
+    assert epndc.certify(1000) == 1000 * epndc.vote
+
+
+def test_the_command_times_votes_and_says_what_is_missing():
+    done = run(
+        "--json", "compare-votes", "--world", "digits", "--only", "cohen", "--seconds", "0.01"
+    )
+    content = json.loads(done.stdout)
+    assert [row["name"] for row in content["classifiers"]] == ["cohen"]
+    assert content["classifiers"][0]["certify"]["10000"] > 0 and content["missing"] == []
+    done = run("compare-votes", "--world", "digits", "--only", "nobody", "--seconds", "0.01")
+    assert done.exit_code == 2 and "expected" in done.stderr
 
 
 def test_what_cannot_be_compared_gets_a_sentence():

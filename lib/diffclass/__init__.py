@@ -8,7 +8,7 @@ Rooms, bottom to top:
     units        Pixel space [0,1] and model space [-1,1]: the only module that converts, and the checks that guard every entrance.
     noise        Noise levels, schedules, quadrature weights and shared noise. Timesteps never leave this module.
     intervals    Exact binomial bounds and the intervals of averages: no model, no randomness.
-    device       Where tensors live, and in which precision networks run: the one function that names a device.
+    device       Where tensors live, in which precision networks run, and how a step is replayed: the one module that names a device.
     storage      What is kept: files, records, weights, assets.
     denoisers    E[x0 | x_sigma, class] from closed forms, from networks, and from other people's networks.
     likelihood   log p(x | k) for every class: exact where there is a closed form, and by the losses of a diffusion model.

@@ -1,5 +1,6 @@
 """The command that certifies: votes under noise, picture by picture, and how their certificates are verified."""
 
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,10 @@ from diffclass.cli.base import (
 )
 
 MANY_VOTES = 10_000_000
+CERTIFY = (
+    10_000,
+    100_000,
+)  # votes of a certificate: of diffusion classifiers in the literature, and of others
 
 
 def _radii(text: str) -> tuple[float, ...]:
@@ -136,6 +141,90 @@ def certify(
     for result in listed:
         answer.content["records"].append({**asdict(result), "what": result.what})
         answer.say(f"{result.what}: {result}")
+
+
+@app.command("compare-votes", epilog=EXIT_CODES)
+def compare_votes(
+    ctx: typer.Context,
+    sigma: Annotated[
+        float, typer.Option(callback=finite, help="Smoothing noise, in pixels of [0,1].")
+    ] = 0.25,
+    world: Annotated[str, typer.Option(help="digits or cifar10.")] = "cifar10",
+    only: Annotated[
+        str | None, typer.Option(help="Names of classifiers, such as epndc,cohen; all there are.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for the networks.")] = "fp32",
+    together: Annotated[
+        int, typer.Option(min=2, max=MANY_PICTURES, help="Votes that are asked together.")
+    ] = 100,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="How long each is repeated.")
+    ] = 2.0,
+    seed: Seed = 0,
+    json_wanted: Json = False,
+):
+    """Time a vote of each classifier of noised pictures, and what all votes of a certificate would take.
+
+    The picture is the first test picture of the world, or one that a network drew where there is none. Nothing else should
+    run meanwhile.
+    """
+    import torch
+
+    from diffclass.data import cifar, gallery
+    from diffclass.data.worlds import world_of
+    from diffclass.device import device
+    from diffclass.evaluation import timing
+    from diffclass.zoo import noised
+
+    answer = ctx.obj
+    place = world_of(world)
+    where = device()
+    names = noised.names(world) if only is None else tuple(only.split(","))
+    drawn = place.kind == "cifar10" and not cifar.cifar10_available()[0]
+    picture = gallery.pictures()[0][:1] if drawn else place.test(1, seed)[0]
+    built = {}
+    missing = []
+    for name in names:
+        try:
+            built[name] = noised.classifier(world, name, sigma).to(where)
+        except (FileNotFoundError, ValueError) as error:
+            if only is not None:
+                raise
+            missing.append(f"{name}: {error}")
+    answer.content |= dict(
+        command="compare-votes",
+        world=place.name,
+        sigma=sigma,
+        precision=precision,
+        together=together,
+        device=where.type,
+        machine=platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        missing=missing,
+        classifiers=[],
+    )
+    answer.say(
+        f"{place.name}, sigma {sigma:g}, {precision}, on {where.type} with {torch.get_num_threads()} threads: calls and seconds "
+        f"of a vote, of one asked alone, and of {' and '.join(f'{n:,}' for n in CERTIFY)} votes (so many times a vote)"
+    )
+    run = timing.vote_timings(
+        built,
+        picture.to(where),
+        sigma,
+        together=together,
+        precision=precision,
+        seconds=seconds,
+        seed=seed,
+    )
+    for row in run:
+        whole = {str(votes): row.certify(votes) for votes in CERTIFY}
+        answer.content["classifiers"].append({**asdict(row), "certify": whole})
+        answer.say(
+            f"  {row.name:18s} {row.calls:5d} {row.vote:10.6f} ({row.spread:.6f}) {row.alone:9.5f} "
+            + " ".join(f"{taken:10.1f}" for taken in whole.values())
+        )
+    for sentence in missing:
+        answer.say(f"  not timed: {sentence}")
 
 
 def verify_certificates(answer: Answer, folder: Path, sampled: int, seed: int) -> None:

@@ -19,6 +19,7 @@ TABLES = (  # world, norm, and the budget where it is not the world's
     ("digits", "l2", None),
     ("cifar10", "linf", None),
 )
+CERTIFIED = ("digits", "cifar10")
 PLAN = r"(Rooms, bottom to top:\n\n).*?(\n\"\"\")"
 
 
@@ -63,12 +64,10 @@ def room_table() -> str:
     return "\n".join(lines)
 
 
-def classifier_table() -> str:
-    """The classifiers of the registry as a table of the README."""
-    from diffclass.zoo.classifiers import ENTRIES
-
+def classifier_table(entries: dict) -> str:
+    """The classifiers of a registry as a table of the README."""
     lines = ["| Name | Classifier | Source |", "|---|---|---|"]
-    for entry in ENTRIES.values():
+    for entry in entries.values():
         lines.append(f"| `{entry.name}` | {entry.sentence} | {entry.source} |")
     return "\n".join(lines)
 
@@ -87,19 +86,18 @@ def refreshed(text: str, name: str, content: str) -> str:
 def written() -> dict[Path, str]:
     """The files that are partly generated, as they should be."""
     from diffclass.evaluation import tables
+    from diffclass.zoo import classifiers, noised
 
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     text = refreshed(text, "rooms", room_table())
-    text = refreshed(text, "classifiers", classifier_table())
+    text = refreshed(text, "classifiers", classifier_table(classifiers.ENTRIES))
+    text = refreshed(text, "noised", classifier_table(noised.ENTRIES))
+    for world in CERTIFIED:
+        text = refreshed(text, f"{world} certified", _filled(tables.certified_table(world), world))
     for world, norm, epsilon in TABLES:
         name = f"{world} {norm}" if epsilon is None else f"{world} {norm} {epsilon:g}"
-        table = tables.robust_table(world, norm, epsilon)
-        if len(table) <= TITLE_LINES:
-            raise ValueError(
-                f"expected records of {name} for the README's table, got none; is DIFFCLASS_ASSETS set to another folder?"
-            )
-        text = refreshed(text, name, "\n".join(table))
+        text = refreshed(text, name, _filled(tables.robust_table(world, norm, epsilon), name))
     package = PACKAGE / "__init__.py"
     docstring = re.sub(
         PLAN,
@@ -108,6 +106,15 @@ def written() -> dict[Path, str]:
         flags=re.S,
     )
     return {readme: text, package: docstring}
+
+
+def _filled(table: list[str], name: str) -> str:
+    """The lines of a table that has a row. Errors: ValueError for one without."""
+    if len(table) <= TITLE_LINES:
+        raise ValueError(
+            f"expected records of {name} for the README's table, got none; is DIFFCLASS_ASSETS set to another folder?"
+        )
+    return "\n".join(table)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,7 +52,9 @@ ROW = {"index", "label", "selection", "estimation", "prediction", "radius", "sec
 INSIDE = 0.999  # of a certified radius: where it is attacked
 COPIES = 16  # noised copies that this attack averages at a step
 STEPS = 20  # of this attack
-JUDGES = 1000  # fresh votes that judge what it found
+JUDGES = 1000  # fresh votes at most that judge what it found, or a claim
+RECOUNTED = 25  # votes that are asked together, so that a recount shows that it goes on
+TIES = 0.01  # of the votes that may fall otherwise on another machine
 CHANCE = 1e-6  # that new votes contradict a bound that holds
 
 
@@ -261,14 +263,7 @@ def _counted(
         rule=plan.rule,
         together=together,
     )
-    while True:
-        # entered anew for every step: between two steps other code runs
-        with in_precision(precision, x):
-            try:
-                step = next(run)
-            except StopIteration:
-                return
-        yield step
+    return _in_precision(run, precision, x)
 
 
 def _row(index: int, label: int, votes: Votes, plan: Plan, seconds: float) -> dict:
@@ -477,7 +472,7 @@ def verify(
     by_luck = torch.Generator().manual_seed(seed_of(seed, "which pictures") % 2**62)
     order = torch.randperm(len(run.rows), generator=by_luck).tolist()
     for place in order[:recount]:
-        new = _recounted(smoothed, images, run, run.rows[place], seed)
+        new = yield from _recounted(smoothed, images, run, run.rows[place], seed, state)
         state = replace(state, faults=(*state.faults, *new), recounted=state.recounted + 1)
         yield state
     certified = run.certificates()
@@ -591,33 +586,54 @@ def _unlike_records(run: Certification, claimed: Sequence[Record]) -> list[str]:
 
 
 def _recounted(
-    smoothed: Smoothed, images: Tensor, run: Certification, row: dict, seed: int
-) -> tuple[str, ...]:
-    """What a recount of one picture's votes contradicts."""
+    smoothed: Smoothed,
+    images: Tensor,
+    run: Certification,
+    row: dict,
+    seed: int,
+    state: Verification,
+) -> Generator[Verification, None, tuple[str, ...]]:
+    """What a recount of one picture's votes contradicts; yields the state so far while it counts."""
     plan = run.plan
     index = row["index"]
     x = images[index : index + 1]
-    counted = sum(row["estimation"])
-    claimed = torch.tensor(row["estimation"])
     votes = votes_of(row, plan, run.settings["seed"])
-    faults = ()
-    with in_precision(run.settings["precision"], x):
-        same_key = seed_of(run.settings["seed"], "estimation", index)
-        *_, again = smoothed.count(x, same_key, counted)
-        chosen_key = seed_of(run.settings["seed"], "selection", index)
-        *_, chosen = smoothed.count(x, chosen_key, plan.selection)
-        *_, fresh = smoothed.count(x, seed_of(seed, "recount", index), counted)
-    apart = int(
-        (again - claimed).abs().sum() + (chosen - torch.tensor(row["selection"])).abs().sum()
+    new_votes = min(votes.n, JUDGES)
+    asked = (
+        (seed_of(run.settings["seed"], "selection", index), plan.selection),
+        (seed_of(run.settings["seed"], "estimation", index), votes.n),
+        (seed_of(seed, "recount", index), new_votes),
     )
-    if apart > 2 * math.ceil(0.01 * (counted + plan.selection)):
+    recounted = []
+    for key, wanted in asked:
+        recounted.append(None)
+        counting_again = smoothed.count(x, key, wanted, together=RECOUNTED)
+        for counts in _in_precision(counting_again, run.settings["precision"], x):
+            recounted[-1] = counts
+            yield state
+    chosen, again, fresh = recounted
+    faults = ()
+    apart = (again - torch.tensor(votes.estimation)).abs().sum()
+    apart = int(apart + (chosen - torch.tensor(votes.selection)).abs().sum())
+    if apart > 2 * math.ceil(TIES * (votes.n + plan.selection)):
         faults += (
             f"picture {index}: a recount with the same noise differs by {apart // 2} votes.",
         )
     bound = plan.certificate(votes).p_lower
-    below = intervals.upper_bound(int(fresh[votes.guess]), counted, CHANCE)
+    below = intervals.upper_bound(int(fresh[votes.guess]), new_votes, CHANCE)
     if below < bound:
         faults += (
-            f"picture {index}: {counted} new votes prove its share below {below:.4f}, where at least {bound:.4f} is claimed.",
+            f"picture {index}: {new_votes} new votes prove its share below {below:.4f}, where at least {bound:.4f} is claimed.",
         )
     return faults
+
+
+def _in_precision(run: Iterator, precision: str, like: Tensor) -> Iterator:
+    """The same items, each step of the run in a precision: between two steps other code runs, which is not."""
+    while True:
+        with in_precision(precision, like):
+            try:
+                step = next(run)
+            except StopIteration:
+                return
+        yield step

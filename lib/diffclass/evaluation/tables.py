@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffclass.data.worlds import world_of
-from diffclass.evaluation import claims
+from diffclass.evaluation import certification, claims
 from diffclass.evaluation.protocols import Protocol
 from diffclass.storage import assets
 from diffclass.storage.results import Record
+from diffclass.zoo import noised
 from diffclass.zoo.classifiers import ENTRIES, Entry
 
 DRAWS = Protocol.draws  # of a random classifier, in the columns of the worst
@@ -124,3 +125,77 @@ def robust_table(world: str, norm: str, epsilon: float | None = None) -> list[st
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Certificates
+
+
+@dataclass(frozen=True)
+class CertifiedRow:
+    """A smoothed classifier and its certified accuracies, by radius; None where its votes cannot certify the radius.
+
+    votes       counted on one picture, on average
+    """
+
+    title: str
+    sigma_pixel: float
+    ceiling: float
+    votes: float
+    records: dict[float, Record | None]
+
+
+def certified_folders(world: str) -> list[Path]:
+    """The folders of a world's committed certification runs. Errors: ValueError for a world that does not exist."""
+    runs = assets.folder() / "records" / f"{world_of(world).kind}-certified"
+    return sorted(path.parent for path in runs.glob(f"*/{certification.FILE}"))
+
+
+def certified_rows(world: str) -> list[CertifiedRow]:
+    """What is certified in a world: by smoothing noise, then in the order of the tables of classifiers.
+
+    Errors      ValueError for a world that does not exist; those of `certification.kept`
+    """
+    order = noised.all_names(world)
+    placed = []
+    for folder in certified_folders(world):
+        listed = certification.kept(folder)
+        settings = listed[0].settings
+        plan = certification.Plan.of_json(settings["plan"])
+        name = listed[0].classifier
+        by_radius = {
+            record.settings["radius"]: record if _reachable(record, plan) else None
+            for record in listed
+        }
+        row = CertifiedRow(
+            title=noised.entry_of(world, name).title,
+            sigma_pixel=plan.sigma_pixel,
+            ceiling=plan.ceiling,
+            votes=settings["votes per image"],
+            records=by_radius,
+        )
+        placed.append(((plan.sigma_pixel, order.index(name), -listed[0].n), row))
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _reachable(record: Record, plan: certification.Plan) -> bool:
+    return record.settings["radius"] <= plan.ceiling
+
+
+def certified_table(world: str) -> list[str]:
+    """The lines of a table in Markdown: titles, rule, and a line for each of `certified_rows`. Errors: those of it."""
+    rows = certified_rows(world)
+    radii = sorted({radius for row in rows for radius in row.records})
+    titles = ["Classifier", "sigma", *(f"r = {radius:g}" for radius in radii), "votes"]
+    lines = [_line(titles), "|" + "---|" * len(titles)]
+    for row in rows:
+        cells = [_certified_cell(row, radius) for radius in radii]
+        lines.append(_line([row.title, f"{row.sigma_pixel:g}", *cells, f"{row.votes:.0f}"]))
+    return lines
+
+
+def _certified_cell(row: CertifiedRow, radius: float) -> str:
+    """A certified accuracy; a dash where so many votes cannot certify the radius, empty where it was not asked for."""
+    if radius in row.records and row.records[radius] is None:
+        return "–"
+    return cell(row.records.get(radius))

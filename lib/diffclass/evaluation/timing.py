@@ -1,6 +1,6 @@
-"""What a picture's losses cost: by this library, and by the loops that are published, on the same network and noise."""
+"""What a picture's losses cost, here and by the loops that are published on the same network, and what a vote costs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils import benchmark
 
 from diffclass import likelihood, units
+from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.bayes import BayesClassifier, bank_of
+from diffclass.classifiers.smoothed import Smoothed
 from diffclass.denoisers.base import Denoiser
 from diffclass.device import in_precision
 from diffclass.noise import NoiseBank
@@ -112,4 +114,70 @@ def timings(
             spread=measured.iqr,
             repetitions=len(measured.times) * measured.number_per_run,
             apart=float((losses - plain).abs().max() / plain.abs().max()),
+        )
+
+
+@dataclass(frozen=True)
+class VoteTiming:
+    """What one classifier's votes cost on one picture.
+
+    calls       network calls of a vote, at most
+    vote        seconds of a vote, of many that are asked together: the median of the repetitions; spread: their
+                interquartile range
+    alone       seconds of a vote that is asked alone, as an answer is: the median
+    """
+
+    name: str
+    calls: int
+    vote: float
+    spread: float
+    alone: float
+    repetitions: int
+
+    def certify(self, votes: int) -> float:
+        """Seconds of so many votes, all of them counted: their number times a vote."""
+        return votes * self.vote
+
+
+def vote_timings(
+    classifiers: Mapping[str, Classifier],
+    picture: Tensor,
+    sigma_pixel: float,
+    *,
+    together: int = 100,
+    precision: str = "fp32",
+    seconds: float = 2.0,
+    seed: int = 0,
+) -> Iterator[VoteTiming]:
+    """How long a vote of each classifier takes, on the device that it is on.
+
+    Shapes      picture [1,C,H,W] in [0,1]; each is repeated for about so many seconds, after one call to warm up
+    Randomness  the noise of the votes from `seed`
+    Errors      those of `Smoothed.count`
+    """
+    for name, classifier in classifiers.items():
+        smoothed = Smoothed(classifier, sigma_pixel)
+
+        def run(votes: int, smoothed: Smoothed = smoothed) -> Tensor:
+            with in_precision(precision, picture):
+                *_, counts = smoothed.count(picture, seed, votes, together=together)
+            return counts
+
+        run(1)
+        measured = {}
+        for votes in (together, 1):
+            timer = benchmark.Timer(
+                "run(votes)",
+                globals={"run": run, "votes": votes},
+                num_threads=torch.get_num_threads(),
+            )
+            measured[votes] = timer.blocked_autorange(min_run_time=seconds)
+        many = measured[together]
+        yield VoteTiming(
+            name=name,
+            calls=classifier.calls,
+            vote=many.median / together,
+            spread=many.iqr / together,
+            alone=measured[1].median,
+            repetitions=len(many.times) * many.number_per_run,
         )
