@@ -439,6 +439,10 @@ class Offsets(Denoiser):
         own = torch.tensor(self.offsets)[classes]
         return own[None, :, None, None, None].expand(len(x_sigma), -1, *SHAPE)
 
+    def answers(self, x_sigma, sigma):
+        """See `LearnedDenoiser.answers`."""
+        return self.estimate(x_sigma, sigma, torch.arange(len(self.offsets)))
+
 
 def drawn_uniformly(low, high, temperature, denoising):
     """The contrastive loss with sigma ~ U(low, high) and the weight of log-uniform levels; its logits are flat."""
