@@ -317,12 +317,12 @@ BUDGET = dict(
 STEPS = dict(steps=count_or_0(0, 1, 3))
 WEIGHTED = {
     name: Call(
-        f"noise.WEIGHTINGS[{name}]",
+        f"noise: {name}",
         lambda levels, weighting=weighting: weighting(levels),
         dict(levels=fixed(LEVELS, noise.linear_levels(0.1, 80, 5), LEVELS[1:3])),
         lambda levels: (len(levels),),
     )
-    for name, weighting in noise.WEIGHTINGS.items()
+    for name, weighting in (noise.WEIGHTINGS | noise.FLOW_WEIGHTINGS).items()
 }
 EDGES = Values(
     (torch.tensor([0.1, 0.5, 2.0]), [0.1, 1.0, 3.0]),
@@ -509,6 +509,30 @@ CALLS = [
             dict(low=positive(0.01, 0.1), high=positive(80.0, 5.0), count=count(1, 4)),
         )
         for function in (noise.log_levels, noise.linear_levels)
+    ),
+    Call("noise.flow_time", noise.flow_time, dict(sigma=positive(0.1, 3.0)), lambda **_: ()),
+    Call(
+        "noise.sigma_of_flow_time",
+        noise.sigma_of_flow_time,
+        dict(t=Values((0.5, torch.tensor([0.1, 0.9])), ([0.5],), (*NO_NUMBER[:6], 0, 1, -0.1, 5))),
+    ),
+    Call(
+        "noise.shifted_time",
+        noise.shifted_time,
+        dict(
+            u=Values((0.5, torch.tensor([0.0, 1.0])), ([0.5],), (*NO_NUMBER[:6], -0.1, 5)),
+            shift=positive(1, 3.0),
+        ),
+    ),
+    Call(
+        "noise.flow_levels",
+        noise.flow_levels,
+        dict(
+            low=positive(0.01, 0.1),
+            high=positive(80.0, 5.0),
+            count=count(1, 4),
+            shift=positive(1, 3.0),
+        ),
     ),
     Call(
         "noise.noised_levels",

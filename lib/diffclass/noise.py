@@ -368,6 +368,121 @@ def _log_normal(sigma: Tensor, log_std: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rectified flow: x_t = (1 - t) x0 + t eps is x_sigma (1 - t) at the level sigma = t/(1 - t)
+
+
+def flow_time(sigma: Tensor) -> Tensor:
+    """The time of a rectified flow that has a noise level. Formula: t = sigma / (1 + sigma). Units: model space.
+
+    Source      Liu et al. 2023 (rectified flow): x_t = (1 - t) x0 + t eps, divided by 1 - t
+    Errors      those of `units.check_sigma`
+    """
+    sigma = units.check_sigma(sigma)
+    return sigma / (1 + sigma)
+
+
+def sigma_of_flow_time(t: Tensor) -> Tensor:
+    """The noise level of a rectified flow at a time. Formula: sigma = t / (1 - t). Units: model space.
+
+    Errors      those of `units.check_numbers`; ValueError for times outside (0,1): at 1 there is nothing but noise
+    """
+    t = units.check_numbers(t, "times of a flow")
+    outside = t[~((t > 0) & (t < 1))]
+    if outside.numel():
+        raise ValueError(
+            f"expected times of a flow strictly between 0 and 1, got {float(outside.flatten()[0]):.3g}; divide timesteps "
+            "by their number."
+        )
+    return t / (1 - t)
+
+
+def shifted_time(u: Tensor, shift: float) -> Tensor:
+    """Where a scheduler's shift moves an even grid of times; to be applied once.
+
+    Formula     t = s u / (1 + (s - 1) u), of the inverse u = t / (s - (s - 1) t), which is the shift by 1/s
+    Source      Esser et al. 2024 (Stable Diffusion 3), equation 23
+    Shapes      [...] in [0,1] -> [...]
+    Errors      those of `units.check_numbers`; ValueError for a shift <= 0 or times outside [0,1]
+    """
+    u = units.check_numbers(u, "times of a flow")
+    shift = units.check_number(shift, "the shift of a flow", above=0)
+    if u.numel() and (float(u.min()) < 0 or float(u.max()) > 1):
+        raise ValueError(
+            f"expected times between 0 and 1, got {float(u.min()):.3g} to {float(u.max()):.3g}."
+        )
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_levels(low: float, high: float, count: int, shift: float = 1.0) -> Levels:
+    """`count` intervals of [low, high], equally long in the time of a scheduler before its shift.
+
+    Formula     sigma = t/(1 - t), t = s u/(1 + (s - 1) u), u even, measured in the middle
+    Why         each level stands for its stretch of sigma, so that no weight needs the Jacobian of the shift
+    Units       model space
+    Errors      those of `log_levels` and `shifted_time`
+    """
+    low, high, count = _check_grid(low, high, count)
+    shift = units.check_number(shift, "the shift of a flow", above=0)
+    ends = flow_time(torch.tensor([low, high], dtype=torch.float64))
+    first, last = shifted_time(ends, 1 / shift).tolist()
+    u = torch.linspace(first, last, 2 * count + 1, dtype=torch.float64)
+    sigma = sigma_of_flow_time(shifted_time(u, shift))
+    return Levels(sigma[1::2], sigma[:-1:2], sigma[2::2])
+
+
+def on_velocity(levels: Levels, weight: Tensor) -> Tensor:
+    """The weights of ||x0 - D||^2 that mean a weight of the velocity error, integrated over t.
+
+    Formula     w_t = weight_t t^-2 (1 - t)^2 step_t,  as ||v - (eps - x0)||^2 = ||x0 - D||^2 / t^2, dt = (1 - t)^2 d sigma;
+                weight (1 - t)/t gives sigma^-3 step, `elbo_weight`: the one that is Bayes' rule
+    Shapes      weight [T] at the levels' times -> [T]
+    """
+    t = flow_time(levels.sigma)
+    return weight * t**-2 * (1 - t) ** 2 * levels.step
+
+
+def flow_noise_weight(levels: Levels) -> Tensor:
+    """w = 1 on the noise error of a flow, uniform in t: (1 - t)^2 on the velocity error. Shapes: -> [T]."""
+    return on_velocity(levels, (1 - flow_time(levels.sigma)) ** 2)
+
+
+def flow_velocity_weight(levels: Levels) -> Tensor:
+    """w = 1 on the velocity error, uniform in t: a flow's training loss without its density. Shapes: -> [T]."""
+    return on_velocity(levels, torch.ones_like(levels.sigma))
+
+
+def flow_logit_normal_weight(levels: Levels) -> Tensor:
+    """The logit-normal density of t on the velocity error: the training loss of Stable Diffusion 3.
+
+    Formula     exp(-ln(sigma)^2 / 2) / (t (1 - t)) / sqrt(2 pi) on the velocity error; ln sigma is the logit of t
+    Source      Esser et al. 2024, equation 19 with m = 0, s = 1
+    Shapes      -> [T]
+    """
+    t = flow_time(levels.sigma)
+    density = (-(levels.sigma.log() ** 2) / 2).exp() / (t * (1 - t)) / math.sqrt(2 * math.pi)
+    return on_velocity(levels, density)
+
+
+def flow_x0_weight(levels: Levels) -> Tensor:
+    """w = 1 on the x-error of a flow, uniform in t: t^2 on the velocity error, the default of training scripts.
+
+    Why         scripts that precondition the output compare D with x0; as a classifier's weight it asks mostly where
+                nothing of the picture is left
+    Shapes      -> [T]
+    """
+    return on_velocity(levels, flow_time(levels.sigma) ** 2)
+
+
+FLOW_WEIGHTINGS: dict[str, Weighting] = {
+    "velocity, (1 - t)/t: the ELBO": elbo_weight,
+    "noise, 1": flow_noise_weight,
+    "velocity, 1": flow_velocity_weight,
+    "velocity, logit-normal": flow_logit_normal_weight,
+    "x0, 1: the default of training scripts": flow_x0_weight,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The noise itself, as an argument
 
 
