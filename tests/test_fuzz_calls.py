@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffclass
 import numpy as np
@@ -41,11 +42,14 @@ from diffclass.classifiers.purified import (
 )
 from diffclass.classifiers.smoothed import NoisedCopies, Smoothed
 from diffclass.classifiers.votes import MajorityVote, MeanLogits
+from diffclass.classifiers.zero_shot import Cost, ZeroShotClassifier
 from diffclass.data import corruptions, pictures
 from diffclass.data.worlds import world_of
-from diffclass.denoisers import network, sampling
+from diffclass.denoisers import latent, network, sampling
 from diffclass.denoisers.clipped import Clipped
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.denoisers.flow import ExactVelocity, FlowDenoiser
+from diffclass.denoisers.latent import Autoencoder, LatentModel
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
 from torch import Tensor
@@ -228,6 +232,7 @@ MEANS = drawn(K, *PLANE, low=-0.5, high=0.5, dtype=torch.float64)
 TRACES = torch.full((K,), 0.1, dtype=torch.float64)
 BAYES = BayesClassifier(EXACT, LEVELS)
 CNN = ConvClassifier(DIGIT, 3, widths=(4, 4), seed=1).eval()
+PROMPTED_NAMES = [f"class {k}" for k in range(K)]
 VOTES = certificates.Votes((9, 1), (95, 5), 0.25)
 
 
@@ -237,6 +242,26 @@ class Plain(torch.nn.Module):
     def forward(self, x):
         """[B,2,1,1] -> [B,3]."""
         return torch.cat([x.flatten(1), -x.flatten(1).sum(1, keepdim=True)], 1) * 7 - 3
+
+
+class Config(dict):
+    """Settings of an autoencoder, by name and as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Same(torch.nn.Module):
+    """Other people's autoencoder, whose latents are the pictures."""
+
+    config = Config(latent_channels=2, in_channels=2, block_out_channels=(1,), scaling_factor=1.0)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def encode(self, z):
+        """[B,2,1,1] -> its Gaussian."""
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
 
 
 def classifiers() -> dict[str, Classifier]:
@@ -265,10 +290,12 @@ def classifiers() -> dict[str, Classifier]:
         "copies": NoisedCopies(ExactClassifier(EXACT), 0.1, 2),
         "telescoped": telescoped(BAYES, 2),
         "view": attacks.AttackView(Held.seeded(BAYES), 2.0),
+        "zero-shot": ZeroShotClassifier(PROMPTED, LEVELS, (2, 4), (2, 1)),
         "foreign": Foreign(Plain(), 3, PLANE, randomness="none"),
     }
 
 
+PROMPTED = LatentModel(EXACT, Autoencoder(Same(), PLANE), PROMPTED_NAMES)
 KINDS = classifiers()
 
 
@@ -509,6 +536,24 @@ CALLS = [
             dict(low=positive(0.01, 0.1), high=positive(80.0, 5.0), count=count(1, 4)),
         )
         for function in (noise.log_levels, noise.linear_levels)
+    ),
+    Call(
+        "noise.timestep_levels",
+        noise.timestep_levels,
+        dict(
+            chain=Values(
+                (torch.tensor([0.1, 0.2, 0.5, 3.0]), torch.tensor([0.1, 1.0])),
+                (torch.tensor([0.1, 0.2, 0.5]).half(),),
+                (None, "x", torch.tensor([0.5, 0.2]), torch.tensor([math.nan, 1.0]), 0.3),
+            ),
+            count=count(1, 2),
+        ),
+    ),
+    Call(
+        "noise.even_noise_weight",
+        noise.even_noise_weight,
+        dict(levels=fixed(LEVELS, LEVELS[1:3])),
+        lambda levels: (len(levels),),
     ),
     Call("noise.flow_time", noise.flow_time, dict(sigma=positive(0.1, 3.0)), lambda **_: ()),
     Call(
@@ -1599,6 +1644,65 @@ CALLS = [
                 (None, "x", {1: torch.ones(2)}, {"w": torch.ones(1), "_orig_mod.w": torch.ones(1)}),
             )
         ),
+    ),
+    # flows, latents and prompts
+    Call(
+        "flow.FlowDenoiser",
+        lambda x_sigma, **told: FlowDenoiser(ExactVelocity(EXACT), K, PLANE, **told)(x_sigma, 1.0),
+        dict(
+            x_sigma=points(),
+            sigma_range=Values(
+                ((0.01, 80.0), [0.1, 2.0]),
+                (),
+                ((80.0, 0.01), (0, 1.0), (math.nan, 1.0), (0.1, math.inf)),
+            ),
+            shift=positive(1, 3.0),
+        ),
+        lambda x_sigma, **_: (len(x_sigma), K, *PLANE),
+    ),
+    Call(
+        "latent.prompts_of",
+        latent.prompts_of,
+        dict(
+            names=Values(
+                (["cat", "dog"], ("a", "b")),
+                ((" a", "a "),),
+                (None, "cat", 3, [], ["cat"], ["a", "a"], ["a", ""], ["a", None], {"a", "b"}),
+            ),
+            templates=Values(
+                (["{}"], ("a {}", "{} b")), (), (None, "{}", [], ["a"], ["{} {}"], [None], 3)
+            ),
+        ),
+    ),
+    Call(
+        "latent.LatentModel",
+        lambda **told: LatentModel(EXACT, Autoencoder(Same(), PLANE), **told).templates,
+        dict(
+            names=Values((PROMPTED_NAMES,), (), (None, "x", ["a", "b", "c", "d", "e", "f", "g"])),
+            templates=Values((1,), (1.0, True), (*NO_NUMBER, 0, 2, -1)),
+        ),
+    ),
+    Call(
+        "latent.Autoencoder.encode",
+        lambda x: Autoencoder(Same(), PLANE).encode(x),
+        dict(x=pixels()),
+        lambda x: x.shape,
+    ),
+    Call(
+        "zero_shot.ZeroShotClassifier",
+        answered(lambda **told: ZeroShotClassifier(PROMPTED, LEVELS, **told)),
+        dict(
+            counts=Values(((2, 4), [1, 4]), (), ((4, 2), (2, 3), (0, 4), (2, 9), (1.5, 4), "x", 3)),
+            keep=Values(((2, 1),), ([2, 1],), ((1, 2), (2,), (9, 1), (2, 0), None, "x")),
+            distance=names("l1", "l2"),
+            chunk=count(1, 5),
+        ),
+        lambda **_: (2, K),
+    ),
+    Call(
+        "zero_shot.Cost.hours",
+        Cost(10, 100, 7).hours,
+        dict(pictures=count_or_0(1, 10_000), flop_per_second=positive(1e9, 1.0)),
     ),
 ]
 

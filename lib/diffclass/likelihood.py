@@ -4,7 +4,7 @@ One function measures losses (`diffusion_errors`); everything else is a weighted
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,16 +24,25 @@ def diffusion_errors(
     bank: NoiseBank,
     classes: Sequence[int] | None = None,
     chunk: int = CHUNK,
+    distance: Callable[[Tensor], Tensor] = torch.square,
 ) -> Tensor:
     """The squared error of the denoised image, for every class, noise level and noise sample.
 
     Formula     e[b,k,t,s] = ||D_k(z_b + sigma_t eps_ts, sigma_t) - z_b||^2, summed over the D pixels
-    Shapes      z [B,C,H,W] in [-1,1], bank T x S -> [B,K,T,S]
+    Shapes      z [B,C,H,W] in [-1,1], bank T x S; distance: of each pixel's error, torch.abs in place of the square for the
+                l1 norm, which is no likelihood -> [B,K,T,S]
     Randomness  all in `bank`; the same noise for every class
     """
     at = bank.sigma
     return _errors(
-        denoiser, z, bank, spread=at, shift=torch.zeros_like(at), classes=classes, chunk=chunk
+        denoiser,
+        z,
+        bank,
+        spread=at,
+        shift=torch.zeros_like(at),
+        classes=classes,
+        chunk=chunk,
+        distance=distance,
     )
 
 
@@ -407,11 +416,14 @@ def _errors(
     classes: Sequence[int] | None,
     chunk: int,
     target: Tensor | None = None,
+    distance: Callable[[Tensor], Tensor] = torch.square,
 ) -> Tensor:
     """||(z - shift eps) - D_k(z + spread eps, sigma)||^2 - shift^2 ||eps||^2 for every level and sample: [B,K,T,S].
 
     A `target` [B,1 or K,C,H,W] is what answers are compared with in place of z.
-    Rows (level, sample, image) are evaluated `chunk` at a time. Under autograd each chunk is recomputed in the
+    A `distance` other than the square is summed in place of it, where there is no shift.
+    Rows (level, sample, image) are evaluated `chunk` at a time, and so are classes, each of which is a call of its own for
+    most denoisers. Under autograd each chunk is recomputed in the
     backward pass instead of being kept, so memory does not grow with T, S or K. Noise is given, not drawn inside; what
     a network in training mode draws there, such as dropout, is drawn again from the global state that `checkpoint` keeps.
     """
@@ -432,7 +444,7 @@ def _errors(
     flat = levels * samples * len(z)
     level_of = torch.arange(levels, device=z.device).repeat_interleave(samples)
 
-    def errors_of(images: Tensor, rows: Tensor) -> Tensor:
+    def errors_of(images: Tensor, rows: Tensor, some: Tensor) -> Tensor:
         draw = rows // len(z)
         image = rows % len(z)
         level = level_of[draw]
@@ -441,23 +453,28 @@ def _errors(
         wide = spread[level].to(images)
         away = shift[level].to(images)
         denoised = denoiser(
-            x0 + wide[:, None, None, None] * eps, bank.sigma[level].to(images), classes
+            x0 + wide[:, None, None, None] * eps, bank.sigma[level].to(images), classes[some]
         )
         base = x0[:, None] if target is None else target[image]
+        base = base if base.shape[1] == 1 else base[:, some]
         wanted = base - (away[:, None, None, None] * eps)[:, None]
-        return ((wanted - denoised) ** 2).flatten(2).sum(-1) - (
-            away**2 * (eps**2).flatten(1).sum(1)
-        )[:, None]
+        return (
+            distance(wanted - denoised).flatten(2).sum(-1)
+            - (away**2 * (eps**2).flatten(1).sum(1))[:, None]
+        )
 
     keep = max(1, chunk // len(classes))  # a conditional network sees each row once for every class
     rows = torch.arange(flat, device=z.device)
-    differentiable = torch.is_grad_enabled() and flat > keep
-    parts = [
-        checkpoint(errors_of, z, part, use_reentrant=False)
-        if differentiable
-        else errors_of(z, part)
-        for part in rows.split(keep)
-    ]
+    every = torch.arange(len(classes), device=z.device)
+    groups = (every,) if denoiser.one_call else every.split(chunk)
+    differentiable = torch.is_grad_enabled() and (flat > keep or len(groups) > 1)
+
+    def answers(part: Tensor, group: Tensor) -> Tensor:
+        if differentiable:
+            return checkpoint(errors_of, z, part, group, use_reentrant=False)
+        return errors_of(z, part, group)
+
+    parts = [torch.cat([answers(part, group) for group in groups], 1) for part in rows.split(keep)]
     errors = torch.cat(parts).unflatten(0, (levels, samples, len(z))).permute(2, 3, 0, 1)
     return _finite(errors)
 

@@ -199,6 +199,32 @@ def chain_levels(edges: Tensor) -> Levels:
     return Levels(edges[1:], edges[:-1], edges[1:])
 
 
+def timestep_levels(chain: Tensor, count: int) -> Levels:
+    """`count` timesteps of a chain, evenly spread, each standing for its stretch of timesteps.
+
+    Formula     t_i = floor(stride / 2) + i stride, stride = floor(T / count); the ends of a stretch lie half a stride away,
+                between two timesteps by ln sigma
+    Source      Li et al. 2023, its code: of 1000 timesteps 500 are 1, 3, ..., 999
+    Shapes      chain [T], the ascending levels of its timesteps -> count levels
+    Errors      those of `units.check_sigma`; ValueError for more levels than timesteps, or a chain that does not ascend
+    """
+    chain = units.check_sigma(chain).double()
+    count = units.check_whole(count, "the number of noise levels", least=1)
+    if chain.ndim != 1 or count > len(chain) or len(chain) < 2 or bool((chain.diff() <= 0).any()):
+        raise ValueError(
+            f"expected at most as many levels as the ascending chain has timesteps, got {count} of a chain of shape "
+            f"{list(chain.shape)}."
+        )
+    stride = len(chain) // count
+    steps = torch.arange(count) * stride + stride // 2
+    ends = (torch.arange(count + 1) * stride + stride // 2 - stride / 2).clamp(0, len(chain) - 1)
+    left = ends.floor().long().clamp(max=len(chain) - 2)
+    log_chain = chain.log()
+    log_ends = log_chain[left] + (ends - left) * (log_chain[left + 1] - log_chain[left])
+    edges = log_ends.exp()
+    return Levels(chain[steps], edges[:-1].minimum(chain[steps]), edges[1:].maximum(chain[steps]))
+
+
 def noised_levels(sigma_tau: float, high: float, count: int) -> Levels:
     """`count` levels above the noise `sigma_tau` that an image already carries, geometric in the added noise r.
 
@@ -339,6 +365,16 @@ def simple_weight(levels: Levels) -> Tensor:
         return (left + (s - g[left]) / (g[right] - g[left])) / len(grid)
 
     return levels.sigma**-2 * (time_of(levels.upper) - time_of(levels.lower)).to(levels.sigma)
+
+
+def even_noise_weight(levels: Levels) -> Tensor:
+    """w = 1 on the noise error, every level alike: the mean over a grid of timesteps, as Li's code takes it.
+
+    Formula     w_t = sigma_t^-2 / T
+    Source      Li et al. 2023, its code; a likelihood would weigh each by its ln(upper/lower), `elbo_weight`
+    Shapes      -> [T]
+    """
+    return levels.sigma**-2 / len(levels)
 
 
 WEIGHTINGS: dict[str, Weighting] = {

@@ -315,7 +315,24 @@ def staged(
     Shapes      x [B,C,H,W] in [0,1] -> one `Answer` a stage
     """
     size = len(question.levels)
-    classes = question.denoiser.num_classes
+    counts, keep = check_stages(counts, keep, size, question.denoiser.num_classes)
+    meter = Meter(question, x, generator)
+    eps = meter.draw(size)
+
+    def losses(index: Tensor, alive: Tensor) -> Tensor:
+        return meter.losses(index, alive, eps[index])
+
+    for estimates, alive in stages(losses, meter.scores, meter.everyone, size, counts, keep):
+        yield meter.answer(estimates, alive)
+
+
+def check_stages(
+    counts: Sequence[int], keep: Sequence[int], size: int, classes: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the levels and the survivors of each stage if they fit a grid of `size` levels and the classes, else raise.
+
+    Errors      ValueError unless counts grow to at most `size` and keep falls from at most `classes` to 1
+    """
     counts = units.check_wholes(counts, "counts")
     keep = units.check_wholes(keep, "keep")
     if not (
@@ -331,19 +348,33 @@ def staged(
             f"expected counts that grow to at most {size} levels and as many keep that fall from at most "
             f"{classes} classes to 1, got counts {tuple(counts)} and keep {tuple(keep)}."
         )
-    meter = Meter(question, x, generator)
-    eps = meter.draw(size)
-    alive = meter.everyone
+    return counts, keep
+
+
+def stages(
+    losses: Callable[[Tensor, Tensor], Tensor],
+    scores: Callable[[Tensor], Tensor],
+    everyone: Tensor,
+    size: int,
+    counts: Sequence[int],
+    keep: Sequence[int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The elimination of `staged`, of whatever losses: the estimates after each stage, and who is left.
+
+    Shapes      losses(index [n] on the grid, asked [B,K]) -> [B,K,n], NaN for those not asked; scores([B,K] sums) -> [B,K];
+                everyone [B,K]; counts and keep as `check_stages` returns them -> estimates [B,K], alive [B,K]
+    """
+    alive = everyone
     done = torch.zeros(size, dtype=torch.bool)
     sums = estimates = torch.zeros_like(alive, dtype=torch.float64)
     for count, survivors in zip(counts, keep, strict=True):
         index = torch.arange(count) * (size // count) + size // count // 2
         index = index[~done[index]]
         done[index] = True
-        sums = sums + meter.losses(index, alive, eps[index]).sum(-1)  # NaN once a class is out
-        estimates = torch.where(alive, meter.scores(sums * size / int(done.sum())), estimates)
+        sums = sums + losses(index, alive).sum(-1)  # NaN once a class is out
+        estimates = torch.where(alive, scores(sums * size / int(done.sum())), estimates)
         alive = _smallest(estimates, alive, survivors)
-        yield meter.answer(estimates, alive)
+        yield estimates, alive
 
 
 def sift_and_refine(

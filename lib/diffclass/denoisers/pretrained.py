@@ -113,6 +113,10 @@ class ScheduledDenoiser(Denoiser):
         self.sigma_range = (float(levels[0]), float(levels[-1]))
         self.register_buffer("log_levels", levels.log().float())
 
+    def grid(self, count: int) -> noise.Levels:
+        """`count` levels, evenly spread over the timesteps. Errors: those of `noise.timestep_levels`."""
+        return noise.timestep_levels(self.log_levels.double().exp(), count)
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """The time, between steps too, at which the chain has this noise level. Shapes: [B] -> [B].
 
@@ -186,8 +190,8 @@ def from_diffusers(
     return denoiser.eval()
 
 
-def _settings(path: Path) -> dict:
-    """What a JSON file of settings says."""
+def read_settings(path: Path) -> dict:
+    """What a JSON file of settings says. Errors: ValueError for a file that is not JSON, or no settings by name."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -209,7 +213,7 @@ def read_schedule(path: Path) -> tuple[Tensor, str, tuple[str, ...]]:
     """
     import diffusers  # here, not above: it takes seconds
 
-    settings = _settings(path)
+    settings = read_settings(path)
     name = settings.get("_class_name")
     if name not in CHAIN_SCHEDULERS:
         raise ValueError(
@@ -258,7 +262,10 @@ def _needed(name: str) -> str:
         "PiflowScheduler",
         "LTXEulerAncestralRFScheduler",
     ):
-        return "a flow-matching network mixes (1 - t) x + t eps and predicts a velocity, which needs a denoiser of its own"
+        return (
+            "a flow-matching network mixes (1 - t) x + t eps and predicts a velocity: `pipelines.from_pipeline` reads the "
+            "pipelines of Stable Diffusion 3 and Flux"
+        )
     if "EDM" in name or name == "CosineDPMSolverMultistepScheduler":
         return (
             "an EDM network is scaled by its sigma_data and told ln(sigma)/4; `edm.from_edm` reads EDM's own files, "
@@ -311,12 +318,12 @@ def load_unet(folder: Path, variant: str | None = None) -> nn.Module:
     from diffusers import UNet2DModel  # here, not above: it takes seconds
 
     folder = Path(folder)
-    settings = _settings(folder / "config.json")
+    settings = read_settings(folder / "config.json")
     name = settings.get("_class_name")
     if name != "UNet2DModel":
         raise ValueError(
-            f"expected a UNet2DModel, got {name or 'no _class_name'} in {folder.name}/config.json; networks of other kinds, "
-            "such as those of text-to-image pipelines, are not read."
+            f"expected a UNet2DModel, got {name or 'no _class_name'} in {folder.name}/config.json; `pipelines.from_pipeline` "
+            "reads text-to-image pipelines; networks of other kinds are not read."
         )
     known = inspect.signature(UNet2DModel.__init__).parameters
     unknown = sorted(key for key in settings if not key.startswith("_") and key not in known)
@@ -358,7 +365,7 @@ def unet_files(folder: Path, variant: str | None = None) -> list[Path]:
     for index in sorted(folder.glob(f"{stem}*.index*.json")):
         own = index.name.removeprefix(stem).removesuffix(".json").replace(".index", "")
         kind = own.replace(".safetensors", "").replace(".bin", "").removeprefix(".")
-        parts = sorted(set(_settings(index).get("weight_map", {}).values()))
+        parts = sorted(set(read_settings(index).get("weight_map", {}).values()))
         sets.setdefault(kind, [folder / Path(part).name for part in parts])
     plain = "" if variant is None else variant
     if plain not in sets and (variant is not None or len(sets) != 1):
