@@ -50,6 +50,7 @@ from diffclass.denoisers.clipped import Clipped
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.denoisers.flow import ExactVelocity, FlowDenoiser
 from diffclass.denoisers.latent import Autoencoder, LatentModel
+from diffclass.denoisers.lora import Adapter
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
 from torch import Tensor
@@ -232,6 +233,18 @@ MEANS = drawn(K, *PLANE, low=-0.5, high=0.5, dtype=torch.float64)
 TRACES = torch.full((K,), 0.1, dtype=torch.float64)
 BAYES = BayesClassifier(EXACT, LEVELS)
 CNN = ConvClassifier(DIGIT, 3, widths=(4, 4), seed=1).eval()
+ADAPTED = network.build("ConditionalDenoiser", "DigitNet", 2, DIGIT, width=8, blocks=1)
+LAYERS_NOT_ADAPTED = (
+    None,
+    "conv1",
+    3,
+    [],
+    ["norm1"],
+    ["classes"],
+    ["nothing"],
+    [None],
+    ["leave.2"],
+)
 PROMPTED_NAMES = [f"class {k}" for k in range(K)]
 VOTES = certificates.Votes((9, 1), (95, 5), 0.25)
 
@@ -1687,6 +1700,16 @@ CALLS = [
         lambda x: Autoencoder(Same(), PLANE).encode(x),
         dict(x=pixels()),
         lambda x: x.shape,
+    ),
+    Call(
+        "lora.Adapter.beside",
+        lambda **told: Adapter.beside(ADAPTED, **told).count,
+        dict(
+            targets=Values((["conv1"], ("conv1", "modulate")), (["embed.0"],), LAYERS_NOT_ADAPTED),
+            rank=count(1, 4),
+            alpha=Values((None, 1.0, 3), (1e-30,), (math.nan, math.inf, "x", 0, -1.0)),
+            seed=seeds(),
+        ),
     ),
     Call(
         "zero_shot.ZeroShotClassifier",

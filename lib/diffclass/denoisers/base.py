@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffclass import units
+from diffclass.noise import Levels, log_levels
 
 RANGE_SLACK = 1.01  # how far outside its range a level may lie, as a factor
 
@@ -66,6 +67,13 @@ class Denoiser(nn.Module, ABC):
     def unconditional(self, x_sigma: Tensor, sigma: Tensor | float) -> Tensor:
         """Denoise without a class: E[x0 | x_sigma]. Shapes: [B,C,H,W], sigma a number or [B] -> [B,C,H,W]."""
         return self(x_sigma, sigma, [self.num_classes])[:, 0]
+
+    def grid(self, count: int) -> Levels:
+        """`count` levels over the whole of `sigma_range`, evenly spread as its noise schedule is, or over ln sigma without one.
+
+        Errors      those of `noise.log_levels`
+        """
+        return log_levels(*self.sigma_range, count)
 
     def check_levels(self, sigma: Tensor) -> Tensor:
         """Return noise levels at which the estimate can be trusted; raise for those outside of `sigma_range`.
