@@ -94,6 +94,7 @@ def test_every_network_that_the_course_trains_has_a_recipe():
         networks.MODELS["digits"].values(),
         [file for name, file in networks.MODELS["cifar10"].items() if name not in NOT_OURS],
         networks.HARDENED.values(),
+        *networks.TRUTH.values(),
         *(files.values() for files in networks.BASELINES.values()),
         *networks.TRANSLATORS.values(),
         [
@@ -123,14 +124,16 @@ def test_what_a_network_needs_is_trained_before_it():
             assert names.index(recipe.needs) < names.index(name)
             assert RECIPES[recipe.needs].world == recipe.world
             assert recipe.needs in (recipe.says["teacher"], recipe.says["start"])
-    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 4
+    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 6
 
 
 def test_recipes_are_what_the_papers_say():
     """Wong et al. 2020 take one step of 1.25 eps; the inner budget is the one that the card measures."""
     for name, recipe in RECIPES.items():
-        inner = recipe.says.get("recipe", recipe.says.get("hardening", {})).get("inner")
-        assert (recipe.method in ("adversarial", "adversarial-dc")) == (inner is not None), name
+        told = [recipe.says[key] for key in ("recipe", "hardening", "truth") if key in recipe.says]
+        inner = told[0].get("inner") if told else None
+        attacked = ("adversarial", "adversarial-dc", "tmdc", "tmdc-contrastive")
+        assert (recipe.method in attacked) == (inner is not None), name
         if inner:
             assert inner["epsilon"] == BUDGETS[recipe.world]["linf"]
             assert inner["steps"] * inner["stride"] >= 1.25

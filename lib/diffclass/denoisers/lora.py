@@ -83,6 +83,22 @@ class Adapter:
         return cls(adapted, rank, alpha, targets, checksum(base))
 
     @classmethod
+    def of(cls, adapted: Denoiser) -> "Adapter":
+        """The adapter of a denoiser that has one, such as the copy that was trained: its base is in it, unchanged.
+
+        Errors      ValueError for a denoiser without one
+        """
+        layers = _adapted_layers(adapted)
+        if not layers:
+            raise ValueError(
+                f"expected a denoiser with an adapter, got a {type(adapted).__name__} without; Adapter.beside makes one."
+            )
+        settings = adapted.peft_config["default"]
+        return cls(
+            adapted, settings.r, float(settings.lora_alpha), tuple(layers), checksum(adapted)
+        )
+
+    @classmethod
     def load(cls, base: Denoiser, path: str | Path) -> "Adapter":
         """The adapter in a file beside a copy of its base.
 
@@ -210,9 +226,17 @@ def check_targets(base: nn.Module, targets: Sequence[str], rank: int) -> tuple[s
 
 
 def checksum(base: nn.Module) -> str:
-    """SHA-256 of a network's weights by name, in single precision: which base an adapter belongs to."""
+    """SHA-256 of a network's weights by name, in single precision: which base an adapter belongs to.
+
+    Why         what an adapter adds does not count, so that an adapted copy has the checksum of its base
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(base.state_dict().items()):
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in base.state_dict().items()
+        if not any(part in name for part in ADDED)
+    }
+    for name, value in sorted(state.items()):
         numbers = value.detach().cpu()
         numbers = numbers.float() if numbers.is_floating_point() else numbers
         digest.update(f"{name} {list(numbers.shape)} {numbers.dtype}\n".encode())

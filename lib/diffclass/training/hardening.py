@@ -127,6 +127,19 @@ def drawn_levels(low: float, high: float, count: int, generator: torch.Generator
     return Levels((edges[:-1] + place * edges.diff()).exp(), edges[:-1].exp(), edges[1:].exp())
 
 
+def drawn_bank(
+    images: Tensor, low: float, high: float, count: int, generator: torch.Generator
+) -> Noise:
+    """Levels and their ELBO weights, of all images alike, and noise at these levels, as `drawn_evidence` takes them.
+
+    Shapes      images [B,C,H,W] -> [1,T], [1,T], [B,T,1,C,H,W]
+    """
+    levels = drawn_levels(low, high, count, generator)
+    eps = sampled_bank((len(levels), 1, *images.shape[1:]), len(images), generator)
+    sigma = levels.sigma.to(images)[None]
+    return sigma, elbo_weight(levels).to(images)[None], eps.to(images)
+
+
 def hardening_loss(hardening: Hardening) -> Loss:
     """Cross-entropy of the Bayes classifier on attacked images, plus the diffusion loss of the clean ones.
 
@@ -136,20 +149,17 @@ def hardening_loss(hardening: Hardening) -> Loss:
     Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar
     """
 
-    def bank(images: Tensor, generator: torch.Generator) -> Noise:
-        """Levels and their weights, of all images alike, and noise at these levels."""
-        levels = drawn_levels(hardening.low, hardening.high, hardening.levels, generator)
-        eps = sampled_bank((len(levels), 1, *images.shape[1:]), len(images), generator)
-        sigma = levels.sigma.to(images)[None]
-        return sigma, elbo_weight(levels).to(images)[None], eps.to(images)
+    span = (hardening.low, hardening.high)
 
     def draw(
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Noise:
         moves = drawn_moves(len(images), hardening.shift, generator)
-        met = bank(images, generator)
+        met = drawn_bank(images, *span, hardening.levels, generator)
         start = drawn_start(images, generator)
-        judging = met if hardening.held else bank(images, generator)
+        judging = met
+        if not hardening.held:
+            judging = drawn_bank(images, *span, hardening.levels, generator)
         first = torch.arange(len(images), device=images.device)
         return moves, start, first < int(hardening.clean * len(images)), met, judging
 

@@ -108,6 +108,36 @@ def bayes_under_attack(
     return measure
 
 
+def bayes_under_both(
+    span: Span,
+    levels: int,
+    epsilon: float,
+    surrogate: Callable[[], Classifier],
+    attacked: int = 100,
+) -> Measure:
+    """As `bayes_under_attack` in single precision, and the accuracy on images that fool another network: by transfer.
+
+    Shapes      surrogate: what makes the other network, when it is asked
+    """
+    under = bayes_under_attack(span, levels, "fp32", epsilon, attacked)
+
+    def measure(denoiser: Denoiser, images: Tensor, labels: Tensor, seed: int) -> dict:
+        other = surrogate().to(images.device)
+        fooling = torch.cat(
+            [
+                [*attacks.pgd(other, x, y, epsilon, steps=CARD_STEPS)][-1].x.detach()
+                for x, y in zip(images.split(200), labels.split(200), strict=True)
+            ]
+        )
+        correct = accuracies.accuracy(held_bayes(span, denoiser, levels), fooling, labels)
+        hit = counted(correct, len(labels)) | dict(
+            attack=f"PGD-{CARD_STEPS} of another network", norm="linf", epsilon=epsilon
+        )
+        return under(denoiser, images, labels, seed) | dict(accuracy_by_transfer=hit)
+
+    return measure
+
+
 def bayes_curve(span: Span, precision: str) -> Measure:
     """The accuracy along a run: nothing on a CPU where the denoiser is called for each class, which takes too long."""
 

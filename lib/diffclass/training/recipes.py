@@ -5,7 +5,7 @@ A new kind of network is a function that makes recipes of it; a new network is a
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from diffclass import units
 from diffclass.classifiers import bridges, cnn, idc
+from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.bridges import Bridge
 from diffclass.data.worlds import BUDGETS
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
+from diffclass.denoisers.lora import Adapter
 from diffclass.training import losses, measures, smoothing
 from diffclass.training.hardening import Hardening, Inner, adversarial_loss, hardening_loss
 from diffclass.training.losses import Loss
 from diffclass.training.measures import Measure
 from diffclass.training.optimisers import Optimiser
+from diffclass.training.truth import Truth, truth_loss
 from diffclass.zoo import networks
 
 
@@ -237,6 +240,63 @@ def hardened(
     )
 
 
+# of the network of digits: its convolutions and what level and class say to them
+ADAPTED_LAYERS = ("conv1", "conv2", "modulate")
+
+
+def beside(file: str, rank: int) -> Callable[[Beginning], Denoiser]:
+    """A copy of the network of a file with a fresh adapter. Errors: ValueError for widths, which are those of the file."""
+
+    def build(beginning: Beginning) -> Denoiser:
+        if beginning.widths:
+            raise ValueError(
+                f"expected no widths for an adapter beside {file}, got {beginning.widths}."
+            )
+        return Adapter.beside(beginning.given, ADAPTED_LAYERS, rank, seed=beginning.seed).denoiser
+
+    return build
+
+
+def save_adapter(adapted: nn.Module, path: Path, card: dict) -> None:
+    """Write the adapter of a denoiser alone. Errors: those of `lora.Adapter.save`."""
+    Adapter.of(adapted).save(path, card)
+
+
+def truth_maximised(
+    world: str,
+    method: str,
+    start: str,
+    inner: Inner,
+    *,
+    levels: int,
+    rank: int,
+    choices: dict | None = None,
+    **settings,
+) -> Recipe:
+    """The recipe of an adapter beside the network `start` that raises the truth of attacked images.
+
+    Shapes      choices: other fields of `Truth`; settings: other fields of `Recipe`
+    """
+    span = networks.RANGES[world]
+    truth = Truth(inner, *span, **(choices or {}))
+
+    def surrogate() -> Classifier:
+        return cnn.load(networks.trained(networks.BASELINES[world]["cnn"]))[0]
+
+    recipe = denoiser(
+        world,
+        method,
+        beside(start, rank),
+        from_data(truth_loss(truth, surrogate)),
+        needs=start,
+        levels=levels,
+        measure=measures.bayes_under_both(span, levels, inner.epsilon, surrogate),
+        says=origin(start=start) | dict(truth=asdict(truth), rank=rank),
+        **settings,
+    )
+    return replace(recipe, save=save_adapter)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain classifiers and translators
 
@@ -409,6 +469,7 @@ def permuted(labels: Tensor, seed: int) -> Tensor:
 DIGITS_IDC = partial(translator, "digits", "idc", "DigitNet", steps=1200, batch=128, rate=2e-3)
 _DIGITS_STUDENT = fresh("MultiHeadDenoiser", "DigitNet")
 _DIGITS_CNN = dict(widths=(32, 64), steps=400, batch=128, rate=2e-3, attacked=400)
+_DIGITS_TRUTH = dict(steps=400, batch=64, rate=1e-3, ema=0.98, levels=16, rank=4)
 _CIFAR_NET = dict(
     widths=(32, 64, 128),
     batch=128,
@@ -554,6 +615,17 @@ RECIPES: dict[str, Recipe] = {
         ema=0.998,
         levels=6,
         **_CIFAR_DENOISER,
+    ),
+    networks.TRUTH["digits"][0]: truth_maximised(
+        "digits", "tmdc", networks.STUDENT, Inner(0.1, 7, 0.25), **_DIGITS_TRUTH
+    ),
+    networks.TRUTH["digits"][1]: truth_maximised(
+        "digits",
+        "tmdc-contrastive",
+        networks.STUDENT,
+        Inner(0.1, 2, 0.8),
+        choices=dict(contrast=1.0, transferred=False),
+        **_DIGITS_TRUTH,
     ),
     networks.BASELINES["digits"]["cnn"]: plain("digits", **_DIGITS_CNN),
     networks.BASELINES["digits"]["adversarial"]: adversarial(

@@ -11,6 +11,7 @@ from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers import network
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.denoisers.lora import Adapter
 from diffclass.device import device
 from diffclass.noise import Levels, Weighting
 from diffclass.storage import assets, weights
@@ -36,6 +37,8 @@ BASELINES = {
     world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
     for world in MODELS
 }
+# Low-rank adapters beside the student, trained on attacked images: truth maximisation, and with contrast.
+TRUTH = {"digits": tuple(f"digits-{name}.safetensors" for name in ("tmdc", "tmdc-contrastive"))}
 # Plain classifiers that learned from noised pictures, for randomised smoothing: methods, and noise in pixels.
 SMOOTHING = ("cohen", "smoothadv", "macer", "consistency")
 SMOOTHING_SIGMAS = (0.125, 0.25, 0.5, 1.0)
@@ -99,6 +102,11 @@ def _world(file: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
+
+
+def adapted(base: Denoiser, file: str) -> Denoiser:
+    """A base with the adapter of a file merged into a copy of it. Errors: those of `trained` and `lora.Adapter.load`."""
+    return Adapter.load(base, trained(file)).merged()
 
 
 def is_present(file: str) -> bool:
