@@ -15,6 +15,7 @@ from diffclass.classifiers import racing, zero_shot
 from diffclass.classifiers.base import flop
 from diffclass.classifiers.zero_shot import ZeroShotClassifier
 from diffclass.denoisers import latent, pipelines
+from diffclass.denoisers.flow import FlowDenoiser
 from diffclass.denoisers.latent import Autoencoder, LatentModel
 from diffclass.denoisers.pretrained import ScheduledDenoiser
 
@@ -233,12 +234,83 @@ def test_a_pipeline_that_has_made_pictures_gives_the_same_posterior(tmp_path, sd
     assert torch.equal(posteriors[0], posteriors[1]) and torch.equal(posteriors[0], posteriors[2])
 
 
-def test_li_asks_at_the_timesteps_1_3_to_999(model, sd):
-    levels = model.denoiser.grid(500)
-    sigma = noise.sigma_of_alpha_bar(sd[1].scheduler.alphas_cumprod.double())
-    torch.testing.assert_close(levels.sigma, sigma[1::2], rtol=1e-5, atol=0)
-    torch.testing.assert_close(levels.lower[1:], sigma[2::2], rtol=1e-5, atol=0)
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+def test_a_step_of_ddim_is_the_one_that_our_denoiser_gives(predicts):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type=predicts, clip_sample=False
+    )
+    scheduler.set_timesteps(5)
+    network = Counting()
+    denoiser = ScheduledDenoiser(network, scheduler.betas, predicts, 3, (4, 4, 4), has_null=True)
+    z = latents()
+    label = torch.ones(2, dtype=torch.long)
+    for t in scheduler.timesteps[:-1]:
+        said = network(z, t.expand(2).float(), label).sample
+        abar, after = (scheduler.alphas_cumprod[step] for step in (t, t - 200))
+        sigma = noise.sigma_of_alpha_bar(abar)
+        x0 = denoiser(z / abar.sqrt(), float(sigma), [1])[:, 0]
+        eps = (z - abar.sqrt() * x0) / (1 - abar).sqrt()
+        z = scheduler.step(said, t, z).prev_sample
+        torch.testing.assert_close(
+            after.sqrt() * x0 + (1 - after).sqrt() * eps, z, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_step_of_a_flow_is_the_one_that_our_denoiser_gives():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(6)
+    network = Counting()
+
+    def velocity(x_t, t, classes):
+        return network(x_t, 1000 * t, classes).sample
+
+    denoiser = FlowDenoiser(velocity, 3, (4, 4, 4), (1e-3, 1e3))
+    x = latents()
+    scheduler.set_begin_index(1)  # at t = 1 there is nothing but noise
+    for t, after in zip(scheduler.sigmas[1:-1], scheduler.sigmas[2:], strict=True):
+        x0 = denoiser(x / (1 - t), float(t / (1 - t)), [1])[:, 0]
+        said = network(x, torch.full((2,), 1000 * float(t)), torch.ones(2, dtype=torch.long)).sample
+        ours = x + (after - t) * (x - x0) / t
+        x = scheduler.step(said, 1000 * t, x).prev_sample
+        torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def strided(chain, count):
+    """A twin of `timestep_levels` that takes every floor(T / count)-th timestep, and may not reach the last."""
+    stride = len(chain) // count
+    steps = torch.arange(count) * stride + stride // 2
+    return noise.Levels(chain[steps], chain[steps] * 0.999, chain[steps] * 1.001)
+
+
+def from_the_first(chain, count):
+    """A twin that begins with the first timestep of every stretch."""
+    steps = torch.arange(count) * len(chain) // count
+    return noise.Levels(chain[steps], chain[steps] * 0.999, chain[steps] * 1.001)
+
+
+@twins.rejected({"strides": dict(grid=strided), "first of each": dict(grid=from_the_first)})
+def test_timesteps_are_those_of_the_released_code_and_cover_the_chain(grid=noise.timestep_levels):
+    sigma = noise.sigma_of_alpha_bar(noise.alpha_bar(noise.scaled_linear_betas()))
+    levels = grid(sigma, 500)
+    assert torch.equal(levels.sigma, sigma[1::2])
+    torch.testing.assert_close(levels.lower[1:], sigma[2::2])
     assert torch.equal(levels.upper[:-1], levels.lower[1:])
+    assert float(levels.lower[0]) == float(sigma[0]) and float(levels.upper[-1]) == float(sigma[-1])
+    # a chain whose last step is pure noise has 999
+    assert torch.equal(grid(sigma[:999], 500).sigma[[0, -1]], sigma[[0, 998]])
+    assert torch.equal(grid(sigma, 200).sigma, sigma[2::5])
+    assert torch.equal(grid(sigma, 1000).sigma, sigma)
+    torch.testing.assert_close(grid(sigma, 1000).lower[1:], (sigma[1:] * sigma[:-1]).sqrt())
+
+
+def test_a_pipelines_grid_is_that_of_its_own_chain(model, sd):
+    sigma = noise.sigma_of_alpha_bar(sd[1].scheduler.alphas_cumprod.double())
+    levels = model.denoiser.grid(500)
+    torch.testing.assert_close(levels.sigma, sigma[1::2], rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="as many levels as the ascending chain has timesteps"):
         model.denoiser.grid(1001)
 

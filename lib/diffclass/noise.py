@@ -202,8 +202,8 @@ def chain_levels(edges: Tensor) -> Levels:
 def timestep_levels(chain: Tensor, count: int) -> Levels:
     """`count` timesteps of a chain, evenly spread, each standing for its stretch of timesteps.
 
-    Formula     t_i = floor(stride / 2) + i stride, stride = floor(T / count); the ends of a stretch lie half a stride away,
-                between two timesteps by ln sigma
+    Formula     t_i = floor((i + 1/2) T / count), counted from 0; stretches meet half-way between two of them, by ln sigma
+                where that is between two timesteps, and reach T / (2 count) beyond the first and the last
     Source      Li et al. 2023, its code: of 1000 timesteps 500 are 1, 3, ..., 999
     Shapes      chain [T], the ascending levels of its timesteps -> count levels
     Errors      those of `units.check_sigma`; ValueError for more levels than timesteps, or a chain that does not ascend
@@ -215,14 +215,16 @@ def timestep_levels(chain: Tensor, count: int) -> Levels:
             f"expected at most as many levels as the ascending chain has timesteps, got {count} of a chain of shape "
             f"{list(chain.shape)}."
         )
-    stride = len(chain) // count
-    steps = torch.arange(count) * stride + stride // 2
-    ends = (torch.arange(count + 1) * stride + stride // 2 - stride / 2).clamp(0, len(chain) - 1)
+    steps = (2 * torch.arange(count) + 1) * len(chain) // (2 * count)
+    reach = len(chain) / (2 * count)
+    ends = torch.cat([steps[:1] - reach, (steps[1:] + steps[:-1]) / 2, steps[-1:] + reach]).double()
+    ends = ends.clamp(0, len(chain) - 1)
     left = ends.floor().long().clamp(max=len(chain) - 2)
     log_chain = chain.log()
-    log_ends = log_chain[left] + (ends - left) * (log_chain[left + 1] - log_chain[left])
-    edges = log_ends.exp()
-    return Levels(chain[steps], edges[:-1].minimum(chain[steps]), edges[1:].maximum(chain[steps]))
+    edges = (log_chain[left] + (ends - left) * (log_chain[left + 1] - log_chain[left])).exp()
+    sigma = chain[steps]
+    # at an end of the chain the stretch begins or ends at the timestep itself
+    return Levels(sigma, edges[:-1].minimum(sigma), edges[1:].maximum(sigma))
 
 
 def noised_levels(sigma_tau: float, high: float, count: int) -> Levels:

@@ -163,7 +163,12 @@ class ZeroShotClassifier(Classifier):
         weights = self.weighting(own) * own.sigma ** (2 - power)
 
         def losses(index: Tensor, asked: Tensor) -> Tensor:
-            return weights[index] * self._errors(z, self.drawn(z, seeds, index), index, asked)
+            # in pieces, as the noise of a batch at all levels would fill the memory
+            each = [
+                weights[piece] * self._errors(z, self.drawn(z, seeds, piece), piece, asked)
+                for piece in index.split(self.chunk)
+            ]
+            return torch.cat(each, -1)
 
         def scores(sums: Tensor) -> Tensor:
             return sums - self.log_prior.to(sums)
