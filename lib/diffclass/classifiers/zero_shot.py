@@ -109,6 +109,7 @@ class ZeroShotClassifier(Classifier):
         """As Li's code classifies CIFAR-10: 500 timesteps, 50 of them for all classes, the others for the best five, l1.
 
         Cost        K x 50 + 5 x 450 evaluations a template: 2750 for ten classes
+        Why not     for a flow, which is no chain: Bayes' rule asks it with weighting=noise.elbo_weight and distance="l2"
         Errors      those of the class; ValueError for fewer than five classes
         """
         told = dict(counts=(50, 500), keep=(5, 1), distance="l1")

@@ -22,7 +22,6 @@ from diffclass.storage.weights import check_finite
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPLATES = ("a photo of a {}.",)
 TOGETHER = 32  # prompts that are encoded at once
-CPU = torch.device("cpu")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 # What a flow's scheduler does to the times that its sampler visits; levels are chosen here without it.
 SAMPLER_TIMES = (
@@ -178,20 +177,20 @@ def from_pipeline(
     precision: str = "fp32",
     variant: str | None = None,
     size: int | None = None,
-    place: torch.device = CPU,
+    place: torch.device | None = None,
 ) -> LatentModel:
     """A pipeline saved by diffusers as a model of latents whose classes are prompts.
 
     Shapes      source: a folder, or the name owner/pipeline of one on the Hugging Face hub, fetched once; names of K classes
                 (of DiT some of its labels, or None for all); templates with one {}, of which DiT has no use; size: height
                 and width of the pictures of Flux, whose config does not say it
-    Precision   "fp32", "bf16" or, on an accelerator, "fp16"; place: where it is put
+    Precision   "fp32", "bf16" or, on an accelerator, "fp16"; place: where it is put, the CPU for None
     Classes     K x templates prompts, then the prompt "", or DiT's own null class, as "no class"
     Errors      FileNotFoundError for no folder, no network or a part that is missing; TypeError, ValueError for a pipeline,
                 a scheduler, prompts or a precision that cannot be meant
     """
     dtype = PRECISIONS[units.chosen(precision, list(PRECISIONS), "the precision")]
-    if precision == "fp16" and place.type == "cpu":
+    if precision == "fp16" and (place is None or place.type == "cpu"):
         raise ValueError(
             "expected a precision that a CPU computes in, got fp16 (half precision); pass precision='fp32' or 'bf16', or the "
             "place of an accelerator."
@@ -229,7 +228,7 @@ def from_pipeline(
         denoiser = ScheduledDenoiser(asked, *told, count, shape, has_null=True)
     denoiser.notes = (*denoiser.notes, *notes)
     model = LatentModel(denoiser, Autoencoder(parts["vae"], shape), names, count // len(names))
-    return model.to(place).eval().requires_grad_(False)
+    return model.to(place or network.device).eval().requires_grad_(False)
 
 
 def _folder(source: str | Path, variant: str | None) -> Path:
@@ -300,7 +299,9 @@ def _present(folder: Path, family: Family) -> dict[str, str]:
     return present
 
 
-def _part(path: Path, kind: str, dtype: torch.dtype, variant: str | None, place: torch.device):
+def _part(
+    path: Path, kind: str, dtype: torch.dtype, variant: str | None, place: torch.device | None
+):
     """A network or a tokenizer of a pipeline, every weight of it from its files.
 
     Errors      FileNotFoundError for no weights; ValueError for settings that it would drop, or weights that do not fit or
@@ -337,7 +338,7 @@ def _part(path: Path, kind: str, dtype: torch.dtype, variant: str | None, place:
             "which would be left at random; the file is another network's."
         )
     check_finite(network.state_dict(), f"a {kind} in {path.name}")
-    return network.to(place).eval()
+    return network.to(place or network.device).eval()
 
 
 def _check_known(path: Path, cls) -> None:
