@@ -80,6 +80,7 @@ def test_a_fixed_plan_is_cohens_certificate(tmp_path):
     certify(tmp_path, replace(PLAN, bound="fixed"))
     for row in certification.read(tmp_path).rows:
         assert sum(row["estimation"]) == 2000 and sum(row["selection"]) == 100
+        assert row["calls"] == 2100  # one a vote
         guess = max(range(2), key=lambda k: row["selection"][k])
         share = lower_bound(row["estimation"][guess], 2000, 0.001)
         radius = SIGMA * stats.norm.ppf(share) if share >= 0.5 else 0.0
@@ -138,6 +139,8 @@ def test_records_say_how_they_came_about(tmp_path):
     for record in listed:
         assert record.metric == "certified accuracy" and record.low <= record.value <= record.high
         assert record.settings["plan"]["alpha"] == 0.001 and record.n == 5
+        per_image = record.settings["calls per image"]
+        assert round(per_image - record.settings["votes per image"], 1) == PLAN.selection
     certification.keep(tmp_path, listed)
     assert certification.kept(tmp_path) == listed
 
@@ -194,6 +197,10 @@ def other_votes(rows):
     row["prediction"] = certificate.prediction
 
 
+def fewer_calls(rows):
+    rows[0]["calls"] //= 2
+
+
 def lose(rows):
     del rows[-1]
 
@@ -205,6 +212,7 @@ def lose(rows):
         (relabel, "labels of 1 pictures"),
         (more_votes, "recount with the same noise differs"),
         (other_votes, "recount with the same noise differs"),
+        (fewer_calls, "network calls"),
         (lose, "not finished: 4 of 5"),
     ],
 )
@@ -288,8 +296,10 @@ def test_a_folder_of_other_settings_is_left_alone(tmp_path):
     [
         "[]",
         '{"index": 0}',
-        '{"index": 0, "label": 0, "selection": [100, 0], "estimation": [0.5, 0.5], "prediction": 0, "radius": 0, "seconds": 1}',
-        '{"index": 9, "label": 0, "selection": [100, 0], "estimation": [9, 1], "prediction": 0, "radius": 0, "seconds": 1}',
+        '{"index": 0, "label": 0, "selection": [100, 0], "estimation": [0.5, 0.5], "prediction": 0, "radius": 0, "calls": 110, "seconds": 1}',
+        '{"index": 0, "label": 0, "selection": [100, 0], "estimation": [9, 1], "prediction": 0, "radius": 0, "seconds": 1}',
+        '{"index": 0, "label": 0, "selection": [100, 0], "estimation": [9, 1], "prediction": 0, "radius": 0, "calls": 0, "seconds": 1}',
+        '{"index": 9, "label": 0, "selection": [100, 0], "estimation": [9, 1], "prediction": 0, "radius": 0, "calls": 110, "seconds": 1}',
         '{"index": 0, "label": 0, "selection": [100, 0], "estimation": [9, 1], "prediction": 0, "radius": NaN, "seconds": 1}',
     ],
 )

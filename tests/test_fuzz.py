@@ -41,7 +41,16 @@ JUNK = (
 
 # What a command is asked with: positional words, then options with values that are right, odd and wrong.
 WORLDS = ("digits", "plane:moons", "plane:overlapping", "DIGITS", "cifar10", "gallery", "plane", "")
-WORLDS += ("mars", "digits:noise-3", "digits:noise-9", "plane:hole", "\udcff", "digits:")
+WORLDS += (
+    "hundred",
+    "hundred:noise-3",
+    "mars",
+    "digits:noise-3",
+    "digits:noise-9",
+    "plane:hole",
+    "\udcff",
+    "digits:",
+)
 COUNTS = ("1", "2", "3", "0", "-1", "many", "1.5", "9" * 30, "")
 SEEDS = ("0", "7", "-1", str(2**64), "x", "4294967295")
 CLASSIFIERS = ("dc", "cnn", "vote", "DC", "gan", "", "idc", "adversarial", "noised", "\udce9")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from diffclass import attacks, data, intervals, likelihood, noise, units
 from diffclass.certify import anytime, certificates, lipschitz, soft
-from diffclass.classifiers import bridges, paths, racing
+from diffclass.classifiers import bridges, economical, paths, racing
 from diffclass.classifiers.base import Classifier, Fresh, Held, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
 from diffclass.classifiers.cnn import ConvClassifier
@@ -1419,6 +1419,28 @@ CALLS = [
             keep=Values(((2, 1),), (), ((), (0, 1), (1,), None, "x", (99, 1), (1.5, 1))),
         ),
     ),
+    Call(
+        "economical.sifted",
+        lambda x, **options: Held.seeded(economical.sifted(BAYES, **options))(x),
+        dict(
+            x=pixels(),
+            threshold=positive(1.0, 30.0),
+            sift=Values((1, 4), (True,), (*NO_NUMBER, 0, -1, 1.5, 99)),
+            most=Values((1, 2), (True,), (*NO_NUMBER, 0, -1, 1.5, 99)),
+        ),
+        lambda x, **_: (len(x), K),
+    ),
+    Call(
+        "economical.raced",
+        lambda x, **options: Held.seeded(economical.raced(BAYES, **options))(x),
+        dict(
+            x=pixels(),
+            pilot=fixed(racing.Pilot(noise.log_levels(0.1, 5, 4).sigma * 0 + 0.25, 9.0, 2.0, 0)),
+            alpha=share(0.01, 0.2),
+            budget=Values((30, 90), (30.0,), (*NO_NUMBER, 0, -1, 1.5, K - 1)),
+        ),
+        lambda x, **_: (len(x), K),
+    ),
     # attacks
     Call(
         "attacks.pgd",
@@ -1608,7 +1630,9 @@ CALLS = [
         ),
         lambda images, **_: images.shape,
     ),
-    Call("world_of", world_of, dict(name=names("digits", "plane:moons", "digits:blur-3"))),
+    Call(
+        "world_of", world_of, dict(name=names("digits", "plane:moons", "hundred", "digits:blur-3"))
+    ),
     Call(
         "World.test",
         world_of("plane:moons").test,

@@ -1,22 +1,26 @@
-"""A hundred classes under noise: what shared noise, sifting, racing and one call for all save, each by itself.
-
-The world is made here: two Gaussians a class in a space of pictures, whose denoiser and posterior are exact.
-"""
+"""A hundred classes under noise: what shared noise, sifting, racing and one call for all save, each by itself."""
 
 import functools
+import json
+import pickle
 
+import contract
 import pytest
 import torch
 import twins
-from diffclass import likelihood, noise, units
-from diffclass.classifiers import racing
+from diffclass import likelihood, noise, units, zoo
+from diffclass.classifiers import economical, racing
+from diffclass.classifiers.base import draw, take
 from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.classifiers.one_call import NoisedOneCallClassifier
+from diffclass.classifiers.smoothed import Smoothed
+from diffclass.data import hundred
+from diffclass.data.hundred import CLASSES, SHAPE
+from diffclass.data.worlds import world_of
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.noise import NoiseBank
+from test_cli_certifying import run, sentence
 
-CLASSES = 100
-SHAPE = (3, 8, 8)
 SIGMA = 0.25  # in pixels
 PICTURES = 24
 LEVELS = 16
@@ -29,22 +33,16 @@ def seeded(seed=0):
 
 @functools.cache
 def denoiser():
-    """Two Gaussians a class around random pictures."""
-    count = 2 * CLASSES
-    means = 0.25 * torch.randn((count, *SHAPE), generator=seeded(), dtype=torch.float64)
-    half = torch.full((count,), 0.5)
-    return MixtureDenoiser(means, torch.full((count,), 0.1), half, torch.arange(count) // 2)
+    """That of the world of a hundred classes."""
+    return MixtureDenoiser.of_law(hundred.hundred())
 
 
 @functools.cache
 def pictures():
     """Noised pictures in pixel units, and the class that the exact posterior names."""
-    made = denoiser()
-    chosen = torch.randint(2 * CLASSES, (PICTURES,), generator=seeded(1))
-    inner = torch.randn((2, PICTURES, *SHAPE), generator=seeded(2), dtype=torch.float64)
-    z = made.means[chosen].reshape(PICTURES, *SHAPE) + 0.1 * inner[0]
-    x_tau = units.to_pixel(z) + SIGMA * inner[1]
-    return x_tau, made.log_density(units.to_model(x_tau), 2 * SIGMA).argmax(1)
+    x, _ = hundred.hundred().sample(PICTURES, seeded(1), torch.float64)
+    x_tau = x + SIGMA * torch.randn(x.shape, generator=seeded(2), dtype=torch.float64)
+    return x_tau, denoiser().log_density(units.to_model(x_tau), 2 * SIGMA).argmax(1)
 
 
 def question(levels=LEVELS, **options):
@@ -130,3 +128,147 @@ def test_one_call_for_all_is_the_posterior_for_one_evaluation_a_head():
 def test_a_noise_that_is_not_below_the_grid_gets_a_sentence(sigma_pixel, said):
     with pytest.raises(ValueError, match=said):
         question(sigma_pixel=sigma_pixel)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world, and classifiers of it that ask no more than it takes
+
+ECONOMICAL = ("epndc-own-noise", "epndc-sifted", "epndc-raced")
+
+
+@functools.cache
+def entry(name):
+    return zoo.noised.classifier("hundred", name, SIGMA)
+
+
+def billed(name, count=3, seed=0):
+    """Logits and calls of the first noised pictures."""
+    x_tau = pictures()[0][:count].float()
+    return entry(name).billed(x_tau, draw(entry(name), count, seed))
+
+
+def test_the_world_is_a_hundred_classes_of_pictures():
+    place = world_of("hundred")
+    images, labels = place.test(300)
+    assert place.kind == place.name == "hundred" and len(place.class_names) == CLASSES
+    assert images.shape == (300, *SHAPE) and 0 <= float(images.min()) < float(images.max()) <= 1
+    assert len(labels.unique()) > 80
+    again, _ = world_of("HUNDRED").test(300)
+    other, _ = place.test(300, seed=1)
+    assert torch.equal(images, again) and not torch.equal(images, other)
+    with pytest.raises(ValueError, match="'hundred' alone"):
+        world_of("hundred:noise-3")
+
+
+@twins.rejected({"the classes of other pictures": dict(shift=1)})
+def test_its_posterior_is_that_of_the_components(shift=0):
+    """By hand: the density of 200 Gaussians, summed over the two of a class."""
+    law = hundred.hundred()
+    x, _ = law.sample(5, seeded(7), torch.float64)
+    z = units.to_model(x).flatten(1)
+    logs = -(torch.cdist(z, law.means) ** 2) / (2 * 0.1**2)
+    wanted = logs.softmax(1).reshape(5, CLASSES, 2).sum(2).roll(shift, 1)
+    assert float((law.posterior(x) - wanted).abs().max()) < 1e-9
+    assert law.tail < 1e-6 and float(law.means.abs().max()) <= 0.4
+
+
+def test_the_names_of_the_world():
+    noised = zoo.noised.names("hundred")
+    assert {"epndc", "apndc", "one-call-noised", "exact", *ECONOMICAL} <= set(noised)
+    assert "dc" in zoo.names("hundred") and "cnn" not in zoo.names("hundred")
+    assert not set(ECONOMICAL) & {*zoo.noised.names("digits"), *zoo.noised.names("plane:moons")}
+
+
+@pytest.mark.parametrize("name", ECONOMICAL)
+def test_each_answers_from_seeds_alone_whatever_else_is_asked(name):
+    x_tau = pictures()[0][:3].float()
+    model = entry(name)
+    seeds = draw(model, 3, 0)
+    logits, calls = model.billed(x_tau, seeds)
+    alone, own = model.billed(x_tau[1:2], take(seeds, slice(1, 2)))
+    assert torch.equal(calls[1:2], own) and torch.equal(alone.argmax(1), logits[1:2].argmax(1))
+    other, _ = model.billed(x_tau, draw(model, 3, 1))
+    assert not torch.equal(other, logits)
+    assert bool(torch.isfinite(logits).all()) and bool((calls <= model.calls).all())
+    assert model.scale == "scores" and model.gradients() == {}
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x_tau, seeds), logits)
+    mean = model.surrogate()(x_tau, seeds)
+    assert mean.shape == logits.shape and mean.requires_grad == logits.requires_grad
+
+
+@pytest.mark.parametrize("promise", contract.CHECKS)
+def test_sifting_keeps_the_contract(promise):
+    contract.check_promise(promise, entry("epndc-sifted"), pictures()[0][:4].float())
+
+
+def test_classes_that_are_out_lie_a_step_below_the_worst_survivor():
+    logits, _ = billed("epndc-sifted")
+    for row in logits.double():
+        values, counts = row.unique(return_counts=True)  # ascending: the floor first
+        assert int(counts[0]) >= CLASSES - 3 and abs(float(values[1] - values[0]) - 1) < 1e-3
+
+
+def test_each_saves_what_it_promises_and_answers_as_the_truth():
+    _, truth = pictures()
+    whole, cost = billed("epndc", 12)
+    assert bool((cost == 16 * CLASSES).all()) and bool((whole.argmax(1) == truth[:12]).all())
+    logits, calls = billed("epndc-sifted", 12)
+    assert float(calls.double().mean()) < 0.6 * 16 * CLASSES
+    assert float((logits.argmax(1) == truth[:12]).double().mean()) >= 0.9
+    _, own = billed("epndc-own-noise", 2)
+    assert own.tolist() == [16 * CLASSES] * 2
+    single, one = billed("one-call-noised", 12)
+    assert one.tolist() == [CLASSES + 1] * 12 and bool((single.argmax(1) == truth[:12]).all())
+
+
+def test_votes_tell_what_they_cost():
+    model = Smoothed(entry("epndc-sifted"))
+    x, _ = world_of("hundred").test(1)
+    billed_counts = list(model.billed_count(x, 3, 5, together=2))
+    assert [int(counts.sum()) for counts, _ in billed_counts] == [2, 4, 5]
+    calls = [spent for _, spent in billed_counts]
+    assert calls == sorted(calls) and 5 * CLASSES < calls[-1] < 5 * entry("epndc-sifted").calls
+    assert [c.tolist() for c in model.count(x, 3, 5, together=2)] == [
+        c.tolist() for c, _ in billed_counts
+    ]
+
+
+def test_a_certificate_of_many_classes_is_stored_resumed_and_verified(tmp_path):
+    command = ("certify", "epndc-sifted", "--world", "hundred", "--sigma", 0.25, "--limit", 2)
+    command += ("--selection", 5, "--votes", 20, "--radii", 0.05, "--store", tmp_path / "run")
+    assert run(*command).exit_code == 0
+    path = tmp_path / "run" / "votes-0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(0 < row["calls"] < 25 * 1600 for row in rows)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert run(*command).exit_code == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+    verdict = json.loads(run("--json", "verify", tmp_path / "run", "--reattack", 1).stdout)
+    assert verdict["stands"] and verdict["recounted"] == 1
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda base: economical.sifted(base, -1.0, 4, 3), "a threshold > 0"),
+        (lambda base: economical.sifted(base, 10.0, 99, 3), "levels to sift by"),
+        (lambda base: economical.sifted(base, 10.0, 4, 101), "classes that are refined"),
+        (lambda base: economical.raced(base, None, 0.0, 3200), "alpha > 0"),
+        (lambda base: economical.raced(base, None, 1.0, 3200), "alpha below 1"),
+        (lambda base: economical.raced(base, None, 0.01, 10), "the budget of a race"),
+    ],
+)
+def test_what_no_strategy_can_do_gets_a_sentence(make, said):
+    with pytest.raises(ValueError, match=said):
+        make(entry("epndc"))
+
+
+def test_generators_of_other_pictures_get_a_sentence():
+    with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
+        racing.Meter(question(), pictures()[0][:2], [seeded()] * 3)
+
+
+def test_a_world_without_networks_says_what_it_has(tmp_path):
+    done = run("certify", "cohen", "--world", "hundred", "--sigma", 0.25, "--store", tmp_path)
+    assert "epndc-sifted" in sentence(done)

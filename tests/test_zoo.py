@@ -563,11 +563,12 @@ def test_what_a_world_says_of_its_pictures():
         ("cifar10", "cifar10", (3, 32, 32), 10),
         ("gallery", "cifar10", (3, 32, 32), 10),
         ("plane:moons", "plane", (2, 1, 1), 2),
+        ("hundred", "hundred", (3, 8, 8), 100),
     ):
         place = world_of(name)
         assert (place.kind, place.name, place.image_shape) == (kind, name, shape)
         assert len(place.class_names) == classes
-        assert (place.law is not None) == (kind == "plane")
+        assert (place.law is not None) == (kind in ("plane", "hundred"))
     assert world_of("cifar10").class_names == cifar.CIFAR10_CLASSES
     assert world_of("digits").class_names == tuple("0123456789")
     assert world_of("Plane:Moons").name == "plane:moons"
@@ -575,6 +576,7 @@ def test_what_a_world_says_of_its_pictures():
 
 def test_budgets_are_in_pixels():
     wanted = {"digits": (0.1, 1.0), "cifar10": (8 / 255, 0.5), "plane:moons": (0.05, 0.05)}
+    wanted["hundred"] = (0.1, 1.0)
     for name, budgets in wanted.items():
         place = world_of(name)
         assert (place.budget("linf"), place.budget("L2")) == budgets

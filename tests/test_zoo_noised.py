@@ -33,6 +33,7 @@ NETWORKS = (
     "densepure-40",
     "diffpure-dc",
 )
+ECONOMICAL = ("epndc-own-noise", "epndc-sifted", "epndc-raced")
 OF_NOISE = ("cohen", "smoothadv", "macer", "consistency")
 PLANE = (
     "epndc",
@@ -83,7 +84,8 @@ def test_the_names_of_every_world():
     for law in data.plane.PLANE_LAWS:
         assert noised.names(f"plane:{law}") == PLANE
         assert noised.all_names(f"plane:{law}") == (*PLANE, *zoo.names(f"plane:{law}"))
-    assert set(noised.ENTRIES) == {*NETWORKS, *OF_NOISE, "one-call-mirrored", "exact"}
+    assert noised.names("hundred") == ("epndc", *ECONOMICAL, *PLANE[1:])
+    assert set(noised.ENTRIES) == {*NETWORKS, *OF_NOISE, *ECONOMICAL, "one-call-mirrored", "exact"}
     assert zoo.noised is noised
 
 

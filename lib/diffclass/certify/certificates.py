@@ -51,7 +51,8 @@ def prediction_changed(counts: Sequence[int], original: int, alpha: float = 0.00
 class Votes:
     """Class counts of one image under noise: one set to choose the class, a fresh one to judge it.
 
-    `stopped` says that the estimation votes themselves decided how many they are, which only the bound "anytime" allows.
+    `stopped` says that the estimation votes themselves decided how many they are, which only the bound "anytime" allows;
+    `calls`, where it is known, how many network calls both sets took.
     Shapes      selection, estimation: K counts each
     Units       sigma_pixel is the noise added to pixels in [0,1]
     Why         judging a class with the votes that chose it is biased towards "certified"
@@ -62,6 +63,7 @@ class Votes:
     sigma_pixel: float
     seed: int | None = None
     stopped: bool = False
+    calls: int | None = None
 
     def __post_init__(self):
         for name in ("selection", "estimation"):

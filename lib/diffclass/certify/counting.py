@@ -32,13 +32,15 @@ def draw_votes(
     Errors      those of `Smoothed.count`
     """
     selected = None
-    for selected in smoothed.count(
+    spent = 0
+    for selected, spent in smoothed.billed_count(
         x, seed_of(seed, "selection", picture), selection, together=together
     ):
         yield int(selected.sum()), None
     guess = int(decided(selected[None].double()))
     counts = None
-    for counts in smoothed.count(
+    more = 0
+    for counts, more in smoothed.billed_count(
         x, seed_of(seed, "estimation", picture), estimation, together=together
     ):
         counted = int(counts.sum())
@@ -51,5 +53,6 @@ def draw_votes(
         smoothed.sigma,
         seed,
         stopped=rule is not None,
+        calls=spent + more,
     )
     yield selection + votes.n, votes

@@ -125,6 +125,13 @@ class Classifier(nn.Module, ABC):
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """Logits of checked pictures and checked noise. Shapes: [B,C,H,W], noise of B or 1 pictures -> [B,K]."""
 
+    def billed(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """`logits`, and how many network calls each picture took: all of `calls`, where the pictures do not decide it.
+
+        Shapes      as `logits` -> [B,K], [B] of dtype long
+        """
+        return self.logits(x, noise), torch.full((len(x),), self.calls)
+
     @final
     def forward(self, x: Tensor, noise: Noise = ()) -> Tensor:
         """Logits. Shapes: x [B,C,H,W], noise of B pictures or of one for all -> [B,K].

@@ -18,6 +18,8 @@ from diffclass import likelihood, noise, units
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Levels, NoiseBank, Weighting
 
+# one for all pictures, or one for each
+Generators = torch.Generator | Sequence[torch.Generator]
 # share [G], count, generator -> grid indices [count]
 Design = Callable[[Tensor, int, torch.Generator], Tensor]
 # differences [B,K,K], state -> who is out [B,K], state
@@ -69,14 +71,20 @@ class Meter:
 
     One evaluation is one forward of one image for one class; a multi-head network answers for all classes in one.
     Shapes      x [B,C,H,W] in [0,1], or with the question's noise; evaluations [B]
-    Randomness  noise from `generator`, each image its own
+    Randomness  noise from `generator`, each image its own. With a generator for each image, what an image is asked depends
+                on its own generator alone, whatever else is in the batch
+    Errors      those of `units.check_images`; ValueError for generators of other images
     """
 
-    def __init__(self, question: Question, x: Tensor, generator: torch.Generator):
+    def __init__(self, question: Question, x: Tensor, generator: Generators):
         clean = question.sigma_pixel is None
         units.check_images(x, question.denoiser.image_shape, pixel_range=clean)
         self.question = question
         self.z = units.to_model(x)
+        if not isinstance(generator, torch.Generator) and len(generator) != len(x):
+            raise ValueError(
+                f"expected one generator, or one for each of {len(x)} images, got {len(generator)}."
+            )
         self.generator = generator
         self.weights = question.weighting(question.levels).double().to(x.device)
         self.evaluations = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -87,10 +95,20 @@ class Meter:
 
     def draw(self, count: int) -> Tensor:
         """Fresh noise for `count` levels. Shapes: -> [count,1,B,C,H,W]."""
-        shape = (count, 1, *self.z.shape)
-        return torch.randn(
-            shape, generator=self.generator, dtype=self.z.dtype, device=self.generator.device
-        ).to(self.z)
+        if isinstance(self.generator, torch.Generator):
+            return self._normal((count, 1, *self.z.shape), self.generator)
+        own = (count, 1, 1, *self.z.shape[1:])
+        return torch.cat([self._normal(own, one) for one in self.generator], 2)
+
+    def _normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=self.z.dtype, device=generator.device)
+        return drawn.to(self.z)
+
+    def levels(self, share: Tensor) -> Tensor:
+        """One random level for each image, the same for all under one generator. Shapes: share [G] -> [B]."""
+        if isinstance(self.generator, torch.Generator):
+            return independent(share, 1, self.generator).expand(len(self.z))
+        return torch.cat([independent(share, 1, one) for one in self.generator])
 
     def cost(self, asked: Tensor) -> Tensor:
         """Network evaluations at one level. Shapes: asked [B,K] -> [B]."""
@@ -118,6 +136,15 @@ class Meter:
                 )
         self.evaluations += len(index) * self.cost(asked)
         return weighted.masked_fill(~asked[..., None], math.nan)
+
+    def losses_at(self, index: Tensor, asked: Tensor, eps: Tensor) -> Tensor:
+        """`losses` of every image at a level of its own. Shapes: index [B], asked [B,K], eps [1,1,B,C,H,W] -> [B,K]."""
+        weighted = torch.full_like(asked, math.nan, dtype=torch.float64)
+        for level in index.unique():
+            here = asked & (index == level).to(asked.device)[:, None]
+            found = self.losses(level[None], here, eps)[..., 0]
+            weighted = torch.where(here, found, weighted)
+        return weighted
 
     def losses_of_all(self, index: Tensor, shared: bool = True) -> Tensor:
         """Losses of every class under fresh noise: one for all classes, or one for each. Shapes: [n] -> [B,K,n]."""
@@ -183,7 +210,7 @@ def _smallest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
 
 
 def full(
-    question: Question, x: Tensor, generator: torch.Generator, shared: bool = True
+    question: Question, x: Tensor, generator: Generators, shared: bool = True
 ) -> Iterator[Answer]:
     """Every class at every level of the grid, once.
 
@@ -302,7 +329,7 @@ def pilot(
 def staged(
     question: Question,
     x: Tensor,
-    generator: torch.Generator,
+    generator: Generators,
     counts: Sequence[int] = (8, 64),
     keep: Sequence[int] = (5, 1),
 ) -> Iterator[Answer]:
@@ -380,7 +407,7 @@ def stages(
 def sift_and_refine(
     question: Question,
     x: Tensor,
-    generator: torch.Generator,
+    generator: Generators,
     threshold: float,
     sift: int = 16,
     most: int = 3,
@@ -424,7 +451,7 @@ def sift_and_refine(
 def race(
     question: Question,
     x: Tensor,
-    generator: torch.Generator,
+    generator: Generators,
     share: Tensor,
     rule: Rule,
     budget: int,
@@ -433,8 +460,8 @@ def race(
 
     Formula     X_kj = (w_g / share_g) (e_k - e_j) - ln prior_k + ln prior_j,  of expectation score_k - score_j
     Guarantee   P(the class of smallest score is ever out) <= alpha of the rule, where its assumptions hold
-    Shapes      x [B,C,H,W] in [0,1], share [G], budget in network evaluations an image; levels are drawn once for the
-                batch -> one `Answer` a draw
+    Shapes      x [B,C,H,W] in [0,1], share [G], budget in network evaluations an image -> one `Answer` a draw
+    Randomness  with one generator, levels are drawn once for the batch, and noise for each image
     """
     meter = Meter(question, x, generator)
     share = _checked(share, question.levels)
@@ -449,10 +476,9 @@ def race(
         (running := (alive.sum(1) > 1) & (meter.evaluations + meter.cost(alive) <= budget)).any()
     ):
         asked = alive & running[:, None]
-        index = independent(share, 1, generator)
-        drawn = meter.scores(
-            meter.losses(index, asked, meter.draw(1))[..., 0] / float(share[index])
-        )
+        index = meter.levels(share)
+        losses = meter.losses_at(index, asked, meter.draw(1))
+        drawn = meter.scores(losses / share[index].to(losses)[:, None])
         sums = sums + drawn.nan_to_num(0.0)
         draws = draws + asked
         out, state = rule(drawn[:, :, None] - drawn[:, None], state)

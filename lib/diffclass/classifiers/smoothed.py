@@ -66,14 +66,21 @@ class NoisedCopies(Classifier):
         eps = torch.randn((count, *self.image_shape), generator=generator, dtype=torch.float32)
         return eps, self.base.sample_noise(count, generator)
 
-    def copies(self, x: Tensor, drawn: Noise) -> Tensor:
-        """Logits of the noised copies of one picture that some noise makes. Shapes: [1,C,H,W], noise of n -> [n,K]."""
+    def noised(self, x: Tensor, drawn: Noise) -> tuple[Tensor, Noise]:
+        """The noised copies of one picture that some noise makes, as the base sees them, and the base's own noise.
+
+        Shapes      [1,C,H,W], noise of n -> [n,C,H,W], noise of n
+        """
         eps, noise = on_device_of(x, drawn)
         noised = x + self.sigma * eps
         # made for pictures: it never sees what no picture can hold
         if self.base.sigma_pixel is None:
             noised = noised.clamp(0, 1)
-        return self.base.logits(noised, noise)
+        return noised, noise
+
+    def copies(self, x: Tensor, drawn: Noise) -> Tensor:
+        """Logits of the noised copies of one picture. Shapes: [1,C,H,W], noise of n -> [n,K]."""
+        return self.base.logits(*self.noised(x, drawn))
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`."""
@@ -132,13 +139,20 @@ class Smoothed(Classifier):
         """One seed for each picture. Shapes: -> [images]."""
         return self.mean.sample_noise(images, generator)
 
-    @torch.no_grad()
     def count(
         self, x: Tensor, seed: int, votes: int, *, together: int = VOTE_BLOCK
     ) -> Iterator[Tensor]:
+        """The running counts of `billed_count` alone. Shapes: x [1,C,H,W] -> yields [K] of dtype long."""
+        for counts, _ in self.billed_count(x, seed, votes, together=together):
+            yield counts
+
+    @torch.no_grad()
+    def billed_count(
+        self, x: Tensor, seed: int, votes: int, *, together: int = VOTE_BLOCK
+    ) -> Iterator[tuple[Tensor, int]]:
         """The votes on one picture, as running counts after every `together` of them; the last ones sum to `votes`.
 
-        Shapes      x [1,C,H,W] -> yields [K] of dtype long
+        Shapes      x [1,C,H,W] -> yields [K] of dtype long, and the network calls that they took
         Randomness  block number b of 100 votes from the key (seed, b); how many are asked together changes no vote, but
                     for ties within rounding
         Errors      those of `units.check_images`; ValueError for several pictures or no votes; those of
@@ -154,14 +168,17 @@ class Smoothed(Classifier):
             raise ValueError(f"expected at least one vote, got {votes}.")
         together = units.check_whole(together, "votes that are asked together", least=1)
         counts = torch.zeros(self.num_classes, dtype=torch.long)
+        calls = 0
         for block, start in enumerate(range(0, votes, VOTE_BLOCK)):
             drawn = self.mean.drawn(seed, block, VOTE_BLOCK)
             wanted = min(VOTE_BLOCK, votes - start)
             for first in range(0, wanted, together):
                 part = slice(first, min(first + together, wanted))
-                cast = decided(self.mean.copies(x, take(drawn, part)))
-                counts = counts + torch.bincount(cast.cpu(), minlength=self.num_classes)
-                yield counts.clone()
+                noised, noise = self.mean.noised(x, take(drawn, part))
+                logits, spent = self.mean.base.billed(noised, noise)
+                counts = counts + torch.bincount(decided(logits).cpu(), minlength=self.num_classes)
+                calls += int(spent.sum())
+                yield counts.clone(), calls
 
     @torch.no_grad()
     def logits(self, x: Tensor, noise: Noise) -> Tensor:

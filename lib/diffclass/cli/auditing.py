@@ -134,7 +134,7 @@ def _case(
 
 def _training(place):
     """What gives the training pictures of a world that has a fixed set of them, or None."""
-    if place.kind == "plane" or place.name.startswith("gallery"):
+    if place.law is not None or place.name.startswith("gallery"):
         return None
     from diffclass.data import worlds
 
@@ -145,7 +145,9 @@ def _training(place):
 def audit(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="A classifier by name, such as dc, idc or diffpure.")],
-    world: Annotated[str, typer.Option(help="digits, cifar10, or plane:moons.")] = "digits",
+    world: Annotated[
+        str, typer.Option(help="digits, cifar10, hundred, or plane:moons.")
+    ] = "digits",
     images: Annotated[
         int, typer.Option(min=1, max=MANY_PICTURES, help="The first test images.")
     ] = 64,

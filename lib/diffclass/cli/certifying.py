@@ -50,7 +50,9 @@ def certify(
         typer.Option(callback=finite, help="Smoothing noise, in pixels of [0,1]."),
     ],
     store: Annotated[Path, typer.Option(help="Keep the votes of every picture here; resumable.")],
-    world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
+    world: Annotated[
+        str, typer.Option(help="digits, cifar10, gallery, hundred, or plane:NAME.")
+    ] = "digits",
     limit: Annotated[
         int | None,
         typer.Option(min=1, max=MANY_PICTURES, help="Of the first so many test pictures; all."),

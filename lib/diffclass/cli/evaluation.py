@@ -38,7 +38,9 @@ def _records_file(path: Path | None) -> Path | None:
 @app.command(epilog=EXIT_CODES)
 def evaluate(
     ctx: typer.Context,
-    world: Annotated[str, typer.Option(help="digits, cifar10, gallery, or plane:NAME.")] = "digits",
+    world: Annotated[
+        str, typer.Option(help="digits, cifar10, gallery, hundred, or plane:NAME.")
+    ] = "digits",
     classifier: Annotated[
         str, typer.Option(help="A classifier by name, such as dc, rdc1 or idc.")
     ] = "dc",

@@ -87,6 +87,7 @@ def _device() -> dict:
 def _world_checks() -> list[dict]:
     from diffclass import data
     from diffclass.data import cifar
+    from diffclass.data.hundred import hundred
 
     def digits() -> str:
         world = data.digits()
@@ -102,6 +103,7 @@ def _world_checks() -> list[dict]:
         _check(
             "plane", lambda: "exact: " + ", ".join(make().name for make in data.PLANE_LAWS.values())
         ),
+        _check("hundred", lambda: f"exact: {len(hundred().priors)} classes of small pictures"),
         _check("digits", digits),
         _check("CIFAR-10", cifar10, needed=False),
     ]

@@ -21,12 +21,12 @@ LARGEST_TAIL = 1e-6  # how much of a plane law may lie outside [0,1]^2: sampling
 
 @dataclass(frozen=True, eq=False)
 class MixtureLaw:
-    """Class-conditional laws of the plane, each a mixture of M isotropic Gaussians; the truth to test all else on.
+    """Class-conditional laws, each a mixture of M isotropic Gaussians; the truth to test all else on.
 
     Formula     p(x0 | k) = sum_m weights[m] [labels[m] = k] N(x0; means[m], scales[m]^2 I)
-    Shapes      means [M,2], scales [M] (standard deviations), weights [M] (they sum to 1 within each class),
-                labels [M] in 0..K-1, priors [K]; stored as float64 and int64
-    Units       model space [-1,1]^2; `sample` and `posterior` speak pixels, like every image of this library
+    Shapes      means [M,D], scales [M] (standard deviations), weights [M] (they sum to 1 within each class),
+                labels [M] in 0..K-1, priors [K]; stored as float64 and int64; D = C H W of `image_shape`, 2 on the plane
+    Units       model space [-1,1]^D; `sample` and `posterior` speak pixels, like every image of this library
     Errors      ValueError for weights or priors that do not sum to 1, scales <= 0, labels with a gap, or a law of which
                 more than one in a million points would lie outside the picture
     """
@@ -37,6 +37,7 @@ class MixtureLaw:
     weights: Tensor
     labels: Tensor
     priors: Tensor
+    image_shape: tuple[int, int, int] = (2, 1, 1)  # of the plane: two channels, one pixel
 
     def __post_init__(self):
         for field in ("means", "scales", "weights", "priors"):
@@ -53,8 +54,9 @@ class MixtureLaw:
 
     def _check_shapes(self):
         count = len(self.scales)
+        object.__setattr__(self, "image_shape", units.check_image_shape(self.image_shape))
         expected = {
-            "means": (count, 2),
+            "means": (count, math.prod(self.image_shape)),
             "scales": (count,),
             "weights": (count,),
             "labels": (count,),
@@ -102,7 +104,7 @@ class MixtureLaw:
             )
         if self.tail >= LARGEST_TAIL:
             raise ValueError(
-                f"law '{self.name}': expected less than {LARGEST_TAIL:g} of each class outside [-1,1]^2, "
+                f"law '{self.name}': expected less than {LARGEST_TAIL:g} of each class outside the picture, [-1,1] in every direction, "
                 f"got up to {self.tail:.2g}; move the means inward or reduce the scales."
             )
 
@@ -112,22 +114,17 @@ class MixtureLaw:
         return len(self.priors)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C,H,W) of a point of the plane: two channels, one pixel."""
-        return 2, 1, 1
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """What to write in a legend."""
         return tuple(f"class {k}" for k in range(self.num_classes))
 
     @property
     def tail(self) -> float:
-        """An upper bound on the probability, in the worst class, that a point lies outside [-1,1]^2.
+        """An upper bound on the probability, in the worst class, that a point lies outside [-1,1]^D.
 
-        Formula     sum_m weights[m] sum over the four edges of Phi(-distance to the edge / scales[m])
+        Formula     sum_m weights[m] sum over the 2 D edges of Phi(-distance to the edge / scales[m])
         """
-        edges = torch.cat([1 - self.means, 1 + self.means], dim=1)  # [M,4]
+        edges = torch.cat([1 - self.means, 1 + self.means], dim=1)  # [M,2D]
         outside = torch.special.ndtr(-edges / self.scales[:, None]).sum(1)
         return float(
             torch.zeros_like(self.priors).index_add_(0, self.labels, self.weights * outside).max()
@@ -138,7 +135,7 @@ class MixtureLaw:
     ) -> tuple[Tensor, Tensor]:
         """Draw points and their classes; a point outside the picture (less than one in a million) is drawn again.
 
-        Shapes      -> x [n,2,1,1] in pixel space [0,1], y [n]
+        Shapes      -> x [n,C,H,W] in pixel space [0,1], y [n]
         Randomness  all of it from `generator`
         """
         n = units.check_whole(n, "points to sample")
@@ -147,20 +144,21 @@ class MixtureLaw:
         component = torch.multinomial(
             self.priors[self.labels] * self.weights, n, replacement=True, generator=generator
         )
-        z = torch.full((n, 2), torch.inf, dtype=torch.float64)
+        size = self.means.shape[1]
+        z = torch.full((n, size), torch.inf, dtype=torch.float64)
         while bool((outside := (z.abs() > 1).any(1)).any()):
             m = component[outside]
-            noise = torch.randn(len(m), 2, dtype=torch.float64, generator=generator)
+            noise = torch.randn(len(m), size, dtype=torch.float64, generator=generator)
             z[outside] = self.means[m] + self.scales[m, None] * noise
-        return units.to_pixel(z).to(dtype).reshape(n, 2, 1, 1), self.labels[component]
+        return units.to_pixel(z).to(dtype).reshape(n, *self.image_shape), self.labels[component]
 
     def log_density(self, x_sigma: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """The exact log density of noisy points, given each class; differentiable in x_sigma.
 
         Formula     that of `MixtureDenoiser.log_density`, the only place where it stands
         Source      a Gaussian plus independent Gaussian noise is Gaussian, and variances add
-        Shapes      x_sigma [B,2,1,1] in model space, sigma a number or [B]  ->  [B,K], float64
-        Units       nats; density per unit area of model space
+        Shapes      x_sigma [B,C,H,W] in model space, sigma a number or [B]  ->  [B,K], float64
+        Units       nats; density per unit volume of model space
         Errors      ValueError for a wrong shape, non-finite points, or sigma < 0
         """
         units.check_images(x_sigma, self.image_shape, pixel_range=False)
@@ -172,7 +170,7 @@ class MixtureLaw:
 
         Formula     p(k | x) = priors[k] p(x | k) / sum_j priors[j] p(x | j)
         Source      Bayes' rule; the change of units multiplies every density alike and cancels
-        Shapes      x [B,2,1,1] in pixel space [0,1]  ->  [B,K], float64
+        Shapes      x [B,C,H,W] in pixel space [0,1]  ->  [B,K], float64
         """
         units.check_images(x, self.image_shape)
         return (self.log_density(units.to_model(x)) + self.priors.log().to(x.device)).softmax(1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffclass import data, units
 from diffclass.data import cifar, corruptions, gallery
+from diffclass.data.hundred import SHAPE, hundred
 from diffclass.data.plane import PLANE_LAWS, MixtureLaw
 
 DATA = {
@@ -19,8 +20,13 @@ BUDGETS = {
     "digits": {"linf": 0.1, "l2": 1.0, "flow": 0.2},
     "cifar10": {"linf": 8 / 255, "l2": 0.5, "flow": 0.8},
     "plane": {"linf": 0.05, "l2": 0.05},
+    "hundred": {"linf": 0.1, "l2": 1.0},
 }
-SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "plane": (2, 1, 1)}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "plane": (2, 1, 1), "hundred": SHAPE}
+EXACT = (
+    "plane",
+    "hundred",
+)  # whose laws are known: their denoiser is a closed form, nothing is trained
 POINTS = 1000  # that are drawn of a law where no number is asked for
 
 
@@ -28,9 +34,9 @@ POINTS = 1000  # that are drawn of a law where no number is asked for
 class World:
     """Labelled pictures that a classifier can be asked about.
 
-    kind        "digits", "cifar10" or "plane": what decides shapes, classes and networks
+    kind        "digits", "cifar10", "plane" or "hundred": what decides shapes, classes and networks
     name        as it was asked for: the kind, "gallery" (generated photographs), "plane:moons", "digits:noise-3"
-    law         of the plane: the law that points are drawn from
+    law         of the plane and of the hundred classes: the law that points and pictures are drawn from
     corruption  what makes the pictures worse, and how severely, from 1 to 5
     """
 
@@ -59,7 +65,7 @@ class World:
         return units.chosen(norm, BUDGETS[self.kind], "the norm")
 
     def test(self, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The first test images and their labels; of the plane, points drawn from `seed`.
+        """The first test images and their labels; of a law, points drawn from `seed`.
 
         Shapes      -> [N,C,H,W] in [0,1], [N]
         Randomness  `seed` of points and of corruptions
@@ -83,16 +89,22 @@ class World:
 
 
 def world_of(name: str) -> World:
-    """A world by its name: digits, cifar10, gallery, plane:LAW; digits and photographs also corrupted, as digits:blur-3.
+    """A world by its name: digits, cifar10, gallery, plane:LAW, hundred; digits and photographs also corrupted, as digits:blur-3.
 
     Errors      ValueError that lists what exists
     """
     kind, _, detail = name.partition(":") if isinstance(name, str) else (name, "", "")
-    kind = units.chosen(kind, ("digits", "cifar10", "gallery", "plane"), "the world")
+    kind = units.chosen(kind, ("digits", "cifar10", "gallery", "plane", "hundred"), "the world")
     if kind == "plane":
         make = units.chosen(detail, PLANE_LAWS, "the law of the plane (as in plane:moons)")
         law = make()
         return World("plane", f"plane:{law.name}", law)
+    if kind == "hundred":
+        if detail:
+            raise ValueError(
+                f"expected the world 'hundred' alone, got {name!r}; only digits and photographs are corrupted."
+            )
+        return World("hundred", "hundred", hundred())
     corruption = _corruption(kind, detail) if detail else None
     return World(
         kind="digits" if kind == "digits" else "cifar10",

@@ -83,8 +83,9 @@ class MixtureDenoiser(Denoiser):
 
     @classmethod
     def of_law(cls, law) -> "MixtureDenoiser":
-        """The denoiser of a plane law (`data.MixtureLaw`): the same means, scales, weights, labels and priors."""
-        return cls(law.means[:, :, None, None], law.scales, law.weights, law.labels, law.priors)
+        """The denoiser of a law (`data.MixtureLaw`): the same means, scales, weights, labels and priors."""
+        means = law.means.reshape(-1, *law.image_shape)
+        return cls(means, law.scales, law.weights, law.labels, law.priors)
 
     @classmethod
     def of_images(cls, images: Tensor, labels: Tensor) -> "MixtureDenoiser":

@@ -87,9 +87,12 @@ def bayes_trial(
     if place.law is not None:
         if model is not None:
             raise ValueError(
-                f"expected no model for the plane, got {model!r}; its denoiser is exact."
+                f"expected no model for {place.name}, got {model!r}; its denoiser is exact."
             )
-        classifier = networks.plane_classifier(place.law, levels, noise.WEIGHTINGS[weighting])
+        samples = networks.LAW_SAMPLES[place.kind]
+        classifier = networks.plane_classifier(
+            place.law, levels, noise.WEIGHTINGS[weighting], samples
+        )
         images, labels = place.test(limit, seed)
         best = (decided(place.law.posterior(images)) == labels).sum()
         return Trial(
@@ -100,7 +103,7 @@ def bayes_trial(
                 **settings,
                 "sigma": list(networks.PLANE_RANGE),
                 "model": "exact",
-                "samples": networks.PLANE_SAMPLES,
+                "samples": samples,
             },
             detail=f"exact denoiser, {weighting} weights",
             optimal=int(best),

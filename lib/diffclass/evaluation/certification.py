@@ -48,7 +48,7 @@ NEEDED = {
     "seed",
     "plan",
 }
-ROW = {"index", "label", "selection", "estimation", "prediction", "radius", "seconds"}
+ROW = {"index", "label", "selection", "estimation", "prediction", "radius", "calls", "seconds"}
 INSIDE = 0.999  # of a certified radius: where it is attacked
 COPIES = 16  # noised copies that this attack averages at a step
 STEPS = 20  # of this attack
@@ -126,7 +126,7 @@ class Certification:
     """What a run has stored: settings, and one row for each finished picture in order of its index.
 
     A row holds index, the picture's place in its test set; label; selection and estimation, K counts each; prediction
-    (None: abstained) and radius, which follow from them; and the seconds that it took.
+    (None: abstained) and radius, which follow from them; the network calls and the seconds that it took.
     """
 
     settings: dict
@@ -161,6 +161,7 @@ def votes_of(row: dict, plan: Plan, seed: int) -> Votes:
         plan.sigma_pixel,
         seed,
         stopped=plan.rule is not None,
+        calls=row["calls"],
     )
 
 
@@ -275,6 +276,7 @@ def _row(index: int, label: int, votes: Votes, plan: Plan, seconds: float) -> di
         estimation=list(votes.estimation),
         prediction=certificate.prediction,
         radius=certificate.radius,
+        calls=votes.calls,
         seconds=round(seconds, 3),
     )
 
@@ -353,6 +355,7 @@ def _checked_row(line: str, where: str, settings: dict) -> dict:
             f"expected every {settings['every']}-th picture of {settings['n']} in {where}, got picture {row['index']}."
         )
     units.check_whole(row["label"], f"a label in {where}", least=0)
+    units.check_whole(row["calls"], f"the network calls in {where}", least=1, most=None)
     if type(row["radius"]) not in (int, float) or not 0 <= row["radius"] < math.inf:
         raise ValueError(f"expected a radius >= 0 in {where}, got {row['radius']!r}.")
     for counts in (row["selection"], row["estimation"]):
@@ -382,6 +385,7 @@ def records_of(run: Certification) -> list[Record]:
     plan = run.plan
     certified = run.certificates()
     spent = sum(sum(row["estimation"]) for row in run.rows) / len(run.rows)
+    calls = sum(row["calls"] for row in run.rows) / len(run.rows)
     listed = []
     for radius in (0.0, *plan.radii):
         curve = certificates.certified_accuracy(certified, run.labels, [radius])
@@ -398,6 +402,7 @@ def records_of(run: Certification) -> list[Record]:
                     "radius": radius,
                     "abstained": curve.abstained,
                     "votes per image": round(spent, 1),
+                    "calls per image": round(calls, 1),
                 },
                 seed=run.settings["seed"],
                 checkpoint=results.one_checkpoint(run.settings["checkpoints"]),
@@ -607,17 +612,21 @@ def _recounted(
     recounted = []
     for key, wanted in asked:
         recounted.append(None)
-        counting_again = smoothed.count(x, key, wanted, together=RECOUNTED)
-        for counts in _in_precision(counting_again, run.settings["precision"], x):
-            recounted[-1] = counts
+        counting_again = smoothed.billed_count(x, key, wanted, together=RECOUNTED)
+        for step in _in_precision(counting_again, run.settings["precision"], x):
+            recounted[-1] = step
             yield state
-    chosen, again, fresh = recounted
+    (chosen, before), (again, calls), (fresh, _) = recounted
     faults = ()
     apart = (again - torch.tensor(votes.estimation)).abs().sum()
     apart = int(apart + (chosen - torch.tensor(votes.selection)).abs().sum())
     if apart > 2 * math.ceil(TIES * (votes.n + plan.selection)):
         faults += (
             f"picture {index}: a recount with the same noise differs by {apart // 2} votes.",
+        )
+    if not math.isclose(calls + before, row["calls"], rel_tol=0.01):
+        faults += (
+            f"picture {index}: its votes take {calls + before} network calls, where {row['calls']} are claimed.",
         )
     bound = plan.certificate(votes).p_lower
     below = intervals.upper_bound(int(fresh[votes.guess]), new_votes, CHANCE)

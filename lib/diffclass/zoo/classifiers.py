@@ -14,7 +14,7 @@ from diffclass.classifiers.purified import (
     PurifiedClassifier,
 )
 from diffclass.classifiers.votes import MajorityVote
-from diffclass.data.worlds import World, world_of
+from diffclass.data.worlds import EXACT, World, world_of
 from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.storage import assets
@@ -31,7 +31,7 @@ class Parts:
     files: dict[str, str]
 
     def denoiser(self, role: str = "denoiser") -> Denoiser:
-        """The denoiser of a role; of the plane, the exact one. Errors: FileNotFoundError with the command to train it."""
+        """The denoiser of a role; of a law, the exact one. Errors: FileNotFoundError with the command to train it."""
         if self.world.law is not None:
             return MixtureDenoiser.of_law(self.world.law)
         return networks.loaded(networks.trained(self.files[role]))
@@ -39,7 +39,8 @@ class Parts:
     def bayes(self, role: str = "denoiser") -> BayesClassifier:
         """The course's diffusion classifier of this world, by the denoiser of a role."""
         if self.world.law is not None:
-            return networks.plane_classifier(self.world.law)
+            samples = networks.LAW_SAMPLES[self.world.kind]
+            return networks.plane_classifier(self.world.law, samples=samples)
         return BayesClassifier(self.denoiser(role), networks.levels_of(self.files[role]))
 
     def one_call(self, role: str = "denoiser") -> OneCallClassifier:
@@ -116,11 +117,11 @@ def register(entry: Entry) -> None:
 
 
 def _denoiser(kind: str) -> dict[str, str]:
-    return {} if kind == "plane" else {"denoiser": networks.denoiser_file(kind)}
+    return {} if kind in EXACT else {"denoiser": networks.denoiser_file(kind)}
 
 
 def _purifier(kind: str) -> dict[str, str]:
-    return {} if kind == "plane" else {"purifier": networks.null_denoiser_file(kind)}
+    return {} if kind in EXACT else {"purifier": networks.null_denoiser_file(kind)}
 
 
 def _denoiser_and_purifier(kind: str) -> dict[str, str]:
@@ -128,8 +129,8 @@ def _denoiser_and_purifier(kind: str) -> dict[str, str]:
 
 
 def _trained_only(roles: Callable[[str], dict[str, str]]) -> Callable[[str], dict[str, str] | None]:
-    """Of worlds whose networks are trained: the plane, whose denoiser is exact, has no such classifier."""
-    return lambda kind: None if kind == "plane" else roles(kind)
+    """Of worlds whose networks are trained: where the denoiser is exact there is no such classifier."""
+    return lambda kind: None if kind in EXACT else roles(kind)
 
 
 def _contrastive(kind: str) -> dict[str, str]:
@@ -237,7 +238,7 @@ for _entry in (
         "this course, notebook 06b",
         "madry",
         _one_call,
-        lambda kind: {} if kind == "plane" else _contrastive(kind),
+        lambda kind: {} if kind in EXACT else _contrastive(kind),
     ),
     Entry(
         "one-call-hardened",

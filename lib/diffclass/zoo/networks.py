@@ -58,6 +58,9 @@ NARROW_RANGE = (0.05, 1.0)
 NARROW_LEVELS = noise.log_levels(*NARROW_RANGE, 6)
 PLANE_RANGE = (0.02, 5.0)  # from below the narrowest law of the plane to beyond the widest
 PLANE_SAMPLES = 16  # a point has two coordinates: one noise sample says little, and 16 cost little
+# Noises a level where the law is known; a picture of 192 numbers says enough by one.
+LAW_SAMPLES = {"plane": PLANE_SAMPLES, "hundred": 1}
+NOISED_LEVELS = {"plane": 8, "hundred": 16}  # above the noise on a picture, among so many classes
 RANGES = {"digits": DIGIT_RANGE, "cifar10": CIFAR_RANGE, "plane": PLANE_RANGE}
 LEVELS = {
     "digits": DIGIT_LEVELS,
@@ -69,6 +72,7 @@ ONE_CALL_LEVELS = {
     "digits": float(DIGIT_LEVELS.sigma[0]),
     "cifar10": float(NARROW_LEVELS.sigma[0]),
     "plane": PLANE_RANGE[0],
+    "hundred": PLANE_RANGE[0],
 }
 NARROW = (CONTRASTIVE["cifar10"], HARDENED["cifar10"])
 
@@ -230,13 +234,16 @@ def cifar_classifier(
 
 
 def plane_classifier(
-    law: MixtureLaw, levels: int = 16, weighting: Weighting = noise.elbo_weight
+    law: MixtureLaw,
+    levels: int = 16,
+    weighting: Weighting = noise.elbo_weight,
+    samples: int = PLANE_SAMPLES,
 ) -> BayesClassifier:
-    """The classifier of a law of the plane that the course uses: exact denoiser, 16 noises a level."""
+    """The classifier of a law that the course uses: exact denoiser, on the plane 16 noises a level."""
     return BayesClassifier(
         MixtureDenoiser.of_law(law),
         noise.log_levels(*PLANE_RANGE, levels),
-        PLANE_SAMPLES,
+        samples,
         weighting,
         prior=law.priors,
     )
