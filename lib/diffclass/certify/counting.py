@@ -33,17 +33,18 @@ def draw_votes(
     """
     selected = None
     spent = 0
-    for selected, spent in smoothed.billed_count(
+    for selected, calls in smoothed.billed_count(
         x, seed_of(seed, "selection", picture), selection, together=together
     ):
+        spent = calls
         yield int(selected.sum()), None
     guess = int(decided(selected[None].double()))
     counts = None
-    more = 0
-    for counts, more in smoothed.billed_count(
+    for counts, calls in smoothed.billed_count(
         x, seed_of(seed, "estimation", picture), estimation, together=together
     ):
         counted = int(counts.sum())
+        in_all = spent + calls
         yield selection + counted, None
         if rule is not None and rule.verdict(int(counts[guess]), counted) != "go on":
             break
@@ -53,6 +54,6 @@ def draw_votes(
         smoothed.sigma,
         seed,
         stopped=rule is not None,
-        calls=spent + more,
+        calls=in_all,
     )
     yield selection + votes.n, votes
