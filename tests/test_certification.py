@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffclass.certify.certificates import Votes, smoothing_radius
+from diffclass.certify.soft import SoftTally
 from diffclass.classifiers.base import Classifier
 from diffclass.evaluation import certification
 from diffclass.evaluation.certification import Plan
@@ -306,5 +307,192 @@ def test_a_folder_of_other_settings_is_left_alone(tmp_path):
 def test_a_damaged_row_is_named(tmp_path, line):
     certify(tmp_path)
     (tmp_path / "votes-0.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="votes-0"):
+        certification.read(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft votes: the probabilities themselves
+
+WIDTH = 0.1  # of the slope from one class to the other
+
+
+class SoftHalfSpace(HalfSpace):
+    """The same plane, with the probability of a class: its mean under noise is known as well."""
+
+    scale = "nats"
+
+    def logits(self, x, noise):
+        distance = super().logits(x, noise)[:, 0].double() / WIDTH
+        return torch.special.log_ndtr(torch.stack([distance, -distance], 1))
+
+
+BETTING = replace(PLAN, bound="betting", radii=(0.05, 0.15))
+
+
+def softly(folder, plan=BETTING, classifier=None, **options):
+    images, labels = pictures()
+    classifier = classifier or SoftHalfSpace()
+    return list(certification.certify(classifier, images, labels, plan, folder, OWN, **options))
+
+
+def soft_verified(folder, classifier=None, **options):
+    return verified(folder, classifier=classifier or SoftHalfSpace(), **options)
+
+
+@pytest.mark.parametrize("bound", ["betting", "bernstein", "hoeffding"])
+def test_soft_radii_approach_those_of_the_true_mean_from_below(tmp_path, bound):
+    """E Phi((d + sigma z) / w) = Phi(d / sqrt(w^2 + sigma^2)), so sigma d / sqrt(w^2 + sigma^2) is all there is."""
+    softly(tmp_path, replace(BETTING, bound=bound, radii=(0.1, 0.3)))
+    found = certification.read(tmp_path).certificates()
+    for certificate, distance in zip(found, (0.4, 0.05, 0.3, 0.0, 0.15), strict=True):
+        most = SIGMA * distance / math.hypot(WIDTH, SIGMA)
+        assert certificate.radius <= most and certificate.bound == bound
+    assert found[3].prediction is None and found[2].prediction == 1
+    assert found[4].radius > 0.05 and found[0].radius > 0.25
+
+
+def test_a_stored_soft_vote_is_rounded_down_so_that_its_bound_stays_one(tmp_path):
+    softly(tmp_path, replace(BETTING, bound="bernstein"))
+    run = certification.read(tmp_path)
+    images, _ = pictures()
+    smoothed = certification.Smoothed(SoftHalfSpace(), SIGMA)
+    for row, tally in zip(run.rows[:2], run.votes(), strict=False):
+        key = certification.seed_of(0, "estimation", row["index"])
+        parts = smoothed.billed_shares(images[row["index"]][None], key, 2000)
+        given = torch.cat([shares[:, tally.guess] for shares, _ in parts]).sort().values.numpy()
+        lost = given - tally.values
+        assert tally.n == 2000 and 0 <= lost.min() and lost.max() < 0.001 and lost.max() > 0.0005
+        assert row["calls"] == 2100 and sum(count for _, count in row["estimation"]) == 2000
+        exact = certification.soft.bernstein_bound(given, 0.001)
+        assert 0 <= exact - run.plan.certificate(tally).p_lower < 0.002
+
+
+def test_bets_stop_early_and_certify_as_many(tmp_path):
+    softly(tmp_path / "all", replace(BETTING, bound="bernstein"))
+    softly(tmp_path / "early", together=10)
+    every = certification.read(tmp_path / "all")
+    early = certification.read(tmp_path / "early")
+    for radius in BETTING.radii:
+        by_all = [c.radius >= radius for c in every.certificates()]
+        by_few = [c.radius >= radius for c in early.certificates()]
+        assert all(few or not all_ for few, all_ in zip(by_few, by_all, strict=True))
+    spent = [votes.n for votes in early.votes()]
+    assert spent[0] < 100 and sum(spent) < 0.7 * 5 * 2000
+    assert early.rows[0]["calls"] == 100 + spent[0]
+
+
+def test_soft_votes_depend_on_keys_alone(tmp_path):
+    plan = replace(BETTING, bound="bernstein", most=300, radii=(0.05,))
+    softly(tmp_path / "whole", plan)
+    images, labels = pictures()
+    broken = certification.certify(
+        SoftHalfSpace(), images, labels, plan, tmp_path / "broken", OWN, together=7
+    )
+    for progress in broken:
+        if progress.images == 2 and progress.votes > 150:
+            break
+    broken.close()
+    softly(tmp_path / "broken", plan, together=64)
+    strip = [{**row, "seconds": 0} for row in certification.read(tmp_path / "broken").rows]
+    assert strip == [{**row, "seconds": 0} for row in certification.read(tmp_path / "whole").rows]
+
+
+def test_soft_votes_verify_and_their_records_say_what_they_are(tmp_path):
+    softly(tmp_path)
+    state = soft_verified(tmp_path)
+    assert state.faults == () and state.recounted == 4 and state.attacked > 0
+    listed = certification.records_of(certification.read(tmp_path))
+    assert all("soft votes" in record.what for record in listed)
+    assert [record.settings["radius"] for record in listed] == [0.0, 0.05, 0.15]
+
+
+def surer(rows):
+    """No vote less sure than .9, and the radius that would follow."""
+    row = rows[1]
+    moved = {}
+    for share, count in row["estimation"]:
+        share = max(share, 900)
+        moved[share] = moved.get(share, 0) + count
+    row["estimation"] = sorted(map(list, moved.items()))
+    votes = certification.votes_of(row, BETTING, 0)
+    certificate = BETTING.certificate(votes)
+    row["prediction"] = certificate.prediction
+    row["radius"] = certificate.radius
+
+
+def other_class(rows):
+    rows[0]["selection"].reverse()
+
+
+def too_sure_a_choice(rows):
+    rows[0]["selection"][0] += 10_000
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (enlarge, "claims radius"),
+        (surer, "recount with the same noise differs"),
+        (surer, "new votes prove"),
+        (other_class, "claims radius"),
+        (too_sure_a_choice, "thousandths"),
+        (fewer_calls, "network calls"),
+    ],
+)
+def test_tampered_soft_votes_are_a_fault(tmp_path, change, words):
+    softly(tmp_path)
+    tampered(tmp_path, change)
+    listed = certification.records_of(certification.read(tmp_path))
+    state = soft_verified(tmp_path, claimed=listed, recount=5)
+    assert any(words in fault for fault in state.faults), state.faults
+
+
+class SoftMoved(SoftHalfSpace):
+    """Another soft classifier: its plane lies elsewhere."""
+
+    def logits(self, x, noise):
+        return super().logits(x - 0.2, noise)
+
+
+def test_another_soft_classifier_is_a_fault_and_a_false_radius_is_found_by_an_attack(tmp_path):
+    softly(tmp_path)
+    assert any("differs" in fault for fault in soft_verified(tmp_path, SoftMoved()).faults)
+    images, _ = pictures((0.05,))
+    smoothed = certification.Smoothed(SoftHalfSpace(), SIGMA)
+    forged = BETTING.certificate(SoftTally((100_000, 0), ((1000, 2000),), SIGMA, 0))
+    assert forged.radius > 0.4
+    assert certification.changed_inside(smoothed, images, forged, seed=3)
+
+
+@pytest.mark.parametrize("scale", ["scores", "votes"])
+def test_what_has_no_probabilities_has_no_soft_votes(tmp_path, scale):
+    silent = HalfSpace()
+    silent.scale = scale
+    with pytest.raises(ValueError, match=f"log-probabilities.*logits are {scale}"):
+        softly(tmp_path, classifier=silent)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "estimation, selection",
+    [
+        ([[0.5, 3]], [600, 400]),
+        ([[1001, 3]], [600, 400]),
+        ([[500, 3], [400, 2]], [600, 400]),
+        ([[500, 0]], [600, 400]),
+        ([[500]], [600, 400]),
+        ([], [600, 400]),
+        ([9, 1], [600, 400]),
+        ([[500, 3]], [-1, 400]),
+        ([[500, 3]], [0, 0]),
+        ([[500, 3]], "600"),
+    ],
+)
+def test_a_damaged_soft_row_is_named(tmp_path, estimation, selection):
+    softly(tmp_path)
+    row = certification.read(tmp_path).rows[0]
+    row = {**row, "estimation": estimation, "selection": selection}
+    (tmp_path / "votes-0.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="votes-0"):
         certification.read(tmp_path)

@@ -117,3 +117,24 @@ def test_the_list_names_classifiers_of_noised_pictures():
     noised = {entry["name"]: entry for entry in content["noised"]}
     assert "epndc" in noised and "plane" in noised["exact"]["worlds"]
     assert "certify CLASSIFIER" in run("list").stdout
+
+
+def test_soft_votes_are_certified_and_verified(tmp_path):
+    soft = ("certify", "one-call-noised", *PLANE[2:], "--bound", "betting")
+    done = run("--json", *soft, "--store", tmp_path / "run")
+    content = json.loads(done.stdout)
+    assert all("soft votes" in record["what"] for record in content["records"])
+    assert content["records"][0]["settings"]["plan"]["bound"] == "betting"
+    verdict = json.loads(run("--json", "verify", tmp_path / "run").stdout)
+    assert verdict["stands"] and verdict["recounted"] == 4
+    path = tmp_path / "run" / "votes-0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["estimation"] = [[1000, sum(count for _, count in rows[0]["estimation"])]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("verify", tmp_path / "run").exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["nearest-head", "vote"])
+def test_what_has_no_probabilities_is_refused_in_one_sentence(tmp_path, name):
+    done = run("certify", name, *PLANE[2:], "--bound", "bernstein", "--store", tmp_path / "run")
+    assert "log-probabilities" in sentence(done)

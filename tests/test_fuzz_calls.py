@@ -802,6 +802,50 @@ CALLS = [
         lambda **_: (),
     ),
     Call(
+        "soft.largest_soft_radius",
+        soft.largest_soft_radius,
+        dict(
+            n=Values((1, 50), (True,), (*NO_NUMBER, 0, -1, 1.5)),
+            sigma_pixel=positive(0.25, 1.0),
+            alpha=share(0.001, 0.05),
+            bound=names("hoeffding", "betting"),
+        ),
+        lambda **_: (),
+    ),
+    Call(
+        "soft.SoftTally",
+        lambda **options: soft.SoftTally(**options).values,
+        dict(
+            selection=Values(
+                ((900, 100), (0, 5)), ([3, 4],), (None, "x", 3, (), (1,), (0, 0), (-1, 2))
+            ),
+            estimation=Values(
+                (((900, 3),), ((0, 1), (1000, 2))),
+                ([[5, 1]],),
+                (None, "x", 3, (), ((1001, 1),), ((5, 0),), ((5, 1), (4, 1)), ((5,),), (5, 1)),
+            ),
+            sigma_pixel=positive(0.25, 1.0),
+        ),
+    ),
+    Call(
+        "soft.SoftStopRule",
+        lambda values, **options: soft.SoftStopRule(**options).verdict(values) and 0,
+        dict(
+            values=Values(
+                ([0.5, 1.0, 0.2], [1.0, 1.0]),
+                ([0.0, 0.0],),
+                (None, "x", [], [[0.5, 0.2]], [1.5, 0.2]),
+            ),
+            sigma_pixel=positive(0.25, 1.0),
+            radii=Values(
+                ((0.0, 0.1), (0.2,)), ([0.0],), (None, "x", (), (-0.1,), (99,), (math.nan,))
+            ),
+            alpha=share(0.001, 0.05),
+            most=Values((100, 1000), (100.0,), (*NO_NUMBER, 0, -1, 1.5)),
+            give_up=share(0.05, 0.2),
+        ),
+    ),
+    Call(
         "soft.soft_radius",
         lambda estimation, sigma_pixel, **options: soft.soft_radius(
             soft.SoftVotes(np.array([[0.8, 0.2], [0.6, 0.4]]), estimation, sigma_pixel), **options

@@ -307,3 +307,92 @@ ROWS = np.array([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]])
 def test_impossible_inputs_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft votes as they are stored, and when they suffice
+
+
+def test_a_tally_keeps_the_votes_rounded_down_and_proves_a_little_less():
+    drawn = np.random.default_rng(0).dirichlet([8, 1, 1], 600)
+    sums = soft.thousandths(drawn[:100]).sum(0)
+    given = soft.thousandths(drawn[100:, 0])
+    tally = soft.SoftTally.of_thousandths(sums, given, 0.25, seed=7, calls=3)
+    assert tally.n == 500 and tally.guess == 0 and (tally.seed, tally.calls) == (7, 3)
+    assert tally.values.tolist() == sorted((given / 1000).tolist())
+    lost = np.sort(drawn[100:, 0]) - tally.values
+    assert 0 <= lost.min() and 0.0009 < lost.max() < 0.001
+    for bound in soft.SOFT_BOUNDS:
+        whole = soft_radius(SoftVotes(drawn[:100], drawn[100:], 0.25), 0.001, bound)
+        stored = soft_radius(tally, 0.001, bound)
+        assert whole.radius - 0.002 < stored.radius <= whole.radius
+    assert soft.thousandths(np.array([1.0, 0.9999, -1e-9, 0.0004])).tolist() == [1000, 999, 0, 0]
+
+
+def test_the_largest_soft_radius_is_that_of_votes_that_give_all():
+    for bound in soft.SOFT_BOUNDS:
+        ones = soft.SoftTally((5000, 0), ((1000, 400),), 0.5)
+        most = soft.largest_soft_radius(400, 0.5, 0.001, bound)
+        assert most == pytest.approx(soft_radius(ones, 0.001, bound).radius) and most > 0
+    assert soft.largest_soft_radius(1, 0.5) == 0
+
+
+def verdicts(mean: float, votes: int, rule, seed: int = 0) -> list[str]:
+    """What a rule says after every tenth vote."""
+    drawn = np.random.default_rng(seed).beta(8 * mean, 8 * (1 - mean), votes)
+    return [rule.verdict(drawn[:n]) for n in range(10, votes + 1, 10)]
+
+
+@rejected(
+    {
+        "certified by the mean": dict(betting=lambda x, alpha: np.mean(x)),
+        "never certified": dict(betting=lambda x, alpha: 0.0),
+    }
+)
+def test_counting_stops_when_bets_know_enough_and_not_before(betting=betting_bound):
+    """Sure votes are certified early, votes against it given up early, and those at the edge counted to the end."""
+    rule = soft.SoftStopRule(0.25, (0.0, 0.25), 0.001, 1000)
+    edge = stats.norm.cdf(1)
+    run = patched(verdicts, soft, betting_bound=betting)
+    sure = run(0.97, 1000, rule)
+    assert "certified" in sure[:20] and "given up" not in sure[: sure.index("certified")]
+    assert sure.index("certified") > 1
+    hopeless = run(0.3, 1000, rule)
+    assert "given up" in hopeless[:20] and "certified" not in hopeless
+    between = run(0.7, 1000, rule)  # radius 0 is certified, the next one never
+    assert "certified" not in between and "given up" in between
+    assert "given up" not in between[:1]
+    at_the_edge = run(float(edge), 1000, rule)
+    first = next((word for word in at_the_edge if word != "go on"), "")
+    assert first == "all counted", first
+
+
+def test_giving_up_on_the_smallest_radius_that_is_left_is_rarely_wrong():
+    """At level .05, with the mean right at the radius and a look now and then."""
+    rule = soft.SoftStopRule(0.25, (0.25,), 0.001, 300)
+    mean = float(stats.norm.cdf(1))
+    drawn = np.random.default_rng(1).beta(8 * mean, 8 * (1 - mean), (100, 300))
+    wrong = [any(rule.verdict(x[:n]) == "given up" for n in (10, 40, 120, 299)) for x in drawn]
+    assert np.mean(wrong) <= 0.05 + deviation(0.05, 100)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: soft.SoftTally((5, 0), ((500, 3), (400, 1)), 0.25), "in order"),
+        (lambda: soft.SoftTally((5, 0), (), 0.25), "in order"),
+        (lambda: soft.SoftTally((5,), ((500, 3),), 0.25), "at least two classes"),
+        (lambda: soft.SoftTally((0, 0), ((500, 3),), 0.25), "at least two classes"),
+        (lambda: soft.SoftTally((5, 0), ((1001, 3),), 0.25), "0 to 1000"),
+        (lambda: soft.SoftTally((5, 0), ((0.5, 3),), 0.25), "whole number"),
+        (lambda: soft.SoftTally((5, 0), ((500, 3),), -0.25), "sigma"),
+        (lambda: soft.SoftStopRule(0.25, (5.0,), 0.001, 100), "sure votes can certify"),
+        (lambda: soft.SoftStopRule(0.25, (), 0.001, 100), "sure votes can certify"),
+        (lambda: soft.SoftStopRule(0.25, (-0.1,), 0.001, 100), "sure votes can certify"),
+        (lambda: soft.SoftStopRule(0.25, (0.1,), 0.001, 100, give_up=1.0), "alpha between"),
+        (lambda: soft.largest_soft_radius(0, 0.25), "the number of votes"),
+    ],
+)
+def test_tallies_and_rules_that_cannot_be_meant_are_named(build, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        build()

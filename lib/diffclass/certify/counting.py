@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from torch import Tensor
 
 from diffclass.certify.anytime import StopRule
 from diffclass.certify.certificates import Votes
+from diffclass.certify.soft import THOUSAND, SoftStopRule, SoftTally, thousandths
 from diffclass.classifiers.base import decided
 from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed
 from diffclass.noise import seed_of
@@ -57,3 +59,44 @@ def draw_votes(
         calls=in_all,
     )
     yield selection + votes.n, votes
+
+
+def draw_soft_votes(
+    smoothed: Smoothed,
+    x: Tensor,
+    *,
+    selection: int = 100,
+    estimation: int = 1000,
+    seed: int = 0,
+    picture: int = 0,
+    rule: SoftStopRule | None = None,
+    together: int = VOTE_BLOCK,
+) -> Iterator[tuple[int, SoftTally | None]]:
+    """The same for soft votes: probabilities in thousandths, rounded down, those that choose the class and fresh ones.
+
+    Shapes      x [1,C,H,W] -> yields (votes so far, None), and at the end (all, `SoftTally`)
+    Stopping    with a `rule`, which looks at what will be stored; the bound is then that of bets
+    Randomness  the copies, and the keys, of `draw_votes`
+    Errors      those of `Smoothed.billed_shares`
+    """
+    sums = np.zeros(smoothed.num_classes, dtype=np.int64)
+    chosen = 0
+    for shares, calls in smoothed.billed_shares(
+        x, seed_of(seed, "selection", picture), selection, together=together
+    ):
+        sums = sums + thousandths(shares.numpy()).sum(0)
+        chosen += len(shares)
+        spent = calls
+        yield chosen, None
+    guess = int(np.argmax(sums))
+    given = np.zeros(0, dtype=np.int64)
+    for shares, calls in smoothed.billed_shares(
+        x, seed_of(seed, "estimation", picture), estimation, together=together
+    ):
+        given = np.append(given, thousandths(shares[:, guess].numpy()))
+        in_all = spent + calls
+        yield chosen + len(given), None
+        if rule is not None and rule.verdict(given / THOUSAND) != "go on":
+            break
+    tally = SoftTally.of_thousandths(sums, given, smoothed.sigma, seed=seed, calls=in_all)
+    yield chosen + tally.n, tally

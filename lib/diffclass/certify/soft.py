@@ -16,6 +16,7 @@ from diffclass import units
 from diffclass.certify.anytime import check_alpha, falling_root
 
 BETS = 64  # constant bets that the betting bound mixes
+THOUSAND = 1000  # in how many parts stored probabilities are told
 SLACK = 1e-6  # of probabilities in single precision
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +154,136 @@ class SoftVotes:
         """The class that the selection votes chose: that of the largest mean."""
         return int(np.argmax(self.selection.mean(0)))
 
+    @property
+    def values(self) -> np.ndarray:
+        """What each estimation vote gave that class. Shapes: -> [n]."""
+        return self.estimation[:, self.guess]
+
+
+@dataclass(frozen=True)
+class SoftTally:
+    """Soft votes of one picture as they are stored: in thousandths, rounded down, so that a bound of them stays a bound.
+
+    Meaning     the mean of probabilities that were rounded down lies at most a thousandth below theirs, never above; what is
+                certified is the class of the larger mean
+    Shapes      selection: K sums of thousandths; estimation: pairs (thousandths that the chosen class got, how often), in
+                order, as the bounds of `SOFT_BOUNDS` do not depend on the order of the votes
+    Units       sigma_pixel is the noise added to pixels in [0,1]; calls, where known, how many network calls both took
+    Errors      ValueError for what is no such tally
+    """
+
+    selection: tuple[int, ...]
+    estimation: tuple[tuple[int, int], ...]
+    sigma_pixel: float
+    seed: int | None = None
+    calls: int | None = None
+
+    def __post_init__(self):
+        selection = units.check_wholes(self.selection, "selection sums")
+        if len(selection) < 2 or min(selection) < 0 or not sum(selection):
+            raise ValueError(
+                f"expected one sum of thousandths >= 0 for each of at least two classes, got {selection}."
+            )
+        if not isinstance(self.estimation, (tuple, list)):
+            raise TypeError(
+                f"expected estimation votes as pairs of whole numbers, got a {type(self.estimation).__name__}."
+            )
+        pairs = tuple(
+            units.check_wholes(pair, "a pair of estimation votes") for pair in self.estimation
+        )
+        shares = [pair[0] for pair in pairs if len(pair) == 2]
+        if (
+            not pairs
+            or len(shares) < len(pairs)
+            or shares != sorted(set(shares))
+            or not 0 <= shares[0] <= shares[-1] <= THOUSAND
+            or min(pair[1] for pair in pairs) < 1
+        ):
+            raise ValueError(
+                f"expected pairs of different thousandths from 0 to {THOUSAND}, in order, and how often each was given, got "
+                f"{str(self.estimation)[:80]}."
+            )
+        object.__setattr__(self, "selection", selection)
+        object.__setattr__(self, "estimation", pairs)
+        object.__setattr__(self, "sigma_pixel", units.check_sigma_pixel(self.sigma_pixel))
+
+    @classmethod
+    def of_thousandths(
+        cls, selection: np.ndarray, given: np.ndarray, sigma_pixel: float, **known
+    ) -> "SoftTally":
+        """The tally of votes. Shapes: selection [K] sums, given [n] thousandths that the chosen class got."""
+        shares, counts = np.unique(given, return_counts=True)
+        pairs = zip(shares.tolist(), counts.tolist(), strict=True)
+        return cls(tuple(selection.tolist()), tuple(pairs), sigma_pixel, **known)
+
+    @property
+    def n(self) -> int:
+        """Estimation votes."""
+        return sum(count for _, count in self.estimation)
+
+    @property
+    def guess(self) -> int:
+        """The class that the selection votes chose: that of the largest sum, the first of equal ones."""
+        return int(np.argmax(self.selection))
+
+    @property
+    def values(self) -> np.ndarray:
+        """What the estimation votes gave that class, in order. Shapes: -> [n], at most 1."""
+        shares, counts = np.array(self.estimation).T
+        return np.repeat(shares, counts) / THOUSAND
+
+
+def thousandths(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities in thousandths, rounded down. Shapes: [...] -> [...] of dtype int64."""
+    return np.floor(np.asarray(probabilities, dtype=float).clip(0, 1) * THOUSAND).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SoftStopRule:
+    """When soft votes on one picture suffice: the twin of `anytime.StopRule`, by bets.
+
+    Formula     certified: `betting_bound` of the values >= Phi(r / sigma) of the largest radius;
+                given up: `betting_bound` of 1 - values at level give_up > 1 - Phi(r / sigma) of the smallest not certified
+    Units       sigma_pixel and radii (L2) in pixels of [0,1]
+    Why         what bets have made may be read at any time: one alpha pays for all looks and all radii, and the
+                certificate is still made by `betting_bound` of the votes cast. Giving up never certifies anything
+    Errors      ValueError for a radius that not even `most` sure votes certify
+    """
+
+    sigma_pixel: float
+    radii: tuple[float, ...]
+    alpha: float
+    most: int
+    give_up: float = 0.05
+
+    def __post_init__(self):
+        ceiling = largest_soft_radius(self.most, self.sigma_pixel, self.alpha, "betting")
+        radii = sorted(units.check_numbers(self.radii, "radii").double().reshape(-1).tolist())
+        if not radii or not 0 <= radii[0] <= radii[-1] <= ceiling:
+            raise ValueError(
+                f"expected radii from 0 to {ceiling:.4g}, which {self.most} sure votes can certify at sigma "
+                f"{self.sigma_pixel:g}, got {self.radii}."
+            )
+        check_alpha(self.give_up)
+        object.__setattr__(self, "radii", tuple(radii))
+
+    def verdict(self, values) -> str:
+        """What the votes so far ask for: "go on", "certified", "given up" or "all counted".
+
+        Shapes      values [n], what each gave the class chosen beforehand
+        """
+        x = _checked(values)
+        if x.ndim != 1:
+            raise ValueError(f"expected the votes on one picture [n], got shape {list(x.shape)}.")
+        proven = betting_bound(x, self.alpha)
+        wanted = stats.norm.cdf(np.array(self.radii) / self.sigma_pixel)
+        missing = wanted[wanted > proven]
+        if not len(missing):
+            return "certified"
+        if betting_bound(1 - x, self.give_up) > 1 - missing[0]:
+            return "given up"
+        return "all counted" if len(x) >= self.most else "go on"
+
 
 @dataclass(frozen=True)
 class SoftCertificate:
@@ -198,7 +329,9 @@ class SoftCertificate:
         return f"soft votes, sigma={self.sigma_pixel:g}, alpha={self.alpha:g}"
 
 
-def soft_radius(votes: SoftVotes, alpha: float = 0.001, bound: str = "betting") -> SoftCertificate:
+def soft_radius(
+    votes: SoftVotes | SoftTally, alpha: float = 0.001, bound: str = "betting"
+) -> SoftCertificate:
     """Certify the class of the largest mean probability under noise, or abstain.
 
     Formula     r = sigma Phi^-1(p),  p the lower bound of E F(x + sigma eps), F the class's probability; abstains
@@ -213,7 +346,7 @@ def soft_radius(votes: SoftVotes, alpha: float = 0.001, bound: str = "betting") 
     Errors      a certificate is wrong with probability at most alpha, over the noise of the votes; ValueError for a
                 bound that is not in SOFT_BOUNDS
     """
-    values = votes.estimation[:, votes.guess]
+    values = votes.values
     p = units.chosen(bound, SOFT_BOUNDS, "the bound of soft votes")(values, alpha)
     certain = p >= 0.5
     return SoftCertificate(
@@ -227,6 +360,20 @@ def soft_radius(votes: SoftVotes, alpha: float = 0.001, bound: str = "betting") 
         bound=bound.lower(),
         seed=votes.seed,
     )
+
+
+def largest_soft_radius(
+    n: int, sigma_pixel: float, alpha: float = 0.001, bound: str = "betting"
+) -> float:
+    """The radius when every vote gives its class all it can, 1: no image can get more from n soft votes.
+
+    Units       L2, pixels in [0,1]; 0 where even such votes prove no majority
+    Errors      those of `soft_radius`
+    """
+    n = units.check_whole(n, "n, the number of votes", least=1)
+    sigma_pixel = units.check_sigma_pixel(sigma_pixel)
+    p = units.chosen(bound, SOFT_BOUNDS, "the bound of soft votes")(np.ones(n), alpha)
+    return float(max(0.0, sigma_pixel * stats.norm.ppf(p)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

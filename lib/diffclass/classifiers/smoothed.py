@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffclass import units
-from diffclass.classifiers.base import Classifier, Noise, decided, on_device_of, take
+from diffclass.classifiers.base import Classifier, Noise, check_logits, decided, on_device_of, take
 from diffclass.noise import generator_of
 
 VOTE_BLOCK = 100  # votes that are drawn together, from one key
@@ -30,6 +30,16 @@ def smoothing_sigma(base: Classifier, sigma_pixel: float | None) -> float:
             f"{sigma_pixel:g}; smoothing has one sigma."
         )
     return units.check_sigma_pixel(base.sigma_pixel)
+
+
+def check_probabilities(classifier: Classifier) -> Classifier:
+    """Return a classifier whose softmax is the probability of each class, as it says by `scale`, else raise a ValueError."""
+    if classifier.scale != "nats":
+        raise ValueError(
+            f"expected a classifier whose logits are log-probabilities (nats), as soft votes average its probabilities, got "
+            f"{type(classifier).__name__}, whose logits are {classifier.scale}; count its hard votes, by the bound anytime."
+        )
+    return classifier
 
 
 class NoisedCopies(Classifier):
@@ -146,7 +156,6 @@ class Smoothed(Classifier):
         for counts, _ in self.billed_count(x, seed, votes, together=together):
             yield counts
 
-    @torch.no_grad()
     def billed_count(
         self, x: Tensor, seed: int, votes: int, *, together: int = VOTE_BLOCK
     ) -> Iterator[tuple[Tensor, int]]:
@@ -158,6 +167,29 @@ class Smoothed(Classifier):
         Errors      those of `units.check_images`; ValueError for several pictures or no votes; those of
                     `decided` for logits that are not finite and cannot vote
         """
+        counts = torch.zeros(self.num_classes, dtype=torch.long)
+        for logits, calls in self._asked(x, seed, votes, together):
+            counts = counts + torch.bincount(decided(logits).cpu(), minlength=self.num_classes)
+            yield counts.clone(), calls
+
+    def billed_shares(
+        self, x: Tensor, seed: int, votes: int, *, together: int = VOTE_BLOCK
+    ) -> Iterator[tuple[Tensor, int]]:
+        """The probabilities that the noised copies of one picture get, `together` at a time: soft votes.
+
+        Shapes      x [1,C,H,W] -> yields [n,K] of dtype float64, rows sum to 1, and the network calls that all so far took
+        Randomness  that of `billed_count`: the same copies under the same seed
+        Errors      those of `billed_count`; ValueError for a classifier whose logits are no log-probabilities
+        """
+        check_probabilities(self.mean.base)
+        for logits, calls in self._asked(x, seed, votes, together):
+            yield check_logits(logits).cpu().double().softmax(1), calls
+
+    @torch.no_grad()
+    def _asked(
+        self, x: Tensor, seed: int, votes: int, together: int
+    ) -> Iterator[tuple[Tensor, int]]:
+        """The base's logits of noised copies, `together` at a time, and the network calls so far."""
         self.checked(x)
         if len(x) != 1:
             raise ValueError(
@@ -167,7 +199,6 @@ class Smoothed(Classifier):
         if votes < 1:
             raise ValueError(f"expected at least one vote, got {votes}.")
         together = units.check_whole(together, "votes that are asked together", least=1)
-        counts = torch.zeros(self.num_classes, dtype=torch.long)
         calls = 0
         for block, start in enumerate(range(0, votes, VOTE_BLOCK)):
             drawn = self.mean.drawn(seed, block, VOTE_BLOCK)
@@ -176,9 +207,8 @@ class Smoothed(Classifier):
                 part = slice(first, min(first + together, wanted))
                 noised, noise = self.mean.noised(x, take(drawn, part))
                 logits, spent = self.mean.base.billed(noised, noise)
-                counts = counts + torch.bincount(decided(logits).cpu(), minlength=self.num_classes)
                 calls += int(spent.sum())
-                yield counts.clone(), calls
+                yield logits, calls
 
     @torch.no_grad()
     def logits(self, x: Tensor, noise: Noise) -> Tensor:

@@ -71,7 +71,10 @@ def certify(
     ] = 100,
     bound: Annotated[
         str,
-        typer.Option(help="anytime: stop when it is known; fixed: count all votes (Cohen)."),
+        typer.Option(
+            help="anytime: stop when it is known; fixed: count all votes (Cohen); betting, bernstein or hoeffding: of soft "
+            "votes, which are probabilities; betting stops as well."
+        ),
     ] = "anytime",
     radii: Annotated[
         str, typer.Option(help="L2 radii that are wanted, in pixels, such as 0.25,0.5.")

@@ -12,15 +12,17 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from diffclass import attacks, intervals, units
-from diffclass.certify import anytime, certificates, counting
+from diffclass.certify import anytime, certificates, counting, soft
 from diffclass.certify.certificates import Certificate, Votes
+from diffclass.certify.soft import SoftCertificate, SoftTally
 from diffclass.classifiers.base import Classifier
-from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed
+from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed, check_probabilities
 from diffclass.device import in_precision
 from diffclass.evaluation.runs import fingerprint
 from diffclass.noise import seed_of
@@ -55,6 +57,7 @@ STEPS = 20  # of this attack
 JUDGES = 1000  # fresh votes at most that judge what it found, or a claim
 RECOUNTED = 25  # votes that are asked together, so that a recount shows that it goes on
 TIES = 0.01  # of the votes that may fall otherwise on another machine
+CLOSE = 0.005  # how far a probability may be from what it was, by rounding
 CHANCE = 1e-6  # that new votes contradict a bound that holds
 
 
@@ -64,11 +67,13 @@ class Plan:
 
     sigma_pixel  the smoothing noise, in pixels of [0,1]
     alpha        the chance that a certificate is wrong, at most
-    bound        "anytime": counting stops as soon as the largest radius is certified or the next one is out of reach, and
-                 the bound holds whenever it stops; "fixed": all votes are counted, then the exact binomial bound
+    bound        of hard votes "anytime": counting stops as soon as the largest radius is certified or the next one is out
+                 of reach, and the bound holds whenever it stops; "fixed": all votes are counted, then the exact binomial
+                 bound. Of soft votes, the probabilities of a classifier that has them: "betting", which stops as "anytime"
+                 does; "bernstein" and "hoeffding", of all votes
     selection    votes that choose the class; they are not counted again
     most         votes that bound its share, at most
-    radii        that are wanted, in pixels: only "anytime" looks at them, to know when it knows enough
+    radii        that are wanted, in pixels: only "anytime" and "betting" look at them, to know when they know enough
     """
 
     sigma_pixel: float
@@ -80,7 +85,8 @@ class Plan:
 
     def __post_init__(self):
         units.check_sigma_pixel(self.sigma_pixel)
-        units.chosen(self.bound, certificates.BOUNDS, "the bound")
+        units.chosen(self.bound, (*certificates.BOUNDS, *soft.SOFT_BOUNDS), "the bound")
+        object.__setattr__(self, "bound", self.bound.lower())
         for name in ("selection", "most"):
             units.check_whole(getattr(self, name), f"{name} votes", least=1, most=LARGEST_VOTES)
         intervals.lower_bound(1, 1, self.alpha)  # raises for an alpha outside (0,1)
@@ -95,23 +101,38 @@ class Plan:
             )
 
     @property
+    def soft_votes(self) -> bool:
+        """Whether votes are probabilities."""
+        return self.bound in soft.SOFT_BOUNDS
+
+    @property
+    def stops(self) -> bool:
+        """Whether the votes say themselves when they suffice, which their bound then has to allow."""
+        return self.bound in ("anytime", "betting")
+
+    @property
     def ceiling(self) -> float:
-        """The radius when every vote agrees. Units: pixels."""
+        """The radius when every vote agrees, soft ones with all that they have. Units: pixels."""
+        if self.soft_votes:
+            return soft.largest_soft_radius(self.most, self.sigma_pixel, self.alpha, self.bound)
         return certificates.largest_radius(self.most, self.sigma_pixel, self.alpha, self.bound)
 
     @property
-    def rule(self) -> anytime.StopRule | None:
+    def rule(self) -> anytime.StopRule | soft.SoftStopRule | None:
         """When to stop counting, with 0 and the radii that so many votes can certify; None where all votes are counted.
 
         Why         radius 0 is among them: which pictures abstain is counted as well
         """
-        if self.bound == "fixed":
+        if not self.stops:
             return None
         within = (0.0, *(radius for radius in self.radii if radius <= self.ceiling))
-        return anytime.StopRule(self.sigma_pixel, within, self.alpha, self.most)
+        rule = soft.SoftStopRule if self.soft_votes else anytime.StopRule
+        return rule(self.sigma_pixel, within, self.alpha, self.most)
 
-    def certificate(self, votes: Votes) -> Certificate:
+    def certificate(self, votes: Votes | SoftTally) -> Certificate | SoftCertificate:
         """What the votes on one picture prove."""
+        if self.soft_votes:
+            return soft.soft_radius(votes, self.alpha, self.bound)
         return certificates.smoothing_radius(votes, self.alpha, self.bound)
 
     @classmethod
@@ -125,8 +146,8 @@ class Plan:
 class Certification:
     """What a run has stored: settings, and one row for each finished picture in order of its index.
 
-    A row holds index, the picture's place in its test set; label; selection and estimation, K counts each; prediction
-    (None: abstained) and radius, which follow from them; the network calls and the seconds that it took.
+    A row holds index, the picture's place in its test set; label; selection and estimation, K counts each, or those of a
+    `SoftTally`; prediction (None: abstained) and radius, which follow from them; the network calls and the seconds that it took.
     """
 
     settings: dict
@@ -142,25 +163,29 @@ class Certification:
         """The classes of the finished pictures. Shapes: -> [N]."""
         return torch.tensor([row["label"] for row in self.rows], dtype=torch.long)
 
-    def votes(self) -> list[Votes]:
-        """The counts of each finished picture."""
+    def votes(self) -> list[Votes | SoftTally]:
+        """The votes on each finished picture."""
         plan = self.plan
         return [votes_of(row, plan, self.settings["seed"]) for row in self.rows]
 
-    def certificates(self) -> list[Certificate]:
-        """What the counts prove, computed anew."""
+    def certificates(self) -> list[Certificate | SoftCertificate]:
+        """What the votes prove, computed anew."""
         plan = self.plan
         return [plan.certificate(votes) for votes in self.votes()]
 
 
-def votes_of(row: dict, plan: Plan, seed: int) -> Votes:
-    """The counts of a row."""
+def votes_of(row: dict, plan: Plan, seed: int) -> Votes | SoftTally:
+    """The votes of a row. Errors: those of `Votes` and of `SoftTally`."""
+    selection = tuple(row["selection"])
+    if plan.soft_votes:
+        pairs = tuple(tuple(pair) for pair in row["estimation"])
+        return SoftTally(selection, pairs, plan.sigma_pixel, seed, row["calls"])
     return Votes(
-        tuple(row["selection"]),
+        selection,
         tuple(row["estimation"]),
         plan.sigma_pixel,
         seed,
-        stopped=plan.rule is not None,
+        stopped=plan.stops,
         calls=row["calls"],
     )
 
@@ -219,9 +244,11 @@ def certify(
     Randomness  votes from keys (seed, purpose, index): neither processes, interruptions nor how many votes are asked
                 `together` change a count, but for ties within rounding
     Writes      folder/settings.json, and folder/votes-RANK.jsonl, flushed after each image
-    Errors      ValueError for images or labels that cannot be meant, or a folder of other settings; RuntimeError if
-                another run writes to it; those of `Smoothed`
+    Errors      ValueError for images or labels that cannot be meant, a folder of other settings, or soft votes of a
+                classifier without probabilities; RuntimeError if another run writes to it; those of `Smoothed`
     """
+    if plan.soft_votes:
+        check_probabilities(classifier)
     smoothed = Smoothed(classifier, plan.sigma_pixel)
     smoothed.checked(images)
     units.check_labels(labels, len(images), classifier.num_classes)
@@ -252,9 +279,10 @@ def certify(
 
 def _counted(
     smoothed: Smoothed, x: Tensor, plan: Plan, index: int, precision: str, together: int, seed: int
-) -> Iterator[tuple[int, Votes | None]]:
-    """The votes on one picture, as `counting.draw_votes` yields them."""
-    run = counting.draw_votes(
+) -> Iterator[tuple[int, Votes | SoftTally | None]]:
+    """The votes on one picture, as `counting.draw_votes` or `counting.draw_soft_votes` yields them."""
+    drawn = counting.draw_soft_votes if plan.soft_votes else counting.draw_votes
+    run = drawn(
         smoothed,
         x,
         selection=plan.selection,
@@ -267,7 +295,7 @@ def _counted(
     return _in_precision(run, precision, x)
 
 
-def _row(index: int, label: int, votes: Votes, plan: Plan, seconds: float) -> dict:
+def _row(index: int, label: int, votes: Votes | SoftTally, plan: Plan, seconds: float) -> dict:
     certificate = plan.certificate(votes)
     return dict(
         index=index,
@@ -358,6 +386,8 @@ def _checked_row(line: str, where: str, settings: dict) -> dict:
     units.check_whole(row["calls"], f"the network calls in {where}", least=1, most=None)
     if type(row["radius"]) not in (int, float) or not 0 <= row["radius"] < math.inf:
         raise ValueError(f"expected a radius >= 0 in {where}, got {row['radius']!r}.")
+    if Plan.of_json(settings["plan"]).soft_votes:
+        return _checked_tally(row, where)
     for counts in (row["selection"], row["estimation"]):
         if not isinstance(counts, list) or any(type(c) is not int or c < 0 for c in counts):
             raise ValueError(
@@ -365,6 +395,15 @@ def _checked_row(line: str, where: str, settings: dict) -> dict:
             )
     if len(row["selection"]) != len(row["estimation"]) or not sum(row["selection"]):
         raise ValueError(f"expected counts of the same classes, and votes among them, in {where}.")
+    return row
+
+
+def _checked_tally(row: dict, where: str) -> dict:
+    """A row of soft votes whose numbers are those of a tally, else a ValueError that names it."""
+    try:
+        SoftTally(tuple(row["selection"]), tuple(map(tuple, row["estimation"])), 1.0)
+    except (TypeError, ValueError) as reason:
+        raise ValueError(f"expected soft votes in {where}: {reason}") from None
     return row
 
 
@@ -384,7 +423,8 @@ def records_of(run: Certification) -> list[Record]:
         )
     plan = run.plan
     certified = run.certificates()
-    spent = sum(sum(row["estimation"]) for row in run.rows) / len(run.rows)
+    spent = sum(votes.n for votes in run.votes()) / len(run.rows)
+    kind = ", soft votes" if plan.soft_votes else ""
     calls = sum(row["calls"] for row in run.rows) / len(run.rows)
     listed = []
     for radius in (0.0, *plan.radii):
@@ -396,7 +436,7 @@ def records_of(run: Certification) -> list[Record]:
                 metric="certified accuracy",
                 world=run.settings["world"],
                 classifier=run.settings["classifier"],
-                detail=f"L2 radius {radius:g}, sigma {plan.sigma_pixel:g}",
+                detail=f"L2 radius {radius:g}, sigma {plan.sigma_pixel:g}{kind}",
                 settings={
                     **run.settings,
                     "radius": radius,
@@ -461,7 +501,7 @@ def verify(
                 the rows; a sample of pictures is voted on again, with the noise of the record and with new noise; a sample
                 of certified pictures is attacked inside the radius
     Statistics  the same noise gives the same counts, but for ties within rounding: 1 % of the votes may differ. New votes,
-                as many, may not prove (exact binomial bound, level 1e-6) that the share is below the bound that is claimed
+                as many, may not prove (exact binomial bound, or bets, level 1e-6) that the share is below the bound that is claimed
     Shapes      images [N,C,H,W], labels [N]: the library's own, whatever the folder says
     Randomness  `seed`, by keys that no run draws from
     """
@@ -501,10 +541,13 @@ def verify(
     yield replace(state, seen=seen)
 
 
-def changed_inside(smoothed: Smoothed, x: Tensor, certificate: Certificate, seed: int) -> bool:
+def changed_inside(
+    smoothed: Smoothed, x: Tensor, certificate: Certificate | SoftCertificate, seed: int
+) -> bool:
     """Whether an attack inside a certified radius provably changes the smoothed prediction.
 
-    Attack      PGD in L2 on the mean logits of noised copies (Salman et al. 2019), judged by fresh votes
+    Attack      PGD in L2 on the mean logits of noised copies (Salman et al. 2019), judged by fresh votes: of hard ones another
+                class has more; of soft ones the class has less than half, which the certificate excludes
     Shapes      x [1,C,H,W] in [0,1]
     """
     attacked = Smoothed(smoothed.mean.base, smoothed.mean.sigma, draws=COPIES).surrogate()
@@ -521,7 +564,11 @@ def changed_inside(smoothed: Smoothed, x: Tensor, certificate: Certificate, seed
         loss=attacks.margin_loss,
     )
     votes = min(JUDGES, certificate.n)
-    *_, counts = smoothed.count(last.x, seed_of(seed, "votes inside"), votes)
+    judged = seed_of(seed, "votes inside")
+    if isinstance(certificate, SoftCertificate):
+        given = _given(smoothed, last.x, judged, votes, certificate.prediction)
+        return 1 - soft.betting_bound(1 - given, certificate.alpha) < 0.5
+    *_, counts = smoothed.count(last.x, judged, votes)
     return certificates.prediction_changed(counts.tolist(), certificate.prediction)
 
 
@@ -556,13 +603,15 @@ def _unlike_counts(run: Certification) -> list[str]:
     """Rows whose radius does not follow from their counts, or whose counts the plan does not allow."""
     plan = run.plan
     faults = []
-    for row, certificate in zip(run.rows, run.certificates(), strict=True):
-        counted = sum(row["estimation"])
-        allowed = counted == plan.most if plan.bound == "fixed" else counted <= plan.most
-        if sum(row["selection"]) != plan.selection or not allowed:
+    for row, votes in zip(run.rows, run.votes(), strict=True):
+        certificate = plan.certificate(votes)
+        counted = votes.n
+        allowed = counted <= plan.most if plan.stops else counted == plan.most
+        if not _chosen_by(row["selection"], plan) or not allowed:
+            unit = " thousandths" if plan.soft_votes else ""
             faults.append(
-                f"picture {row['index']} has {sum(row['selection'])} and {counted} votes, where the plan says "
-                f"{plan.selection} and {plan.most}."
+                f"picture {row['index']} has {sum(row['selection'])}{unit} and {counted} votes, where the plan says "
+                f"{plan.selection} votes and {plan.most}."
             )
         same = math.isclose(row["radius"], certificate.radius, rel_tol=1e-9, abs_tol=1e-12)
         if row["prediction"] != certificate.prediction or not same:
@@ -571,6 +620,14 @@ def _unlike_counts(run: Certification) -> list[str]:
                 f"prove {certificate.radius:.4f} for {certificate.prediction}."
             )
     return faults
+
+
+def _chosen_by(selection: list[int], plan: Plan) -> bool:
+    """Whether selection counts can be those of as many votes as the plan says; each soft one loses by rounding down."""
+    if not plan.soft_votes:
+        return sum(selection) == plan.selection
+    most = soft.THOUSAND * plan.selection
+    return most - len(selection) * plan.selection < sum(selection) <= most
 
 
 def _unlike_records(run: Certification, claimed: Sequence[Record]) -> list[str]:
@@ -603,33 +660,37 @@ def _recounted(
     index = row["index"]
     x = images[index : index + 1]
     votes = votes_of(row, plan, run.settings["seed"])
+    precision = run.settings["precision"]
+    again = None
+    drawn = _same_votes(smoothed, x, run, index, votes.n)
+    for step in _in_precision(drawn, precision, x):
+        again = step[1]
+        yield state
     new_votes = min(votes.n, JUDGES)
-    asked = (
-        (seed_of(run.settings["seed"], "selection", index), plan.selection),
-        (seed_of(run.settings["seed"], "estimation", index), votes.n),
-        (seed_of(seed, "recount", index), new_votes),
-    )
-    recounted = []
-    for key, wanted in asked:
-        recounted.append(None)
-        counting_again = smoothed.billed_count(x, key, wanted, together=RECOUNTED)
-        for step in _in_precision(counting_again, run.settings["precision"], x):
-            recounted[-1] = step
+    anew = seed_of(seed, "recount", index)
+    if plan.soft_votes:
+        given = []
+        asked = smoothed.billed_shares(x, anew, new_votes, together=RECOUNTED)
+        for shares, _ in _in_precision(asked, precision, x):
+            given.append(shares[:, votes.guess].numpy())
             yield state
-    (chosen, before), (again, calls), (fresh, _) = recounted
+        below = 1 - soft.betting_bound(1 - np.concatenate(given), CHANCE)
+    else:
+        counts = None
+        asked = smoothed.count(x, anew, new_votes, together=RECOUNTED)
+        for step in _in_precision(asked, precision, x):
+            counts = step
+            yield state
+        below = intervals.upper_bound(int(counts[votes.guess]), new_votes, CHANCE)
+    apart = _soft_apart(votes, again) if plan.soft_votes else _apart(votes, again)
     faults = ()
-    apart = (again - torch.tensor(votes.estimation)).abs().sum()
-    apart = int(apart + (chosen - torch.tensor(votes.selection)).abs().sum())
-    if apart > 2 * math.ceil(TIES * (votes.n + plan.selection)):
+    if apart > math.ceil(TIES * (votes.n + plan.selection)):
+        faults += (f"picture {index}: a recount with the same noise differs by {apart} votes.",)
+    if not math.isclose(again.calls, row["calls"], rel_tol=0.01):
         faults += (
-            f"picture {index}: a recount with the same noise differs by {apart // 2} votes.",
-        )
-    if not math.isclose(calls + before, row["calls"], rel_tol=0.01):
-        faults += (
-            f"picture {index}: its votes take {calls + before} network calls, where {row['calls']} are claimed.",
+            f"picture {index}: its votes take {again.calls} network calls, where {row['calls']} are claimed.",
         )
     bound = plan.certificate(votes).p_lower
-    below = intervals.upper_bound(int(fresh[votes.guess]), new_votes, CHANCE)
     if below < bound:
         faults += (
             f"picture {index}: {new_votes} new votes prove its share below {below:.4f}, where at least {bound:.4f} is claimed.",
@@ -646,3 +707,42 @@ def _in_precision(run: Iterator, precision: str, like: Tensor) -> Iterator:
             except StopIteration:
                 return
         yield step
+
+
+def _same_votes(
+    smoothed: Smoothed, x: Tensor, run: Certification, index: int, counted: int
+) -> Iterator[tuple[int, Votes | SoftTally | None]]:
+    """The votes on a picture with the noise of the run, as many as are stored, as they are drawn."""
+    drawn = counting.draw_soft_votes if run.plan.soft_votes else counting.draw_votes
+    return drawn(
+        smoothed,
+        x,
+        selection=run.plan.selection,
+        estimation=counted,
+        seed=run.settings["seed"],
+        picture=index,
+        together=RECOUNTED,
+    )
+
+
+def _apart(stored: Votes, again: Votes) -> int:
+    """How many votes differ between two counts of as many."""
+    pairs = zip(
+        stored.selection + stored.estimation, again.selection + again.estimation, strict=True
+    )
+    return sum(abs(one - other) for one, other in pairs) // 2
+
+
+def _soft_apart(stored: SoftTally, again: SoftTally) -> int:
+    """How many soft votes of two tallies of as many differ by more than `CLOSE`, in order; all, where the class does."""
+    if stored.guess != again.guess:
+        return stored.n
+    chosen = abs(torch.tensor(stored.selection) - torch.tensor(again.selection)).max()
+    differ = abs(stored.values - again.values) > CLOSE
+    return int(differ.sum()) + int(chosen) // soft.THOUSAND
+
+
+def _given(smoothed: Smoothed, x: Tensor, seed: int, votes: int, chosen: int) -> np.ndarray:
+    """What new soft votes give one class. Shapes: x [1,C,H,W] -> [votes]."""
+    parts = [shares[:, chosen].numpy() for shares, _ in smoothed.billed_shares(x, seed, votes)]
+    return np.concatenate(parts)
