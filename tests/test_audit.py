@@ -1,6 +1,8 @@
 """The audit: every planted fault is caught by name, an honest classifier has no red light, every check can be both."""
 
+import functools
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -130,13 +132,13 @@ def test_planted_faults_are_caught_by_name(name):
     assert (not red) == (name == "honest"), red
 
 
-def test_seven_faults_are_told_apart_by_the_checks_that_name_them():
+def test_eight_faults_are_told_apart_by_the_checks_that_name_them():
     named = [
         numbers
         for name, (_, numbers) in planted.FAULTS.items()
         if name not in ("honest", "saturated")
     ]
-    assert len(planted.FAULTS) == 8 and len(set(named)) == len(named) == 6
+    assert len(planted.FAULTS) == 9 and len(set(named)) == len(named) == 7
     evidence = {
         name: next(audit.run(planted.case(name), [4])).evidence
         for name in ("saturated", "negative")
@@ -401,6 +403,40 @@ def test_what_cannot_be_judged_is_amber_and_says_why(number):
     (result,) = audit.run(honest(votes=()), [number])
     assert result.light == "amber" and result.passed is None
     assert len(result.evidence.split()) > 5
+
+
+def stopping(**options) -> Case:
+    """The honest classifier, whose votes were counted until they sufficed."""
+    return replace(planted.case("peeked"), **options)
+
+
+def test_votes_that_stop_are_honest_by_the_bound_that_holds_at_every_look():
+    anytime = functools.partial(smoothing_radius, bound="anytime")
+    numbers = list(range(26, 32))
+    case = stopping(certify=anytime)
+    assert min(votes.n for votes in case.votes) < 1000
+    assert lights(case, numbers) == dict.fromkeys(numbers, "green")
+    (result,) = audit.run(case, [31])
+    assert "at any of 25 looks" in result.evidence
+
+
+def test_a_fixed_bound_that_is_read_at_every_look_is_named():
+    by_number = {result.number: result for result in audit.run(stopping(), [27, 28, 29, 31])}
+    assert by_number[27].light == by_number[31].light == "red"
+    assert "as if n had been fixed before" in by_number[27].evidence
+    few = re.findall(r"(\d+) at p = ", by_number[31].evidence)
+    assert max(map(int, few)) > 2000 * 0.002
+
+
+def test_ceiling_and_abstention_are_those_of_the_bound_that_is_due():
+    """Ten agreeing votes prove a majority if their number was fixed, none where they stopped themselves."""
+    votes = Votes((10, 0), (10, 0), 0.12, 0, stopped=True)
+    case = stopping(votes=[votes])
+    assert smoothing_radius(replace(votes, stopped=False)).radius > 0
+    assert smoothing_radius(votes, bound="anytime").radius == 0
+    assert lights(case, [28, 29]) == {28: "red", 29: "red"}
+    fixed = replace(case, votes=[replace(votes, stopped=False)])
+    assert lights(fixed, [28, 29]) == {28: "green", 29: "green"}
 
 
 def test_a_random_classifier_without_luck_has_no_red_light():

@@ -6,7 +6,13 @@ from scipy import stats
 
 from diffclass import units
 from diffclass.audit.base import GREEN, RED, CannotJudge, Case, Picture, Verdict, check, proven
-from diffclass.certify.certificates import Certificate, Votes, largest_radius, prediction_changed
+from diffclass.certify.certificates import (
+    BOUNDS,
+    Certificate,
+    Votes,
+    largest_radius,
+    prediction_changed,
+)
 from diffclass.certify.counting import draw_votes
 from diffclass.classifiers.smoothed import Smoothed
 from diffclass.intervals import lower_bound
@@ -18,6 +24,7 @@ ATTACKED = 8  # certified images that are attacked
 COPIES = 16  # noised copies that this attack averages at a step
 STEPS = 10  # of this attack, at most
 RECOUNTED = 3  # images whose stored votes are counted again
+LOOKS = 25  # at the votes of a simulated claim that stops when it knows enough
 
 
 def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
@@ -28,6 +35,11 @@ def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
             f"expected votes of the first of {len(case.x)} images, got {len(case.votes)}."
         )
     return [(i, votes, case.certify(votes)) for i, votes in enumerate(case.votes)]
+
+
+def _due_bound(votes: Votes, certificate: Certificate) -> str:
+    """The bound that votes allow: one that holds at every look for those that said when to stop, else the one named."""
+    return "anytime" if votes.stopped else certificate.bound
 
 
 def _attack_cost(case: Case) -> int:
@@ -91,13 +103,15 @@ def _changes(case: Case, i: int, certificate: Certificate) -> bool:
 def votes_are_fresh(case: Case) -> Verdict:
     """Whether each certificate is about the estimation votes that were cast, which are not those that chose the class.
 
-    Passes when counts, n and seed of every certificate are those of its votes, and selection was counted apart.
+    Passes when counts, n and seed of every certificate are those of its votes, selection was counted apart, and votes that
+    said themselves when to stop are bounded by what holds at every look.
     """
     certified = _certified(case)
     changed = [
         i for i, votes, one in certified if (one.counts, one.n) != (votes.estimation, votes.n)
     ]
     seedless = [i for i, votes, one in certified if votes.seed is None or one.seed != votes.seed]
+    peeked = [i for i, votes, one in certified if one.bound != _due_bound(votes, one)]
     # unanimous counts are alike by right
     split = [votes for _, votes, _ in certified if max(votes.estimation) < votes.n]
     reused = sum(votes.selection == votes.estimation for votes in split)
@@ -108,7 +122,11 @@ def votes_are_fresh(case: Case) -> Verdict:
     if changed:
         _, votes, one = certified[changed[0]]
         evidence = f"{evidence}; image {changed[0]} claims n = {one.n} of {votes.n} votes cast"
-    return (RED if changed or seedless or (split and reused == len(split)) else GREEN), evidence
+    if peeked:
+        evidence = f"{evidence}; {len(peeked)} stopped counting when they knew enough, bounded as if n had been fixed before"
+    return (
+        RED if changed or seedless or peeked or (split and reused == len(split)) else GREEN
+    ), evidence
 
 
 @check(
@@ -117,10 +135,14 @@ def votes_are_fresh(case: Case) -> Verdict:
     "look for counts that were scaled: no number of votes certifies more than when all agree",
 )
 def radius_ceiling(case: Case) -> Verdict:
-    """Whether every radius is one that the votes cast can certify. Formula: r <= sigma Phi^-1(alpha^(1/n))."""
+    """Whether every radius is one that the votes cast can certify.
+
+    Formula     r <= sigma Phi^-1(alpha^(1/n)); of votes that stopped themselves, that of `anytime_bound` of n agreeing ones
+    """
     certified = _certified(case)
     ceilings = [
-        largest_radius(votes.n, votes.sigma_pixel, one.alpha) for _, votes, one in certified
+        largest_radius(votes.n, votes.sigma_pixel, one.alpha, _due_bound(votes, one))
+        for _, votes, one in certified
     ]
     above = sum(
         one.radius > ceiling * (1 + 1e-9)
@@ -147,7 +169,7 @@ def abstain_reported(case: Case) -> Verdict:
     """Whether votes whose lower bound is below 1/2 abstain, with radius 0; their number is given."""
     certified = _certified(case)
     abstain = [
-        lower_bound(votes.estimation[votes.guess], votes.n, one.alpha) < 0.5
+        BOUNDS[_due_bound(votes, one)](votes.estimation[votes.guess], votes.n, one.alpha) < 0.5
         for _, votes, one in certified
     ]
     hidden = sum(
@@ -208,24 +230,34 @@ def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25
     """Whether certificates of a linear classifier, whose radius is known, claim too much in at most alpha of the cases.
 
     Formula     votes ~ Binomial(n, p) for p = 0.6, 0.9 and 0.99, whose true radius is r = sigma Phi^-1(p); red if
-                lower_bound(times that the certified radius is above r, repeats, 0.001) > the certificates' alpha
+                lower_bound(times that the certified radius is above r, repeats, 0.001) > the certificates' alpha.
+                Where the claim's votes said themselves when to stop, so do these: r is to hold at each of LOOKS looks
     """
     rng = np.random.default_rng(case.seed)
+    stopped = any(votes.stopped for votes in case.votes)
+    looks = np.linspace(n / LOOKS, n, LOOKS).astype(int) if stopped else np.array([n])
     failed = {}
     alphas = set()
     for p in (0.6, 0.9, 0.99):
-        counts, times = np.unique(rng.binomial(n, p, repeats), return_counts=True)
-        certificates = [
-            case.certify(Votes((100, 0), (int(count), n - int(count)), sigma, case.seed))
-            for count in counts
-        ]
-        alphas |= {one.alpha for one in certificates}
+        steps = np.diff(looks, prepend=0)
+        counts = rng.binomial(steps, p, (repeats, len(looks))).cumsum(1)
         truth = sigma * stats.norm.ppf(p)
-        too_large = [one.radius > truth for one in certificates]
-        failed[p] = int(times[too_large].sum())
+        too_large = np.zeros(repeats, dtype=bool)
+        for cast, found in zip(looks.tolist(), counts.T, strict=True):
+            values, places = np.unique(found, return_inverse=True)
+            certificates = [
+                case.certify(
+                    Votes((100, 0), (count, cast - count), sigma, case.seed, stopped=stopped)
+                )
+                for count in values.tolist()
+            ]
+            alphas |= {one.alpha for one in certificates}
+            too_large |= np.array([one.radius > truth for one in certificates])[places]
+        failed[p] = int(too_large.sum())
     alpha = max(alphas)
     evidence = (
-        f"of {repeats} simulated certificates at alpha = {alpha:g}, those with too large a radius: "
+        f"of {repeats} simulated certificates at alpha = {alpha:g}, those with too large a radius"
+        + (f" at any of {LOOKS} looks: " if stopped else ": ")
         + ", ".join(f"{count} at p = {p:g}" for p, count in failed.items())
     )
     bound = lower_bound(max(failed.values()), repeats, 0.001)
