@@ -467,3 +467,57 @@ def test_the_real_files(monkeypatch):
         images.mean((0, 2, 3)), torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.005
     )
     assert torch.allclose(images.std((0, 2, 3)), torch.tensor([0.2470, 0.2435, 0.2616]), atol=0.005)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR-100: a local folder, or a sentence
+
+
+def write_hundred(folder, monkeypatch, labels=None, key="fine_labels"):
+    """A small CIFAR-100 whose checksums are taken for the official ones."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (COUNT, 3072), dtype=np.uint8)
+    labels = rng.integers(0, 100, COUNT).tolist() if labels is None else labels
+    folder = folder / cifar.FOLDER_100
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        content = pickled({key: labels, "coarse_labels": [0] * COUNT, "data": images})
+        (folder / split).write_bytes(content)
+        monkeypatch.setitem(cifar.MD5_100, split, hashlib.md5(content).hexdigest())
+    return folder, torch.from_numpy(images).reshape(-1, 3, 32, 32) / 255, labels
+
+
+def test_a_local_cifar100_is_read_from_its_folder_or_the_one_above(tmp_path, monkeypatch):
+    folder, images, labels = write_hundred(tmp_path, monkeypatch)
+    for named in (folder, tmp_path):
+        monkeypatch.setenv("DIFFCLASS_CIFAR100", str(named))
+        read, fine = cifar.cifar100("test", 5)
+        assert torch.equal(read, images[:5]) and fine.tolist() == labels[:5]
+        assert len(cifar.cifar100("train")[0]) == COUNT
+    assert max(labels) > 9 and fine.dtype == torch.int64
+
+
+def test_without_a_folder_cifar100_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFCLASS_CIFAR100", raising=False)
+    with pytest.raises(FileNotFoundError, match="DIFFCLASS_CIFAR100 names.*'hundred'"):
+        cifar.cifar100()
+    monkeypatch.setenv("DIFFCLASS_CIFAR100", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="the file test of CIFAR-100 in"):
+        cifar.cifar100()
+
+
+def test_a_cifar100_that_is_not_the_official_one_is_refused(tmp_path, monkeypatch):
+    folder, *_ = write_hundred(tmp_path, monkeypatch)
+    monkeypatch.setenv("DIFFCLASS_CIFAR100", str(folder))
+    for arguments in (("valid",), ("test", 0), ("test", COUNT + 1)):
+        with pytest.raises(ValueError, match="expected"):
+            cifar.cifar100(*arguments)
+    with open(folder / "test", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match="cut short or altered"):
+        cifar.cifar100()
+    for number, options in enumerate((dict(labels=[100] * COUNT), dict(key="labels"))):
+        other, *_ = write_hundred(tmp_path / str(number), monkeypatch, **options)
+        monkeypatch.setenv("DIFFCLASS_CIFAR100", str(other))
+        with pytest.raises(ValueError, match="labels from 0 to 99|a CIFAR-100 batch"):
+            cifar.cifar100()

@@ -2,7 +2,8 @@
 
 It is read from the folder named by DIFFCLASS_CIFAR10, or from `cifar10/` in the cache (~/.cache/diffclass, or
 DIFFCLASS_CACHE), in any of three layouts: the official archive, the official folder `cifar-10-batches-py`, or lossless
-WebP tiles with their own SHA256SUMS. Nothing in a data file can run code.
+WebP tiles with their own SHA256SUMS. Nothing in a data file can run code. CIFAR-100 is read from a local folder alone,
+the one that DIFFCLASS_CIFAR100 names: the course has no network for it.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffclass import units
 from diffclass.storage import files
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -47,6 +49,12 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
+FOLDER_100 = "cifar-100-python"
+MD5_100 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+URL_100 = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 # a batch is 30 MB; no member larger than 64 MiB is ever held in memory
 SIDE, LARGEST_BATCH = (
     32,
@@ -149,12 +157,14 @@ class _ArraysOnly(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def _batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _batch(
+    content: bytes, name: str, key: bytes = b"labels", classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one official batch."""
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
         images = np.asarray(batch[b"data"])
-        labels = np.asarray(batch[b"labels"])
+        labels = np.asarray(batch[key])
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -165,26 +175,28 @@ def _batch(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         AttributeError,
     ) as reason:
         raise ValueError(
-            f"expected {name} to be a CIFAR-10 batch of plain arrays, got a file that is refused "
+            f"expected {name} to be a CIFAR-{classes} batch of plain arrays, got a file that is refused "
             f"({reason}); replace it with a fresh copy."
         ) from reason
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * SIDE**2:
         raise ValueError(
             f"expected {name} to hold uint8 images [N,3072], got {images.dtype} {list(images.shape)}."
         )
-    return images.reshape(-1, 3, SIDE, SIDE), _checked_labels(labels, name, len(images))
+    return images.reshape(-1, 3, SIDE, SIDE), _checked_labels(labels, name, len(images), classes)
 
 
-def _checked_labels(labels: np.ndarray, name: str, count: int | None = None) -> np.ndarray:
+def _checked_labels(
+    labels: np.ndarray, name: str, count: int | None = None, classes: int = 10
+) -> np.ndarray:
     good = (
         labels.ndim == 1
         and labels.dtype.kind in "ui"
         and labels.size
-        and 0 <= labels.min() <= labels.max() <= 9
+        and 0 <= labels.min() <= labels.max() < classes
     )
     if not good or (count is not None and len(labels) != count):
         raise ValueError(
-            f"expected {name} to hold {count or 'a list of'} labels from 0 to 9, got {labels.dtype} "
+            f"expected {name} to hold {count or 'a list of'} labels from 0 to {classes - 1}, got {labels.dtype} "
             f"of shape {list(labels.shape)}; the file belongs to something else."
         )
     return labels
@@ -304,6 +316,39 @@ def cifar10(
         )
     images, labels = (np.concatenate(part) for part in zip(*pieces, strict=True))
     return torch.from_numpy(images).float().div_(255), torch.from_numpy(labels.astype(np.int64))
+
+
+def cifar100(split: str = "test", limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """CIFAR-100 in its canonical order, of the hundred fine classes, from the folder that DIFFCLASS_CIFAR100 names.
+
+    Source      Krizhevsky 2009; the unpacked official folder `cifar-100-python`, or the one that it lies in
+    Shapes      -> images [N,3,32,32] float32 in [0,1], labels [N] int64 from 0 to 99
+    Errors      FileNotFoundError where it is missing, with what to do; ValueError for an altered file, another split or limit
+    """
+    split = units.chosen(split, tuple(MD5_100), "the split")
+    if limit is not None:
+        limit = units.check_whole(limit, "a number of images", least=1)
+    named = os.environ.get("DIFFCLASS_CIFAR100")
+    if not named:
+        raise FileNotFoundError(
+            f"expected CIFAR-100 in the folder that DIFFCLASS_CIFAR100 names, which is not set; unpack {URL_100} and set it "
+            f"to the folder {FOLDER_100}. The world 'hundred' has as many classes, and needs nothing."
+        )
+    folder = Path(named).expanduser()
+    folder = folder / FOLDER_100 if (folder / FOLDER_100).is_dir() else folder
+    if not (folder / split).is_file():
+        raise FileNotFoundError(
+            f"expected the file {split} of CIFAR-100 in {folder}, found none; unpack {URL_100}, and set DIFFCLASS_CIFAR100 "
+            f"to the folder {FOLDER_100}."
+        )
+    content = _verify((folder / split).read_bytes(), split, MD5_100[split], "md5")
+    images, labels = _batch(content, split, b"fine_labels", 100)
+    if limit is not None and limit > len(images):
+        raise ValueError(
+            f"expected {limit} images of the {split} split, got {len(images)}: it has no more."
+        )
+    chosen = torch.from_numpy(images[:limit]).float().div_(255)
+    return chosen, torch.from_numpy(labels[:limit].astype(np.int64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
