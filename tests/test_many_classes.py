@@ -18,7 +18,9 @@ from diffclass.data import hundred
 from diffclass.data.hundred import CLASSES, SHAPE
 from diffclass.data.worlds import world_of
 from diffclass.denoisers.exact import MixtureDenoiser
+from diffclass.evaluation import certification
 from diffclass.noise import NoiseBank
+from diffclass.storage import assets
 from test_cli_certifying import run, sentence
 
 SIGMA = 0.25  # in pixels
@@ -272,3 +274,18 @@ def test_generators_of_other_pictures_get_a_sentence():
 def test_a_world_without_networks_says_what_it_has(tmp_path):
     done = run("certify", "cohen", "--world", "hundred", "--sigma", 0.25, "--store", tmp_path)
     assert "epndc-sifted" in sentence(done)
+
+
+def test_the_stored_savings_follow_from_their_rows():
+    """Calls a vote: all classes at all levels 1600; sifted and raced about half; one call for all as many as heads."""
+    per_vote = {}
+    for folder in sorted((assets.folder() / "records" / "hundred-certified").iterdir()):
+        stored = certification.read(folder)
+        assert certification.kept(folder)
+        for row, certificate in zip(stored.rows, stored.certificates(), strict=True):
+            assert abs(row["radius"] - certificate.radius) < 1e-9
+        votes = sum(one.n + stored.plan.selection for one in stored.votes())
+        per_vote[folder.name] = sum(row["calls"] for row in stored.rows) / votes
+    assert per_vote["epndc"] == per_vote["epndc-own-noise"] == 16 * CLASSES
+    assert per_vote["apndc"] == 16 * CLASSES + 1 and per_vote["one-call-noised"] == CLASSES + 1
+    assert per_vote["epndc-sifted"] < 800 and per_vote["epndc-raced"] < 1000
