@@ -135,13 +135,14 @@ def _line(cells: list[str]) -> str:
 class CertifiedRow:
     """A smoothed classifier and its certified accuracies, by radius; None where its votes cannot certify the radius.
 
-    votes       counted on one picture, on average
+    votes, calls    counted on one picture, and the network calls that they took, both on average
     """
 
     title: str
     sigma_pixel: float
     ceiling: float
     votes: float
+    calls: float
     records: dict[float, Record | None]
 
 
@@ -168,10 +169,11 @@ def certified_rows(world: str) -> list[CertifiedRow]:
             for record in listed
         }
         row = CertifiedRow(
-            title=noised.entry_of(world, name).title,
+            title=noised.entry_of(world, name).title + (", soft votes" if plan.soft_votes else ""),
             sigma_pixel=plan.sigma_pixel,
             ceiling=plan.ceiling,
             votes=settings["votes per image"],
+            calls=settings["calls per image"],
             records=by_radius,
         )
         placed.append(((plan.sigma_pixel, order.index(name), -listed[0].n), row))
@@ -186,11 +188,12 @@ def certified_table(world: str) -> list[str]:
     """The lines of a table in Markdown: titles, rule, and a line for each of `certified_rows`. Errors: those of it."""
     rows = certified_rows(world)
     radii = sorted({radius for row in rows for radius in row.records})
-    titles = ["Classifier", "sigma", *(f"r = {radius:g}" for radius in radii), "votes"]
+    titles = ["Classifier", "sigma", *(f"r = {radius:g}" for radius in radii), "votes", "calls"]
     lines = [_line(titles), "|" + "---|" * len(titles)]
     for row in rows:
         cells = [_certified_cell(row, radius) for radius in radii]
-        lines.append(_line([row.title, f"{row.sigma_pixel:g}", *cells, f"{row.votes:.0f}"]))
+        spent = [f"{row.votes:.0f}", f"{row.calls:.0f}"]
+        lines.append(_line([row.title, f"{row.sigma_pixel:g}", *cells, *spent]))
     return lines
 
 
