@@ -1,4 +1,4 @@
-"""An honest classifier of known robustness, and seven that only look robust, each after a bug that was published.
+"""An honest classifier of known robustness, and eight that only look robust, each after a bug that was published.
 
 All stand on one linear classifier, so that what is robust is known in closed form and every difference is the bug.
 """
