@@ -25,7 +25,9 @@ CHEAP = ["--only", "1,3,4,5,8,25", "--images", "8"]
 def world_of(name):
     """The world of the planted classifiers."""
     budgets = {"linf": planted.EPSILON, "l2": 0.5}
-    return SimpleNamespace(name=name, kind="digits", test=planted.images, budget=budgets.get)
+    return SimpleNamespace(
+        name=name, kind="digits", law=None, test=planted.images, budget=budgets.get
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -437,7 +437,7 @@ def test_list_prints_the_tables_of_classifiers_and_attacks(weights):
     for entry in content["classifiers"] + content["attacks"]:
         assert f"\n  {entry['name']} " in text
         assert entry["sentence"] in text and f"source: {entry['source']}\n" in text
-    assert "RDC, 1 step (digits, cifar10, plane)\n" in text
+    assert "RDC, 1 step (digits, cifar10, plane, hundred)\n" in text
     assert "needs the gradient (linf, l2)\n" in text
 
 

@@ -314,8 +314,9 @@ def _row(index: int, label: int, votes: Votes | SoftTally, plan: Plan, seconds: 
 
 
 def is_certification(folder: str | Path) -> bool:
-    """Whether a folder holds the results of `certify`. Errors: those of `files.settings_of`."""
-    return files.settings_of(Path(folder)).get("kind") == KIND
+    """Whether a folder holds the results of `certify`. Errors: those of `files.settings_of`, where it has settings."""
+    folder = Path(folder)
+    return (folder / files.SETTINGS).exists() and files.settings_of(folder).get("kind") == KIND
 
 
 def read(folder: str | Path) -> Certification:

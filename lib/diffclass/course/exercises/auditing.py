@@ -154,6 +154,7 @@ FAULTS = (
     "quantised",
     "noisy",
     "inflated",
+    "peeked",
 )
 MYSTERIES = {1: "quantised", 2: "noisy", 3: "two-faced", 4: "reseeded"}
 _UNLIKE = {  # what the diagnosis would have lit, where the lamps say otherwise
@@ -161,6 +162,7 @@ _UNLIKE = {  # what the diagnosis would have lit, where the lamps say otherwise
     "saturated": "large logits stop one loss (lamps 4 and 15) and no other, which is not what burns here",
     "negative": "negative logits light lamps 4 and 15 and leave everything else alone",
     "inflated": "inflated counts are a fault of certificates (lamps 27, 28 and 31), and these claim none",
+    "peeked": "a bound that was read too often is a fault of certificates (lamps 27 and 31), and these claim none",
     "quantised": "a rounded input leaves no gradient at all (lamp 3) and every call alike; this one has a gradient",
     "two-faced": "two faces differ with and without gradients (lamps 1 and 2); those two agree here, or there is "
     "nothing to compare",
