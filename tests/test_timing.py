@@ -68,6 +68,13 @@ def test_votes_are_timed_one_by_one_and_together():
     assert epndc.certify(1000) == 1000 * epndc.vote
 
 
+def test_the_processor_is_named_where_the_system_tells(tmp_path):
+    about = tmp_path / "cpuinfo"
+    about.write_text("processor : 0\nmodel name\t: Some Chip 9000\nmodel name : Another\n")
+    assert timing.processor(about) == "Some Chip 9000"
+    assert timing.processor(tmp_path / "nothing") != ""
+
+
 def test_the_command_times_votes_and_says_what_is_missing():
     done = run(
         "--json", "compare-votes", "--world", "digits", "--only", "cohen", "--seconds", "0.01"

@@ -1,6 +1,5 @@
 """The command that certifies: votes under noise, picture by picture, and how their certificates are verified."""
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -203,7 +202,7 @@ def compare_votes(
         precision=precision,
         together=together,
         device=where.type,
-        machine=platform.processor() or platform.machine(),
+        machine=timing.processor(),
         threads=torch.get_num_threads(),
         missing=missing,
         classifiers=[],

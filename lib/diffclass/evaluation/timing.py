@@ -1,7 +1,9 @@
 """What a picture's losses cost, here and by the loops that are published on the same network, and what a vote costs."""
 
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -115,6 +117,16 @@ def timings(
             repetitions=len(measured.times) * measured.number_per_run,
             apart=float((losses - plain).abs().max() / plain.abs().max()),
         )
+
+
+def processor(about: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor is called, where the system tells it; else its kind. Shapes: about: a file of "name : value"."""
+    if about.exists():
+        for line in about.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
