@@ -447,32 +447,29 @@ def _classifiers() -> list[dict]:
     from diffclass.data.worlds import SHAPES
     from diffclass.zoo.classifiers import ENTRIES
 
-    return [
-        dict(
-            name=entry.name,
-            title=entry.title,
-            sentence=entry.sentence,
-            worlds=[kind for kind in SHAPES if entry.weights(kind) is not None],
-            source=entry.source,
-        )
-        for entry in ENTRIES.values()
-    ]
+    worlds = {
+        name: [kind for kind in SHAPES if entry.weights(kind) is not None]
+        for name, entry in ENTRIES.items()
+    }
+    return [_listed(entry, worlds[name]) for name, entry in ENTRIES.items()]
 
 
 def _noised() -> list[dict]:
     """The entries of the table of classifiers of noised pictures."""
     from diffclass.zoo.noised import ENTRIES
 
-    return [
-        dict(
-            name=entry.name,
-            title=entry.title,
-            sentence=entry.sentence,
-            worlds=list(entry.worlds),
-            source=entry.source,
-        )
-        for entry in ENTRIES.values()
-    ]
+    return [_listed(entry, entry.worlds) for entry in ENTRIES.values()]
+
+
+def _listed(entry, worlds) -> dict:
+    """What the list says of a classifier."""
+    return dict(
+        name=entry.name,
+        title=entry.title,
+        sentence=entry.sentence,
+        worlds=list(worlds),
+        source=entry.source,
+    )
 
 
 def _attacks() -> list[dict]:
