@@ -67,8 +67,10 @@ PRESS = """async ([selector, index, timeout]) => {
   const start = performance.now();
   const key = {key: up ? 'ArrowRight' : 'ArrowLeft', keyCode: up ? 39 : 37, bubbles: true, cancelable: true};
   handle.dispatchEvent(new KeyboardEvent('keydown', {...key, code: key.key}));
+  let frames = 0;
   while (performance.now() - start < timeout && (first === null || performance.now() - start - last < 150)) {
     await frame();
+    frames += 1;
     const changed = touched, after = print();
     if (!changed.length && after === before) continue;
     touched = []; before = after;
@@ -79,7 +81,10 @@ PRESS = """async ([selector, index, timeout]) => {
     first ??= last;
   }
   observer.disconnect();
-  return {first, last};
+  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel;
+  const state = `${frames} frames painted, slider from ${now} to ${handle.getAttribute('aria-valuenow')}, ` +
+    `in the page: ${handle.isConnected}, kernel ${kernel?.status} and ${kernel?.connectionStatus}`;
+  return {first, last, state};
 }"""
 
 
@@ -235,7 +240,7 @@ def press(page, index: int, timeout: float = 10_000) -> tuple[float, float]:
     if times["first"] is None:
         raise AssertionError(
             f"expected slider {index} to change the figure of its output, but nothing outside the "
-            f"slider changed within {timeout / 1000:.1f} s."
+            f"slider changed within {timeout / 1000:.1f} s. {times['state']}; console: {page.complaints}."
         )
     return times["first"], times["last"]
 
