@@ -125,7 +125,7 @@ EXPLORER = """
 from diffclass.course import widgets
 from diffclass.zoo import networks
 hero = widgets.explorer(networks.load_digits_denoiser())
-hero.votes.value = 100
+hero.votes.value = 1000
 hero
 """
 FAILING = """
@@ -143,7 +143,7 @@ def test_results_keep_their_settings_and_a_failed_job_says_why(lab, page):
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage) > .jupyter-widgets").first
     note = hero.locator(".dc-note[aria-live=polite]")
     hero.get_by_role("button", name="Certify").click()
-    note.filter(has_text="Certifying σ 0.20, n 100").wait_for()
+    note.filter(has_text="Certifying σ 0.20, n 1000").wait_for()
     sigma = hero.get_by_role("slider").nth(2)
     assert float(sigma.get_attribute("aria-valuenow")) == pytest.approx(0.2)
     sigma.focus()
@@ -154,7 +154,7 @@ def test_results_keep_their_settings_and_a_failed_job_says_why(lab, page):
     shoot(page, "explorer-moved")
     assert hero.get_by_text("smoothed, σ = 0.20", exact=True).count() == 1
     assert hero.get_by_text("smoothed, σ = 0.35", exact=True).count() == 0
-    note.filter(has_text="Certificate of σ 0.20, n 100; press Certify for σ 0.35").wait_for()
+    note.filter(has_text="Certificate of σ 0.20, n 1000; press Certify for σ 0.35").wait_for()
     hero.get_by_role("button", name="Certify").click()
     hero.get_by_text("smoothed, σ = 0.35", exact=True).wait_for()
     hero.get_by_role("button", name="Stop").click()

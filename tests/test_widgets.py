@@ -1,9 +1,11 @@
 """Figures, scenes and heroes without a browser: controls move their frames in time, the explorer's jobs are true."""
 
 import asyncio
+import contextlib
 import copy
 import json
 import logging
+import threading
 import time
 from dataclasses import replace
 
@@ -266,6 +268,74 @@ def test_the_cursor_moves_a_slider_with_whole_steps(name, control, dragged, want
     hero = HEROES[name](student)
     hero.stage.cursor = dragged
     assert hero.controls[control].value == wanted
+
+
+def last_note(show) -> str:
+    """What a hero says at last that draws 1 in this thread, slowly, while another thread moves its control to 2."""
+    moved = threading.Event()
+    began = threading.Event()
+
+    def slow(value, point, picked):
+        if value == 1:
+            began.set()
+            moved.wait(0.5)  # in vain, where the other thread has to wait for its turn
+        return show(value)
+
+    hero = widgets.Hero(slow, {"value": widgets.slider("value", 0, 0, 5, 1)})
+
+    def move() -> None:
+        began.wait(5)
+        hero.controls["value"].value = 2
+        moved.set()
+
+    other = threading.Thread(target=move)
+    other.start()
+    hero.controls["value"].value = 1
+    other.join(5)
+    assert not other.is_alive()
+    return hero.stage.frame["note"]
+
+
+def test_an_older_figure_is_never_drawn_over_a_newer_one(monkeypatch):
+    def show(value):
+        return figures.frame([], f"value {value}")
+
+    assert last_note(show) == "value 2"
+    monkeypatch.setattr(widgets.threading, "RLock", contextlib.nullcontext)
+    assert last_note(show) == "value 1"  # the planted fault: nobody waits
+
+
+def test_a_job_lets_other_threads_have_their_turn():
+    waited = []
+
+    class Counting(widgets.Worker):
+        def frame(self):
+            return figures.frame([])
+
+    async def session():
+        worker = Counting()
+
+        def job():
+            for share in range(100):
+                time.sleep(0.01)
+                yield share / 100
+
+        def interfere():
+            for _ in range(5):
+                begun = time.monotonic()
+                worker.refresh()
+                waited.append(time.monotonic() - begun)
+                time.sleep(0.02)
+            worker.halt()
+
+        worker.start("counting", job())
+        await asyncio.gather(worker.job, asyncio.to_thread(interfere))
+        return worker
+
+    worker = asyncio.run(session())
+    assert worker.progress.description == "stopped"
+    assert worker.progress.value < 0.9  # it was stopped on its way
+    assert max(waited) < 0.2
 
 
 def test_a_click_on_a_class_shows_its_curve(student):
@@ -729,7 +799,7 @@ def test_a_stopped_film_can_be_scrubbed(make, student):
     async def session():
         hero = make(student)
         hero.shooting["index"].value = 7
-        for _ in range(16):  # of 21 attack steps, or of 11 and then 20 steps of the walk
+        while hero.progress.value < 0.6:  # of 21 attack steps, or of 11 and then 20 steps of the walk
             await asyncio.sleep(0)
         hero.stop.click()
         seen = len(hero.scene.film)

@@ -1,9 +1,11 @@
 """Thin controllers: a few controls, one function from their state to a frame, one stage to draw it. No arithmetic."""
 
 import asyncio
+import functools
 import html
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +55,21 @@ class Stage(anywidget.AnyWidget):
     picked = traitlets.Int(-1).tag(sync=True)
 
 
+def in_turn(method: Callable) -> Callable:
+    """A method of `Staged` that waits until no other one of the same stage is at work.
+
+    Why         JupyterLab hands the messages of widgets to another thread than the one that runs cells, though not the first
+                ones; where two threads drew, the older figure could come last and stay under newer controls
+    """
+
+    @functools.wraps(method)
+    def turned(self, *values, **more):
+        with self._turn:
+            return method(self, *values, **more)
+
+    return turned
+
+
 class Staged(W.VBox):
     """A stage with the figure of the present state, and below it a note that a screen reader reads out.
 
@@ -60,6 +77,7 @@ class Staged(W.VBox):
     """
 
     def __init__(self, stage: Stage):
+        self._turn = threading.RLock()
         self.stage = stage
         self.message = ""  # what the hero itself has to say, before the figure's note
         self._logged = ""
@@ -69,6 +87,7 @@ class Staged(W.VBox):
         """The frame of the present state; the heroes say how."""
         return figures.frame([])
 
+    @in_turn
     def refresh(self, _=None) -> None:
         """Draw the present state, or say why it cannot be drawn."""
         try:
@@ -127,6 +146,7 @@ class Hero(Staged):
         self.children = [row(controls.values()), self.stage]
         self.refresh()
 
+    @in_turn
     def move(self, _=None) -> None:
         """Draw what can be drawn while a control moves, and the whole when it rests."""
         if self._resting is not None:
@@ -142,6 +162,7 @@ class Hero(Staged):
         if self._moving:
             self._resting = loop.call_later(QUIET, self.rest)
 
+    @in_turn
     def rest(self) -> None:
         """Draw the whole frame."""
         self._resting = None
@@ -401,6 +422,7 @@ class Worker(Staged):
         self.stop = button("Stop", "", "stop the running job; its results so far stay")
         self.stop.on_click(lambda _: self.halt())
 
+    @in_turn
     def start(self, what: str, work: Job) -> None:
         """Run a job item by item: as a task where there is an event loop (a notebook), at once where there is none."""
         self._take_over(what, work)
@@ -411,6 +433,7 @@ class Worker(Staged):
         else:
             self.job = loop.create_task(self._run(work))
 
+    @in_turn
     def _take_over(self, what: str, work: Job) -> None:
         self.halt()
         self.what = what
@@ -429,15 +452,16 @@ class Worker(Staged):
             if time.monotonic() - painted > 0.15:  # a sign of life, not a film of it
                 self.refresh()
                 painted = time.monotonic()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # long enough for another thread to take its turn
 
     def _items(self, work: Job) -> Iterator[None]:
         """Do a job item by item for as long as it is the present one, and say how it ended."""
         try:
             while self.work is work:
-                share = next(work)
-                if self.work is work:
-                    self.progress.value = share
+                with self._turn:
+                    share = next(work)
+                    if self.work is work:
+                        self.progress.value = share
                 yield
             # stopped or replaced while it computed its last item
             _close(work)
@@ -452,11 +476,13 @@ class Worker(Staged):
                 self.halt()
             _close(work)
 
+    @in_turn
     def finish(self, work: Job) -> None:
         """Say that a job is done, and draw its result; nothing where another job has taken its place."""
         if self.work is work:
             self._end("done", "success")
 
+    @in_turn
     def fail(self, work: Job, error: Exception) -> None:
         """Say why a job failed, and draw what it reached; the traceback goes to the log."""
         log.error("a job failed", exc_info=error)
@@ -465,6 +491,7 @@ class Worker(Staged):
             self.progress.tooltip = str(error)
             self._end("failed", "danger")
 
+    @in_turn
     def halt(self) -> None:
         """Stop the running job; its results so far stay, and say that they are partial."""
         work = self.work
@@ -534,6 +561,7 @@ class Filmed(Worker):
         """The job: a new film, by the present controls."""
         return self.scene.shoot(**self.asked())
 
+    @in_turn
     def shoot(self) -> None:
         """Start a new film."""
         self.start(self.title, self.take())
@@ -680,17 +708,20 @@ class Certifier(Worker):
             *self.place(), self.controls["alpha"].value, self.controls["shown"].value
         )
 
+    @in_turn
     def choose(self) -> None:
         """Take the chosen digit and sigma; a job on other ones ends."""
         self.halt()
         self.message = ""
         self.refresh()
 
+    @in_turn
     def vote(self) -> None:
         """Cast more votes, and show them all."""
         self.controls["shown"].value = MOST
         self.start("voting", self.scene.vote(*self.place()))
 
+    @in_turn
     def attack(self) -> None:
         """Start an attack on the votes."""
         job = self.scene.attack(*self.place(), self.controls["alpha"].value)
@@ -765,6 +796,7 @@ class Explorer(Worker):
             self.budget.value,
         )
 
+    @in_turn
     def choose(self) -> None:
         """Take the chosen digit."""
         self.halt()
@@ -772,11 +804,13 @@ class Explorer(Worker):
         self.scene.choose(self.index.value)
         self.refresh()
 
+    @in_turn
     def attack(self) -> None:
         """Start the attack on the plain classifier."""
         self.step.value = self.step.max
         self.start("attacking", self.scene.attack(self.norm.value, self.budget.value))
 
+    @in_turn
     def certify(self) -> None:
         """Start votes, certificate and the attack on the smoothed vote."""
         self.start("certifying", self.scene.certify(self.sigma.value, self.votes.value))
