@@ -2,16 +2,19 @@
 
 import json
 import math
+import tempfile
 from dataclasses import replace
 
 import pytest
 import torch
+import twins
 from diffclass.certify.certificates import Votes, smoothing_radius
 from diffclass.certify.soft import SoftTally
 from diffclass.classifiers.base import Classifier
 from diffclass.evaluation import certification
 from diffclass.evaluation.certification import Plan
 from diffclass.intervals import lower_bound
+from diffclass.noise import seed_of
 from scipy import stats
 
 SHAPE = (1, 2, 2)
@@ -233,6 +236,58 @@ def test_a_better_record_is_a_fault(tmp_path):
     better = replace(listed[1], value=1.0, low=0.5, high=1.0)
     assert verified(tmp_path, [listed[0], better, listed[2]]).faults
     assert verified(tmp_path, listed[:2]).faults
+
+
+class Lucky(HalfSpace):
+    """Answers as it should under the noise of one run, and as the plane that lies elsewhere under any other."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def logits(self, x, noise):
+        known = torch.tensor([round(float(one.sum()), 4) in self.told for one in x])
+        moved = super().logits(x - 0.4 * NORMAL.reshape(SHAPE).to(x), noise)
+        return torch.where(known[:, None], super().logits(x, noise), moved)
+
+
+class Listening(HalfSpace):
+    """Remembers every noised picture that it was asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def logits(self, x, noise):
+        self.heard |= {round(float(one.sum()), 4) for one in x}
+        return super().logits(x, noise)
+
+
+def seeded_as_the_run(seed, *purpose):
+    """The twin of `seed_of` whose recount draws the noise of the run's own votes."""
+    if purpose[0] == "recount":
+        return seed_of(0, "estimation", purpose[1])
+    return seed_of(seed, *purpose)
+
+
+@twins.rejected(
+    {
+        "new votes that prove nothing": dict(changes=dict(CHANCE=1e-300)),
+        "new votes with the old noise": dict(changes=dict(seed_of=seeded_as_the_run)),
+    }
+)
+def test_votes_that_only_the_noise_of_the_run_gives_are_a_fault(changes=None):
+    images, labels = pictures((0.4,))
+    with tempfile.TemporaryDirectory() as folder:
+        listening = Listening()
+        list(certification.certify(listening, images, labels, PLAN, folder, OWN))
+        run = certification.read(folder)
+        check = twins.patched(certification.verify, certification, **(changes or {}))
+        claimed = certification.records_of(run)
+        *_, state = check(
+            Lucky(listening.heard), images, labels, run, {}, claimed, seed=1, reattack=0
+        )
+    assert [fault for fault in state.faults if "new votes prove" in fault]
 
 
 class Moved(HalfSpace):

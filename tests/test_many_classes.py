@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pickle
 
 import contract
@@ -203,8 +204,17 @@ def test_sifting_keeps_the_contract(promise):
     contract.check_promise(promise, entry("epndc-sifted"), pictures()[0][:4].float())
 
 
-def test_classes_that_are_out_lie_a_step_below_the_worst_survivor():
-    logits, _ = billed("epndc-sifted")
+@twins.rejected(
+    {
+        "on a level with the worst": dict(changes=dict(STEP=0.0)),
+        "infinitely far": dict(changes=dict(STEP=math.inf)),
+    }
+)
+def test_classes_that_are_out_lie_a_step_below_the_worst_survivor(changes=None):
+    model = entry("epndc-sifted")
+    x_tau = pictures()[0][:4].float()
+    ask = twins.patched(model.billed, economical, **(changes or {}))
+    logits, _ = ask(x_tau, draw(model, 4, 0))
     for row in logits.double():
         values, counts = row.unique(return_counts=True)  # ascending: the floor first
         assert int(counts[0]) >= CLASSES - 3 and abs(float(values[1] - values[0]) - 1) < 1e-3

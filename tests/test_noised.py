@@ -550,14 +550,30 @@ def test_denoised_smoothing_asks_about_the_denoised_picture():
     assert Smoothed(model).sigma == 0.3
 
 
-def test_the_walk_from_a_noised_picture_is_that_of_diffpure():
+def in_model_units(denoiser, sigma_pixel, **options):
+    """The twin that takes its noise for one in model units."""
+    return Restoration(denoiser, sigma_pixel / 2, **options)
+
+
+def from_elsewhere(denoiser, sigma_pixel, **options):
+    """The twin that starts a level too high, as if the picture carried more noise than it does."""
+    return Restoration(denoiser, 1.1 * sigma_pixel, **options)
+
+
+@twins.rejected(
+    {
+        "noise in model units": dict(restoration=in_model_units),
+        "a start too high": dict(restoration=from_elsewhere),
+    }
+)
+def test_the_walk_from_a_noised_picture_is_that_of_diffpure(restoration=Restoration):
     """Purification of the clean picture is Restoration of the noised one, under the noise of the steps back."""
     denoiser = exact("mixtures")
     x = data.mixtures().sample(4, seeded(), torch.float64)[0]
     for stochastic in (True, False):
         whole = Purification(denoiser, 0.6, steps=5, stochastic=stochastic)
         drawn = whole.sample_noise(4, seeded(1)).double()
-        back = Restoration(denoiser, 0.3, steps=5, stochastic=stochastic)
+        back = restoration(denoiser, 0.3, steps=5, stochastic=stochastic)
         rest = back.sample_noise(4, seeded(2))
         assert (rest.shape[1] == 4) if stochastic else rest == ()
         got = back(x + 0.3 * drawn[:, 0], drawn[:, 1:] if stochastic else ())
@@ -565,7 +581,14 @@ def test_the_walk_from_a_noised_picture_is_that_of_diffpure():
     assert back.calls == 5 and back.sigma_pixel == 0.3
 
 
-def test_the_mean_of_many_walks_is_what_denoising_answers():
+@twins.rejected(
+    {
+        "all walks alike": dict(noise_of=lambda drawn: drawn[:1].expand_as(drawn)),
+        "steps without noise": dict(noise_of=torch.zeros_like),
+        "too much noise in a step": dict(noise_of=lambda drawn: 1.2 * drawn),
+    }
+)
+def test_the_mean_of_many_walks_is_what_denoising_answers(noise_of=torch.clone):
     """On one Gaussian, far from the edges: E[x0 | x_tau] by 60 steps and 4 000 walks."""
     denoiser = MixtureDenoiser(
         torch.zeros(2, *PLANE),
@@ -575,7 +598,7 @@ def test_the_mean_of_many_walks_is_what_denoising_answers():
     )
     walk = Restoration(denoiser, 0.1, steps=60, low=0.002)
     x_tau = torch.tensor([0.58, 0.45], dtype=torch.float64).reshape(1, *PLANE)
-    drawn = walk.sample_noise(4000, seeded(3)).double()
+    drawn = noise_of(walk.sample_noise(4000, seeded(3)).double())
     ends = walk(x_tau.expand(4000, -1, -1, -1), drawn)
     at_once = Denoising(denoiser, 0.1)(x_tau, ())
     assert float((ends.mean(0) - at_once[0]).abs().max()) < 5e-3
@@ -599,10 +622,38 @@ def test_densepure_votes_over_walks():
 # Views
 
 
-def test_a_mirrored_classifier_asks_twice():
+class UpsideDown(Mirrored):
+    """The twin that exchanges top and bottom."""
+
+    def logits(self, x, noise):
+        return (self.classifier.logits(x, noise) + self.classifier.logits(x.flip(-2), noise)) / 2
+
+
+class Summed(Mirrored):
+    """The twin without the half: a posterior of two pictures, where there is one."""
+
+    def logits(self, x, noise):
+        return 2 * super().logits(x, noise)
+
+
+class MirrorImageAlone(Mirrored):
+    """The twin that asks about the mirror image only."""
+
+    def logits(self, x, noise):
+        return self.classifier.logits(x.flip(-1), noise)
+
+
+@twins.rejected(
+    {
+        "upside down": dict(mirrored=UpsideDown),
+        "without the half": dict(mirrored=Summed),
+        "the mirror image alone": dict(mirrored=MirrorImageAlone),
+    }
+)
+def test_a_mirrored_classifier_asks_twice(mirrored=Mirrored):
     cnn = ConvClassifier(DIGIT, 3, (4, 4), seed=1).eval()
     x = torch.rand((4, *DIGIT), generator=seeded(1))
-    model = Mirrored(TrainedOnNoise(cnn, 0.25))
+    model = mirrored(TrainedOnNoise(cnn, 0.25))
     torch.testing.assert_close(model(x), (cnn(x) + cnn(x.flip(3))) / 2)
     torch.testing.assert_close(model(x), model(x.flip(3)))
     assert not torch.allclose(cnn(x), cnn(x.flip(3)), atol=1e-3)
@@ -612,10 +663,19 @@ def test_a_mirrored_classifier_asks_twice():
     assert both.level_counts == (2, 8) and both.at_levels(2).calls == 2 * 2
 
 
-def test_a_network_of_noised_pictures_sees_what_leaves_the_range():
+class Clamping(TrainedOnNoise):
+    """The twin that cuts noised pictures off at black and white, as if they were clean ones."""
+
+    def logits(self, x, noise):
+        return super().logits(x.clamp(0, 1), noise)
+
+
+@twins.rejected({"clamped": dict(trained_on_noise=Clamping)})
+def test_a_network_of_noised_pictures_sees_what_leaves_the_range(trained_on_noise=TrainedOnNoise):
     cnn = ConvClassifier(DIGIT, 3, (4, 4), seed=1).eval()
     x_tau = torch.rand((4, *DIGIT), generator=seeded(1)) * 3 - 1
-    model = TrainedOnNoise(cnn, 0.5)
+    model = trained_on_noise(cnn, 0.5)
+    assert torch.equal(model(x_tau), cnn.logits(x_tau, ()))
     assert not torch.allclose(model(x_tau), cnn(x_tau.clamp(0, 1)))
     with pytest.raises(ValueError, match=r"expected images in \[0,1\]"):
         cnn(x_tau)

@@ -799,7 +799,9 @@ def test_a_stopped_film_can_be_scrubbed(make, student):
     async def session():
         hero = make(student)
         hero.shooting["index"].value = 7
-        while hero.progress.value < 0.6:  # of 21 attack steps, or of 11 and then 20 steps of the walk
+        while (
+            hero.progress.value < 0.6
+        ):  # of 21 attack steps, or of 11 and then 20 steps of the walk
             await asyncio.sleep(0)
         hero.stop.click()
         seen = len(hero.scene.film)

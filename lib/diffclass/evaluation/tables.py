@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffclass.certify.certificates import CertifiedCurve
 from diffclass.data.worlds import world_of
-from diffclass.evaluation import certification, claims
+from diffclass.evaluation import certification, claims, sigmas
 from diffclass.evaluation.protocols import Protocol
 from diffclass.storage import assets
 from diffclass.storage.results import Record
@@ -202,3 +203,39 @@ def _certified_cell(row: CertifiedRow, radius: float) -> str:
     if radius in row.records and row.records[radius] is None:
         return "–"
     return cell(row.records.get(radius))
+
+
+def sigmas_table(world: str) -> list[str]:
+    """The lines of a table in Markdown: certified accuracy by each smoothing noise, by the best one of the data set and by
+    the best one of each picture. Errors: ValueError for a world that does not exist; those of `sigmas.study_of`
+    """
+    lines = []
+    for name, runs in sigmas.kept_runs(world).items():
+        study = sigmas.study_of(runs, runs[0].plan.radii)
+        if not lines:
+            titles = ["Classifier", "sigma", *(f"r = {radius:g}" for radius in study.radii)]
+            lines = [_line(titles), "|" + "---|" * len(titles)]
+        title = noised.entry_of(world, name).title
+        ceilings = [run.plan.ceiling for run in sorted(runs, key=lambda run: run.plan.sigma_pixel)]
+        for sigma, ceiling, curve in zip(study.sigmas, ceilings, study.each, strict=True):
+            lines.append(_line([title, f"{sigma:g}", *_shares(curve, ceiling)]))
+        best = [
+            f"{100 * share:.1f} (sigma {sigma:g})"
+            for share, sigma in zip(study.accuracy.max(0), study.best, strict=True)
+        ]
+        lines.append(_line([title, "best of the data set", *best]))
+        lines.append(
+            _line([title, "best of each picture", *_shares(study.of_each_picture, max(ceilings))])
+        )
+    return lines
+
+
+def _shares(curve: CertifiedCurve, ceiling: float) -> list[str]:
+    """Accuracies in percent with intervals and the number of pictures; a dash beyond the ceiling of the votes."""
+    ends = zip(curve.radii, curve.accuracy, curve.low, curve.high, strict=True)
+    return [
+        f"{100 * share:.1f} [{100 * low:.0f}, {100 * high:.0f}] ({curve.n})"
+        if radius <= ceiling
+        else "–"
+        for radius, share, low, high in ends
+    ]
