@@ -260,3 +260,31 @@ def test_the_tables_of_certificates_are_those_of_the_counts(world):
                 assert radius > plan.ceiling and not any(right)
             else:
                 assert record.value == sum(right) / len(right)
+
+
+def test_the_table_of_sigmas_is_that_of_the_counts():
+    """From the votes of every picture: each sigma, the best of the data set, and the best of each picture."""
+    wanted = tables.sigmas_table("digits")
+    assert shown("digits", "sigmas") == wanted
+    (runs,) = sigmas.kept_runs("digits").values()
+    assert len(wanted) == 2 + len(runs) + 2
+    radii = (0.0, *runs[0].plan.radii)
+    right_and_far = []
+    for run in runs:
+        proofs = [
+            smoothing_radius(votes, 0.001 / len(runs), run.plan.bound) for votes in run.votes()
+        ]
+        right_and_far.append(
+            [
+                proof.radius if proof.prediction == label else -1.0
+                for proof, label in zip(proofs, run.labels.tolist(), strict=True)
+            ]
+        )
+    found = np.array(right_and_far)
+    of_each = (found.max(0)[:, None] >= radii).mean(0)
+    of_the_set = (found[:, :, None] >= radii).mean(1).max(0)
+    cells = [line.strip("| ").split(" | ") for line in wanted[-2:]]
+    for column in range(len(radii)):
+        assert cells[0][2 + column].startswith(f"{100 * of_the_set[column]:.1f} (sigma")
+        if cells[1][2 + column] != "–":
+            assert cells[1][2 + column].startswith(f"{100 * of_each[column]:.1f} [")

@@ -20,6 +20,7 @@ TABLES = (  # world, norm, and the budget where it is not the world's
     ("cifar10", "linf", None),
 )
 CERTIFIED = ("digits", "cifar10", "hundred")
+SIGMAS = ("digits",)
 PLAN = r"(Rooms, bottom to top:\n\n).*?(\n\"\"\")"
 
 
@@ -95,6 +96,8 @@ def written() -> dict[Path, str]:
     text = refreshed(text, "noised", classifier_table(noised.ENTRIES))
     for world in CERTIFIED:
         text = refreshed(text, f"{world} certified", _filled(tables.certified_table(world), world))
+    for world in SIGMAS:
+        text = refreshed(text, f"{world} sigmas", _filled(tables.sigmas_table(world), world))
     for world, norm, epsilon in TABLES:
         name = f"{world} {norm}" if epsilon is None else f"{world} {norm} {epsilon:g}"
         text = refreshed(text, name, _filled(tables.robust_table(world, norm, epsilon), name))

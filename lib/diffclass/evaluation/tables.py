@@ -211,7 +211,7 @@ def sigmas_table(world: str) -> list[str]:
     """
     lines = []
     for name, runs in sigmas.kept_runs(world).items():
-        study = sigmas.study_of(runs, runs[0].plan.radii)
+        study = sigmas.study_of(runs, (0.0, *runs[0].plan.radii))
         if not lines:
             titles = ["Classifier", "sigma", *(f"r = {radius:g}" for radius in study.radii)]
             lines = [_line(titles), "|" + "---|" * len(titles)]
