@@ -220,7 +220,7 @@ def sigmas_table(world: str) -> list[str]:
         for sigma, ceiling, curve in zip(study.sigmas, ceilings, study.each, strict=True):
             lines.append(_line([title, f"{sigma:g}", *_shares(curve, ceiling)]))
         best = [
-            f"{100 * share:.1f} (sigma {sigma:g})"
+            f"{100 * share:.1f} (sigma {sigma:g})" if share else "0.0"
             for share, sigma in zip(study.accuracy.max(0), study.best, strict=True)
         ]
         lines.append(_line([title, "best of the data set", *best]))
