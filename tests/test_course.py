@@ -277,7 +277,7 @@ def test_ledger_lists_each_check_once_and_its_last_result():
     table = course.ledger()
     assert (len(table), table.passed) == (2, 2)
     assert repr(table).startswith("2 of 2 checks hold\n✓ a < b")
-    assert "a &lt; b" in table._repr_html_() and "<caption>2 of 2" in table._repr_html_()
+    assert "a &lt; b" in table._repr_html_() and "<summary>2 of 2" in table._repr_html_()
     course.clear_ledger()
     assert len(course.ledger()) == 0
 
@@ -413,3 +413,65 @@ def test_photographs_put_the_readers_own_first_and_refuse_other_classes(monkeypa
         photographs(10, own={file: "dragon"})
     with pytest.raises(FileNotFoundError, match="no such file"):
         photographs(10, own={tmp_path / "none.png": "ship"})
+
+
+# -- in a notebook -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The outputs of a few cells, run in a kernel as a notebook runs them."""
+    import nbclient
+    import nbformat
+
+    cells = [
+        "from diffclass.course import check, grade, predict, reveal\n"
+        "from diffclass.course.checks import CheckFailed\n"
+        "from diffclass.course import exercises",
+        "check('one', 1.0, 1.0, tol=0.1)",
+        "check('two <', 2.0, 2.0, tol=0.1)\nprint('between')\ncheck('three', 3.0, 3.0, tol=0.1)",
+        "try:\n    check('planted', 1.0, 2.0, tol=0.1)\nexcept CheckFailed as red:\n    print('red:', red)",
+        "guess = predict('Which?', ['a', 'b'])\nreveal(guess, 'b')",
+        "guess.value = 'a'\nstatus = guess._status.value\nreveal(guess, 'b')\nprint(status)",
+        "check('four', 1.0, 2.0, tol=0.1)",
+        "grade(exercises.TWEEDIE, lambda x, sigma, score: x - sigma**2 * score)",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbclient.NotebookClient(book, allow_errors=True, kernel_name="python3").execute()
+    return [cell.outputs for cell in book.cells]
+
+
+def test_one_check_is_a_line_and_more_fold_to_one(page):
+    (one,) = page[1]
+    assert "✓ one" in one.data["text/html"] and "<details" not in one.data["text/html"]
+    fold, between = page[2]
+    assert "<summary>✓ 2 checks hold</summary>" in fold.data["text/html"]
+    assert "✓ two &lt;" in fold.data["text/html"] and "✓ three" in fold.data["text/html"]
+    assert fold.data["text/plain"].count("✓") == 2 and between.text == "between\n"
+
+
+def test_a_planned_failure_shows_no_card(page):
+    (printed,) = page[3]
+    assert printed.output_type == "stream" and printed.text.startswith("red: planted")
+
+
+def test_what_fails_is_one_card_with_the_traceback_folded(page):
+    for place, what, why in (
+        (6, "four", "got 1, wanted 2"),
+        (7, "tweedie", "walks away from the data"),
+    ):
+        card, error = page[place]
+        shown = card.data["text/html"]
+        assert what in shown.lower() and why in shown
+        assert "<summary>traceback</summary>" in shown and "<details open" not in shown
+        assert error.output_type == "error" and len(error.traceback) == 1
+        assert "\n" not in error.traceback[0]
+
+
+def test_an_answer_waits_for_a_prediction(page):
+    (answer,) = page[4]
+    assert answer.output_type == "display_data"
+    assert answer.data["text/html"].startswith("<details><summary>The answer waits")
+    (told,) = page[5]
+    assert told.text.startswith("You predicted a, actual b")
+    assert "You predicted a, actual b" in told.text.splitlines()[1]

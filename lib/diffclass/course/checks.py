@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import ipywidgets
 import numpy as np
 import torch
+from IPython.display import display
 
+from diffclass.course import cards
 from diffclass.course.exercises.compare import index_text, likely_cause, numbers
 from diffclass.course.exercises.grading import grade
 
@@ -36,7 +38,7 @@ STANDARD_ERRORS = 4.0  # a true statement is rejected once in 16 000 numbers
 LARGEST_SE = 0.25  # with more noise than this share of the wanted value, zero would pass
 
 
-class CheckFailed(AssertionError):
+class CheckFailed(cards.Readable):
     """A number is not what the derivation says."""
 
 
@@ -75,10 +77,12 @@ class Ledger:
             f"<td style='text-align:left'>{html.escape(e.evidence)}</td></tr>"
             for e in self.entries
         )
-        return (
-            f"<table><caption>{self.passed} of {len(self)} checks hold</caption><thead><tr>"
-            "<th scope='col'>result</th><th scope='col'>what</th><th scope='col'>measured</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+        table = (
+            "<table><thead><tr><th scope='col'>result</th><th scope='col'>what</th>"
+            f"<th scope='col'>measured</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+        return cards.folded(
+            f"{self.passed} of {len(self)} checks hold", table, opened=self.passed < len(self)
         )
 
 
@@ -98,8 +102,9 @@ def clear_ledger() -> None:
 def _settle(name: str, passed: bool, evidence: str, explanation: str = "") -> None:
     _LEDGER[name] = Entry(name, passed, evidence)
     if not passed:
-        raise CheckFailed(f"{name}: {evidence}{'; ' if explanation else ''}{explanation}.")
-    print(_LEDGER[name])
+        end = "" if explanation.endswith("?") else "."
+        raise CheckFailed(f"{name}: {evidence}{'; ' if explanation else ''}{explanation}{end}")
+    cards.say(str(_LEDGER[name]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +284,7 @@ class Prediction:
             button.on_click(lambda _: self._commit(self._field.value))
             controls = [ipywidgets.HBox([self._field, button])]
         self._number: float | None = None  # a number field shows 0 before anyone has answered
+        self._actual: list = []  # the answer, once it has been asked for
         self.box = ipywidgets.VBox([ask, *controls, self._status])
 
     def _commit(self, number) -> None:
@@ -287,7 +293,13 @@ class Prediction:
 
     def _note(self) -> None:
         text = "" if self.value is None else f"Noted: {_shown(self.value, self.unit)}."
+        if self._actual and self.value is not None:
+            text = _judged(self.value, self._actual[-1], self.unit)
         self.show(text)
+
+    def await_answer(self, actual) -> None:
+        """Tell the answer under the question as soon as there is a prediction."""
+        self._actual.append(actual)
 
     @property
     def value(self):
@@ -335,9 +347,10 @@ def predict(question: str, options: list | None = None, answer=None, unit: str =
 
 
 def reveal(prediction, actual) -> None:
-    """Print the answer beside the prediction, and show it under the question. Never raises: a guess is not an exam.
+    """Show the answer beside the prediction, and under the question. Never raises: a guess is not an exam.
 
-    `prediction` is what `predict` gave, or a plain answer: a number, a string, or None.
+    `prediction` is what `predict` gave, or a plain answer: a number, a string, or None. Where a notebook's question has no
+    prediction yet, the answer stays folded, so that whoever runs all cells at once can still predict.
     """
     guess = prediction
     unit = ""
@@ -348,20 +361,30 @@ def reveal(prediction, actual) -> None:
         actual = actual.detach().cpu().numpy()
     if isinstance(actual, (np.ndarray, np.generic)) and actual.size == 1:
         actual = actual.item()
+    text = _judged(guess, actual, unit)
+    if isinstance(prediction, Prediction):
+        prediction.await_answer(actual)
+        if guess is None and cards.in_notebook():
+            waiting = "The answer waits for your prediction; unfold to see it without one"
+            bundle = {"text/html": cards.folded(waiting, html.escape(text)), "text/plain": text}
+            display(bundle, raw=True)
+            return
+        prediction.show(text)
+    print(text)
+
+
+def _judged(guess, actual, unit: str) -> str:
+    """The answer in words, beside the prediction."""
     if guess is None:
-        text = f"You made no prediction; the answer is {_shown(actual, unit)}."
-    elif _is_number(guess) and _is_number(actual):
-        text = (
+        return f"You made no prediction; the answer is {_shown(actual, unit)}."
+    if _is_number(guess) and _is_number(actual):
+        return (
             f"You predicted {_shown(guess, unit)}, actual {_shown(actual, unit)}: "
             f"{_distance_in_words(guess, actual)}."
         )
-    elif str(guess) == str(actual):
-        text = f"You predicted {_shown(guess, unit)}: right."
-    else:
-        text = f"You predicted {_shown(guess, unit)}, actual {_shown(actual, unit)}: have another look at why."
-    print(text)
-    if isinstance(prediction, Prediction):
-        prediction.show(text)
+    if str(guess) == str(actual):
+        return f"You predicted {_shown(guess, unit)}: right."
+    return f"You predicted {_shown(guess, unit)}, actual {_shown(actual, unit)}: have another look at why."
 
 
 def _is_number(value) -> bool:

@@ -47,7 +47,10 @@ class SigmaStudy:
     @property
     def best(self) -> tuple[float, ...]:
         """For each radius the sigma that certifies most pictures: chosen on the pictures that it is quoted for. Units: pixels."""
-        return tuple(self.sigmas[place] for place in self.accuracy.argmax(0))
+        return tuple(
+            max(zip(column, self.sigmas, strict=True), key=lambda pair: pair[0])[1]
+            for column in self.accuracy.T.tolist()
+        )
 
 
 def study_of(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffclass.course.cards import Readable
 
-class NotYet(AssertionError):
+
+class NotYet(Readable):
     """The answer to an exercise is not right yet; the message is the hint."""
 
 
