@@ -103,8 +103,8 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            help="diffusion; contrastive: no teacher; idc, idc-small; cnn; "
-            "adversarial, adversarial-dc: on attacked images; cohen, smoothadv, macer, consistency: on noised ones."
+            help="diffusion; contrastive: no teacher; idc, idc-small; cnn, wide, vit; jem; adversarial, "
+            "adversarial-wide, adversarial-vit, adversarial-dc: on attacked images; cohen, smoothadv, macer, consistency: on noised ones."
         ),
     ] = "diffusion",
     sigma: Annotated[

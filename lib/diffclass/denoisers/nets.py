@@ -342,3 +342,5 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
                     nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, generator=generator)
+        elif isinstance(module, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(module.in_proj_weight, generator=generator)

@@ -31,6 +31,7 @@ from diffclass.training.optimisers import Optimiser
 from diffclass.training.schedule import Schedule
 
 DENOISING = denoising_loss()
+MOST_FALLS = 10  # how often a run may go back to its last good state
 
 
 @contextlib.contextmanager
@@ -142,6 +143,8 @@ class Training:
     Writes      `checkpoint`, a safetensors file with weights, average and optimiser state, every `save_every` steps
     Precision   "fp32", or "bf16": the network in bfloat16 under autocast, weights and arithmetic of levels in float32
     Units       minutes: of training, in place of the steps, which then only say how far back the average reaches
+    Divergence  a loss with a limit may pass it: weights, average and optimiser then go back to where they were at the last
+                multiple of `save_every` steps, and the run goes on with the draws of its next step; its card says when
     Memory      where it runs out, the gradient is summed over halves, of halves, of the batch: the noise is drawn for all
                 of it before, so the result is the same but for rounding and for dropout, which is the network's own
     """
@@ -199,6 +202,8 @@ class Training:
         self.piece = self.own
         # how much of itself the average gives up in a step: a tensor, so that a captured step can be told anew
         self.given_up = torch.zeros((), device=place)
+        self.fallen: list[int] = []  # the steps after which it went back
+        self.good: dict[str, Tensor] = self._state() if loss.limit is not None else {}
         if self.checkpoint and self.checkpoint.exists():
             self._resume()
         if compiled:  # in place, so that the names of the weights stay
@@ -220,6 +225,7 @@ class Training:
                 started = time.perf_counter()
                 measured = self._one_step()
                 self._check(measured)
+                self._secure(measured)
                 self.step += 1
                 self._spend(time.perf_counter() - started)
                 due = self.is_over or self.step % self.save_every == 0
@@ -247,12 +253,39 @@ class Training:
 
     def _check(self, measured: Tensor, always: bool = False) -> None:
         """Now and then, as asking waits for the accelerator, and before anything is written."""
+        if self.loss.limit is not None:
+            return  # `_secure` has looked at every step
         due = self.checkpoint and (self.step + 1) % self.save_every == 0
         if (always or due or self.step % 10 == 0) and not torch.isfinite(measured):
             raise FloatingPointError(
                 f"the loss became {float(measured)} at step {self.step - always}; lower the rate "
                 f"({self.settings['rate']:g}) and start again from the last checkpoint."
             )
+
+    def _secure(self, measured: Tensor) -> None:
+        """Of a loss with a limit: keep the state now and then, and go back to it where the limit is passed, or NaN.
+
+        Errors      FloatingPointError for a run that has gone back too often
+        """
+        limit = self.loss.limit
+        if limit is None:
+            return
+        if abs(float(measured)) <= limit:
+            if (self.step + 1) % self.save_every == 0:
+                self.good = self._state()
+            return
+        if len(self.fallen) == MOST_FALLS:
+            raise FloatingPointError(
+                f"the loss became {float(measured):.3g} at step {self.step}, after the run had gone back {MOST_FALLS} times; "
+                f"lower the rate ({self.settings['rate']:g}) and start again."
+            )
+        self.fallen.append(self.step)
+        self._go_to(self.good)
+        warnings.warn(
+            f"the loss became {float(measured):.3g} at step {self.step}, beyond {limit:g}: the run has diverged and goes on "
+            f"from its last good state ({len(self.fallen)} of at most {MOST_FALLS} times).",
+            stacklevel=2,
+        )
 
     def _spend(self, seconds: float) -> None:
         """Add to the clock; where time decides, all processes share one, or their rates would differ."""
@@ -383,6 +416,8 @@ class Training:
                 apart = torch._foreach_sub(list(self.denoiser.parameters()), average)
                 torch._foreach_mul_(apart, self.given_up)
                 torch._foreach_add_(average, apart)
+                for mine, own in zip(self.average.buffers(), self.denoiser.buffers(), strict=True):
+                    mine.copy_(own)
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"memory ran out while the weights were changed, which fewer images at once do not help: {error}"
@@ -398,7 +433,8 @@ class Training:
 
     def facts(self) -> dict:
         """What every model card says of a run: how much, how long, on what, with what, when."""
-        return dict(
+        fallen = {} if self.loss.limit is None else dict(diverged_at_steps=self.fallen)
+        return fallen | dict(
             images_seen=self.step * self.settings["batch"],
             seconds=round(self.seconds, 1),
             device=self.accelerator.device.type,
@@ -413,16 +449,28 @@ class Training:
         """Write the checkpoint (one process does); the previous one survives an interruption."""
         if not self.accelerator.is_main_process:
             return
+        tensors = self._state() | {f"good.{n}": v for n, v in self.good.items()}
+        header = json.dumps(
+            dict(settings=self.settings, step=self.step, seconds=self.seconds, fallen=self.fallen)
+        )
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        files.write_tensors(self.checkpoint, tensors, {"run": header})
+
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of weights, average and optimiser state, by name."""
         tensors = {f"now.{n}": v for n, v in self.denoiser.state_dict().items()}
         tensors |= {f"average.{n}": v for n, v in self.average.state_dict().items()}
         tensors |= {f"optimiser.{n}": v for n, v in self.optimiser.state().items()}
-        header = json.dumps(dict(settings=self.settings, step=self.step, seconds=self.seconds))
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        files.write_tensors(
-            self.checkpoint,
-            {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()},
-            {"run": header},
-        )
+        return {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
+
+    def _go_to(self, tensors: dict[str, Tensor]) -> None:
+        """Take weights, average and optimiser state from what `_state` gave."""
+        own = self.denoiser.state_dict()
+        self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
+        self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
+        prefix = "optimiser."
+        kept = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+        self.optimiser.load(kept)
 
     def _resume(self) -> None:
         try:
@@ -451,10 +499,9 @@ class Training:
                 "delete it to start afresh."
             )
         check_finite(tensors, self.checkpoint.name)
-        self.denoiser.load_state_dict({n: tensors[f"now.{n}"] for n in own})
-        self.average.load_state_dict({n: tensors[f"average.{n}"] for n in own})
-        prefix = "optimiser."
-        own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-        self.optimiser.load(own)
+        self._go_to(tensors)
+        good = {n: v for n, v in tensors.items() if n.startswith("good.")}
+        self.good = {n.removeprefix("good."): v for n, v in good.items()}
+        self.fallen = run.get("fallen", [])
         self.step = run["step"]
         self.seconds = run["seconds"]

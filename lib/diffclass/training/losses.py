@@ -25,6 +25,8 @@ class Loss:
     draw    (network, images, labels, generator) -> all the noise of a batch, the picture axis first
     value   (network, images, labels, noise) -> the mean over these images, of a batch or of a slice of both
     silent  whether `value` reads no number back from the accelerator, so that a step of it can be captured
+    limit   beyond which size it says that the run has diverged and has to go back to its last good state; None for a loss
+            that no number stops but one that is not finite
 
     Called with a generator in place of the noise, it does both. Shapes: images [B,C,H,W], labels [B] -> scalar
     """
@@ -32,6 +34,7 @@ class Loss:
     draw: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Noise]
     value: Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]
     silent: bool = False
+    limit: float | None = None
 
     def __call__(
         self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator

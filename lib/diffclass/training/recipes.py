@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffclass import units
-from diffclass.classifiers import bridges, cnn, idc
+from diffclass.classifiers import attention, bridges, cnn, idc, joint
 from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.bridges import Bridge
 from diffclass.data.worlds import BUDGETS
@@ -22,6 +22,7 @@ from diffclass.denoisers.base import Denoiser
 from diffclass.denoisers.lora import Adapter
 from diffclass.training import losses, measures, smoothing
 from diffclass.training.hardening import Hardening, Inner, adversarial_loss, hardening_loss
+from diffclass.training.joint import Chains, joint_loss
 from diffclass.training.losses import Loss
 from diffclass.training.measures import Measure
 from diffclass.training.optimisers import Optimiser
@@ -301,56 +302,89 @@ def truth_maximised(
 # Plain classifiers and translators
 
 
-def plain_config(network: cnn.ConvClassifier) -> dict:
-    """The architecture of a convolutional network, for its card."""
-    return dict(network="ConvClassifier", widths=list(network.widths))
+def built(
+    kind: type[cnn.Plain],
+    resized: Callable[[tuple[int, ...]], dict] = several_widths,
+    **config,
+) -> Callable[[Beginning], cnn.Plain]:
+    """A plain network with first weights. Shapes: resized: widths of a dry run -> configuration."""
+
+    def build(beginning: Beginning) -> cnn.Plain:
+        own = resized(beginning.widths) if beginning.widths else {}
+        return kind(beginning.shape, beginning.classes, seed=beginning.seed, **{**config, **own})
+
+    return build
+
+
+def with_chains(
+    network: Callable[[Beginning], cnn.WideClassifier], chains: int
+) -> Callable[[Beginning], joint.JointClassifier]:
+    """A network with so many chains that have not moved yet."""
+    return lambda beginning: joint.JointClassifier.begun(network(beginning), chains, beginning.seed)
 
 
 def classifier(
     world: str,
     method: str,
-    widths: tuple[int, ...],
     loss: Loss,
+    network: Callable[[Beginning], Classifier],
     *,
     attacked: int,
     says: dict,
+    save: Callable[[nn.Module, Path, dict], None] = cnn.save,
+    config: Callable[[nn.Module], dict] = cnn.described,
     **settings,
 ) -> Recipe:
-    """The recipe of a convolutional network, measured on clean images and, of the first `attacked`, under attack."""
+    """The recipe of a deterministic classifier, measured on clean images and, of the first `attacked`, under attack."""
     epsilon = BUDGETS[world]["linf"]
-
-    def build(beginning: Beginning) -> cnn.ConvClassifier:
-        return cnn.ConvClassifier(
-            beginning.shape, beginning.classes, beginning.widths or widths, beginning.seed
-        )
-
     return Recipe(
         world,
         method,
-        build=build,
+        build=network,
         loss=from_data(loss),
         measure=measures.attacked_accuracy(epsilon, attacked),
         watch=measures.attacked_curve(epsilon),
         watched=200,
-        save=cnn.save,
-        config=plain_config,
+        save=save,
+        config=config,
         says=dict(recipe=says),
         pictures=as_they_are,
         **settings,
     )
 
 
-def plain(world: str, *, crop: int = 0, **settings) -> Recipe:
-    """The recipe of a convolutional network that learns from clean images, moved by up to `crop` pixels."""
+def plain(world: str, method: str = "cnn", *, crop: int = 0, **settings) -> Recipe:
+    """The recipe of a plain network that learns from clean images, moved by up to `crop` pixels."""
     loss = losses.classification_loss(crop)
-    return classifier(world, "cnn", loss=loss, says=dict(crop=crop, inner=None), **settings)
+    return classifier(world, method, loss, says=dict(crop=crop, inner=None), **settings)
 
 
-def adversarial(world: str, inner: Inner, *, crop: int = 0, **settings) -> Recipe:
-    """The recipe of a convolutional network that learns from each batch's worst case."""
+def adversarial(
+    world: str, inner: Inner, method: str = "adversarial", *, crop: int = 0, **settings
+) -> Recipe:
+    """The recipe of a plain network that learns from each batch's worst case."""
     loss = adversarial_loss(inner, crop)
+    return classifier(world, method, loss, says=dict(crop=crop, inner=asdict(inner)), **settings)
+
+
+def jem(
+    world: str,
+    chains: Chains,
+    *,
+    network: Callable[[Beginning], cnn.WideClassifier],
+    replay: int,
+    **settings,
+) -> Recipe:
+    """The recipe of a network that is a classifier and a density, whose chains are `replay` pictures."""
     return classifier(
-        world, "adversarial", loss=loss, says=dict(crop=crop, inner=asdict(inner)), **settings
+        world,
+        "jem",
+        joint_loss(chains),
+        with_chains(network, replay),
+        says=dict(inner=None, chains=asdict(chains)),
+        save=partial(joint.save, dtype=torch.float16),
+        config=joint.described,
+        **settings,
     )
 
 
@@ -368,7 +402,7 @@ def smoothed(
     method: str,
     sigma: float,
     *,
-    widths: tuple[int, ...],
+    network: Callable[[Beginning], cnn.ConvClassifier],
     voted: int,
     crop: int = 0,
     choices: dict | None = None,
@@ -384,9 +418,7 @@ def smoothed(
     choices = usual | (choices or {})
 
     def build(beginning: Beginning) -> cnn.ConvClassifier:
-        classifier = cnn.ConvClassifier(
-            beginning.shape, beginning.classes, beginning.widths or widths, beginning.seed
-        )
+        classifier = network(beginning)
         classifier.sigma_pixel = sigma  # its pictures leave [0,1]
         return classifier
 
@@ -399,7 +431,7 @@ def smoothed(
         watch=measures.noised_curve(sigma),
         watched=200,
         save=cnn.save,
-        config=plain_config,
+        config=cnn.described,
         says=dict(recipe=dict(sigma_pixel=sigma, crop=crop, **choices)),
         pictures=as_they_are,
         sigma=sigma,
@@ -468,10 +500,30 @@ def permuted(labels: Tensor, seed: int) -> Tensor:
 # the ablations' too
 DIGITS_IDC = partial(translator, "digits", "idc", "DigitNet", steps=1200, batch=128, rate=2e-3)
 _DIGITS_STUDENT = fresh("MultiHeadDenoiser", "DigitNet")
-_DIGITS_CNN = dict(widths=(32, 64), steps=400, batch=128, rate=2e-3, attacked=400)
+_DIGITS_NET = built(cnn.ConvClassifier, widths=(32, 64))
+_DIGITS_CNN = dict(network=_DIGITS_NET, steps=400, batch=128, rate=2e-3, attacked=400)
+# WRN-10-2, and one without norms
+_WIDE = partial(built, cnn.WideClassifier, widths=(16, 32, 64, 128), blocks=1)
+_DIGITS_WIDE = dict(
+    network=_WIDE(),
+    steps=400,
+    batch=128,
+    rate=2e-3,
+    attacked=400,
+    save=partial(cnn.save, dtype=torch.float16),
+)
+# Attention knows nothing of neighbours: it needs more steps, and digits moved by a pixel, to learn from 1397 pictures.
+_DIGITS_VIT = dict(
+    network=built(attention.AttentionClassifier, one_width, width=96, layers=2, patch=2),
+    steps=1000,
+    batch=128,
+    rate=2e-3,
+    crop=1,
+    attacked=400,
+    save=partial(cnn.save, dtype=torch.float16),
+)
 _DIGITS_TRUTH = dict(steps=400, batch=64, rate=1e-3, ema=0.98, levels=16, rank=4)
 _CIFAR_NET = dict(
-    widths=(32, 64, 128),
     batch=128,
     rate=3e-3,
     crop=4,
@@ -479,14 +531,23 @@ _CIFAR_NET = dict(
     ema=0.998,
     precision="bf16",
 )
-_CIFAR_CNN = dict(**_CIFAR_NET, attacked=1000)
+_CIFAR_CNN = dict(
+    network=built(cnn.ConvClassifier, widths=(32, 64, 128)), **_CIFAR_NET, attacked=1000
+)
+_CIFAR_STORED = dict(attacked=1000, save=partial(cnn.save, dtype=torch.float16))
+_CIFAR_WIDE = dict(network=_WIDE(), **_CIFAR_NET, **_CIFAR_STORED)
+_CIFAR_VIT = dict(
+    network=built(attention.AttentionClassifier, one_width, width=96, layers=5, patch=4),
+    **{**_CIFAR_NET, "rate": 1e-3},
+    **_CIFAR_STORED,
+)
 # Several copies and steps of an attack cost as many passes: those methods take fewer steps.
-_DIGITS_SMOOTHED = dict(widths=(32, 64), batch=128, rate=2e-3, voted=400)
+_DIGITS_SMOOTHED = dict(network=_DIGITS_NET, batch=128, rate=2e-3, voted=400)
 _DIGITS_SMOOTHED_STEPS = dict(cohen=2000, smoothadv=800, macer=800, consistency=1500)
 # Under much noise the usual weight of agreement, 10, leaves classes unlearned: after 400 steps at sigma 0.5 votes name
 # 384 of 400 digits by 5, 386 by 3 and 391 by 1; after 1500 steps 212 by 10.
 _DIGITS_AGREEMENT = {0.5: 5.0, 1.0: 5.0}
-_CIFAR_SMOOTHED = dict(**_CIFAR_NET, steps=4000, voted=200)
+_CIFAR_SMOOTHED = dict(network=_CIFAR_CNN["network"], **_CIFAR_NET, steps=4000, voted=200)
 _CIFAR = dict(mirror=True, precision="bf16", stored=torch.float16)
 _CIFAR_DENOISER = dict(**_CIFAR, compiled=True, measured=1000, watched=256)
 _CIFAR_TEACHER = networks.MODELS["cifar10"]["teacher"]
@@ -634,6 +695,45 @@ RECIPES: dict[str, Recipe] = {
     networks.BASELINES["cifar10"]["cnn"]: plain("cifar10", steps=4000, **_CIFAR_CNN),
     networks.BASELINES["cifar10"]["adversarial"]: adversarial(
         "cifar10", Inner(8 / 255, 1, 1.25), steps=6000, **_CIFAR_CNN
+    ),
+    networks.BASELINES["digits"]["wide"]: plain("digits", "wide", **_DIGITS_WIDE),
+    networks.BASELINES["digits"]["adversarial-wide"]: adversarial(
+        "digits", Inner(0.1, 7, 0.25), "adversarial-wide", **_DIGITS_WIDE
+    ),
+    networks.BASELINES["digits"]["vit"]: plain("digits", "vit", **_DIGITS_VIT),
+    networks.BASELINES["digits"]["adversarial-vit"]: adversarial(
+        "digits", Inner(0.1, 7, 0.25), "adversarial-vit", **_DIGITS_VIT
+    ),
+    networks.BASELINES["cifar10"]["wide"]: plain("cifar10", "wide", steps=4000, **_CIFAR_WIDE),
+    networks.BASELINES["cifar10"]["adversarial-wide"]: adversarial(
+        "cifar10", Inner(8 / 255, 1, 1.25), "adversarial-wide", steps=6000, **_CIFAR_WIDE
+    ),
+    networks.BASELINES["cifar10"]["vit"]: plain("cifar10", "vit", steps=8000, **_CIFAR_VIT),
+    networks.BASELINES["cifar10"]["adversarial-vit"]: adversarial(
+        "cifar10", Inner(8 / 255, 1, 1.25), "adversarial-vit", steps=8000, **_CIFAR_VIT
+    ),
+    networks.JOINT["digits"]: jem(
+        "digits",
+        Chains(),
+        network=_WIDE(normed=False),
+        replay=1000,
+        steps=800,
+        batch=64,
+        rate=1e-3,
+        ema=0.99,
+        attacked=400,
+    ),
+    networks.JOINT["cifar10"]: jem(
+        "cifar10",
+        Chains(),
+        network=_WIDE(normed=False),
+        replay=10_000,
+        steps=20_000,
+        batch=64,
+        rate=2e-4,
+        ema=0.999,
+        mirror=True,
+        attacked=1000,
     ),
     networks.TRANSLATORS["digits"][0]: DIGITS_IDC(),
     networks.TRANSLATORS["cifar10"][0]: translator(

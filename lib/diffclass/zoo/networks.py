@@ -33,10 +33,13 @@ MODELS = {
 # Denoisers that were trained to tell classes apart, or on attacked images.
 CONTRASTIVE = {world: models["contrastive"] for world, models in MODELS.items()}
 HARDENED = {world: f"{world}-adversarial-dc.safetensors" for world in MODELS}
+# Plain networks, each trained on clean pictures and on attacked ones.
+PLAIN = ("cnn", "adversarial", "wide", "adversarial-wide", "vit", "adversarial-vit")
 BASELINES = {
-    world: {method: f"{world}-{method}.safetensors" for method in ("cnn", "adversarial")}
-    for world in MODELS
+    world: {method: f"{world}-{method}.safetensors" for method in PLAIN} for world in MODELS
 }
+# Networks that are a classifier and a density.
+JOINT = {world: f"{world}-jem.safetensors" for world in MODELS}
 # Low-rank adapters beside the student, trained on attacked images: truth maximisation, and with contrast.
 TRUTH = {"digits": tuple(f"digits-{name}.safetensors" for name in ("tmdc", "tmdc-contrastive"))}
 # Plain classifiers that learned from noised pictures, for randomised smoothing: methods, and noise in pixels.
