@@ -6,14 +6,27 @@ from dataclasses import replace
 import pytest
 import torch
 from diffclass import cli, data
-from diffclass.classifiers import cnn
+from diffclass.classifiers import cnn, joint
 from diffclass.data import cifar
 from diffclass.storage import assets
 from diffclass.zoo import networks
 from typer.testing import CliRunner
 
 TINY = ["--widths", "8,16", "--batch", "16", "--measured", "4", "--seed", "1"]
-METHODS = ["cnn", "adversarial"]
+# A method, and widths of a small network of its kind.
+METHODS = {
+    "cnn": "8,16",
+    "adversarial": "8,16",
+    "wide": "8,16",
+    "adversarial-wide": "8,16",
+    "vit": "12",
+    "adversarial-vit": "12",
+    "jem": "8,16",
+}
+FILES = {
+    world: networks.BASELINES[world] | {"jem": networks.JOINT[world]}
+    for world in networks.BASELINES
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +56,27 @@ def one_sentence(done, *words) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("world", ["digits", "cifar10"])
 def test_train_writes_network_card_and_checksum(tmp_path, world, method):
-    done = run("--json", "train", world, "--method", method.upper(), "--steps", 2, *TINY)
+    options = ["--steps", 2, "--widths", METHODS[method], *TINY[2:]]
+    done = run("--json", "train", world, "--method", method.upper(), *options)
     assert done.exit_code == 0 and "loss" in done.stderr, done.stderr
     (model,) = json.loads(done.stdout)["models"]
-    classifier, card = cnn.load(assets.verified(networks.BASELINES[world][method]))
-    assert model == dict(
-        file=str(tmp_path / "assets" / networks.BASELINES[world][method]), card=card
-    )
-    assert (
-        classifier.widths == (8, 16)
-        and classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
-    )
+    load = joint.load if method == "jem" else cnn.load
+    classifier, card = load(assets.verified(FILES[world][method]))
+    assert model == dict(file=str(tmp_path / "assets" / FILES[world][method]), card=card)
+    assert classifier.image_shape[0] == {"digits": 1, "cifar10": 3}[world]
     assert (
         card["settings"]["seed"] == 1
         and card["settings"]["steps"] == 2
         and card["images_seen"] == 32
     )
-    assert (card["recipe"]["inner"] is None) == (method == "cnn") and card["accuracy"]["n"] == 4
-    assert card["settings"]["config"]["widths"] == [8, 16]
+    assert (card["recipe"]["inner"] is not None) == method.startswith("adversarial")
+    assert card["accuracy"]["n"] == 4
+    config = card["settings"]["config"]
+    config = config.get("inner", config)
+    if method.endswith("vit"):
+        assert config["network"] == "AttentionClassifier" and config["width"] == 12
+    else:
+        assert config["widths"] == [8, 16]
     assert card["command"] == f"diffclass train {world} --method {method}"
     assert not list((tmp_path / "assets" / "checkpoints").iterdir())
 
