@@ -20,7 +20,6 @@ METHODS = {
     "wide": "8,16",
     "adversarial-wide": "8,16",
     "vit": "12",
-    "adversarial-vit": "12",
     "jem": "8,16",
 }
 FILES = {
@@ -79,6 +78,26 @@ def test_train_writes_network_card_and_checksum(tmp_path, world, method):
         assert config["widths"] == [8, 16]
     assert card["command"] == f"diffclass train {world} --method {method}"
     assert not list((tmp_path / "assets" / "checkpoints").iterdir())
+
+
+def test_attention_is_trained_on_attacked_pictures_from_weights_that_know_clean_ones(tmp_path):
+    options = ("--steps", 2, *TINY[2:])
+    command = ("train", "digits", "--method", "adversarial-vit", *options)
+    done = run(*command)
+    assert done.exit_code == 2 and one_sentence(done, "expected weights at digits-vit")
+    run("train", "digits", "--method", "vit", "--widths", "12", *options)
+    done = run(*command, "--widths", "12")
+    assert done.exit_code == 2 and one_sentence(done, "no widths", "goes on from digits-vit")
+    done = run("--json", *command)
+    assert done.exit_code == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert model["card"]["start"] == "digits-vit.safetensors"
+    assert model["card"]["recipe"]["inner"]["steps"] == 7
+    before, after = (
+        cnn.load(assets.verified(FILES["digits"][method]))[0].enter.weight
+        for method in ("vit", "adversarial-vit")
+    )
+    assert 0 < float((before - after).abs().max()) < 0.02
 
 
 def test_train_says_both_accuracies(tmp_path):

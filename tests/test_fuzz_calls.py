@@ -21,10 +21,12 @@ import torch
 from diffclass import attacks, data, intervals, likelihood, noise, units
 from diffclass.certify import anytime, certificates, lipschitz, soft
 from diffclass.classifiers import bridges, economical, paths, racing
+from diffclass.classifiers.attention import AttentionClassifier
 from diffclass.classifiers.base import Classifier, Fresh, Held, draw
 from diffclass.classifiers.bayes import BayesClassifier, ExactClassifier, telescoped
-from diffclass.classifiers.cnn import ConvClassifier
+from diffclass.classifiers.cnn import ConvClassifier, WideClassifier
 from diffclass.classifiers.foreign import Foreign
+from diffclass.classifiers.joint import JointClassifier, langevin, temperature, uniform
 from diffclass.classifiers.mirrored import Mirrored
 from diffclass.classifiers.noised import (
     ApproximateNoisedClassifier,
@@ -233,6 +235,9 @@ MEANS = drawn(K, *PLANE, low=-0.5, high=0.5, dtype=torch.float64)
 TRACES = torch.full((K,), 0.1, dtype=torch.float64)
 BAYES = BayesClassifier(EXACT, LEVELS)
 CNN = ConvClassifier(DIGIT, 3, widths=(4, 4), seed=1).eval()
+WIDE = WideClassifier(DIGIT, 3, (4, 4), normed=False, seed=1).eval()
+VIT = AttentionClassifier(DIGIT, 3, 6, 1, 4, seed=1).eval()
+JEM = JointClassifier.begun(WIDE, 5, 1).eval()
 ADAPTED = network.build("ConditionalDenoiser", "DigitNet", 2, DIGIT, width=8, blocks=1)
 LAYERS_NOT_ADAPTED = (
     None,
@@ -1169,6 +1174,9 @@ CALLS = [
         for kind in KINDS
     ),
     Call("the classifier cnn", CNN, dict(x=pixels(DIGIT)), lambda x: (len(x), 3)),
+    Call("the classifier wide", WIDE, dict(x=pixels(DIGIT)), lambda x: (len(x), 3)),
+    Call("the classifier vit", VIT, dict(x=pixels(DIGIT)), lambda x: (len(x), 3)),
+    Call("the classifier jem", JEM, dict(x=pixels(DIGIT)), lambda x: (len(x), 3)),
     Call(
         "a noise of another",
         BAYES,
@@ -1401,6 +1409,74 @@ CALLS = [
             widths=Values(((4,), (4, 8)), (), ((), (3,), (0,), (-4,), None, "x", (4.5,), 4)),
             seed=seeds(),
         ),
+    ),
+    Call(
+        "WideClassifier",
+        answered(WideClassifier),
+        dict(
+            image_shape=Values((DIGIT, [3, 8, 8]), (), (None, "x", 3, (8, 8), (0, 8, 8))),
+            num_classes=Values((2, 10), (), (*NO_NUMBER, 0, 1, -1, 1.5)),
+            widths=Values(((4, 4), (4, 8, 4)), (), ((), (4,), (4, 3), (0, 4), None, "x", 4)),
+            blocks=Values((1, 2), (True,), (*NO_NUMBER, 0, -1, 1.5)),
+            normed=fixed(True, False),
+            seed=seeds(),
+        ),
+    ),
+    Call(
+        "AttentionClassifier",
+        answered(AttentionClassifier),
+        dict(
+            image_shape=Values((DIGIT, [3, 8, 16]), (), (None, "x", 3, (8, 8), (1, 6, 8))),
+            num_classes=Values((2, 10), (), (*NO_NUMBER, 0, 1, -1, 1.5)),
+            width=Values((3, 12), (np.int64(6),), (*NO_NUMBER, 0, -3, 4, 3.5)),
+            layers=Values((1, 2), (True,), (*NO_NUMBER, 0, -1, 1.5)),
+            patch=Values((4, 8), (True,), (*NO_NUMBER, 0, -1, 3, 16, 1.5)),
+            seed=seeds(),
+        ),
+    ),
+    Call(
+        "JointClassifier",
+        answered(JointClassifier),
+        dict(network=Values((WIDE,), (), (None, CNN, VIT, "x")), replay=points(DIGIT)),
+    ),
+    Call(
+        "JointClassifier.begun",
+        answered(JointClassifier.begun),
+        dict(network=Values((WIDE,), (), (None, CNN, VIT, "x")), chains=count(1, 3), seed=seeds()),
+    ),
+    Call(
+        "JointClassifier.samples",
+        JEM.samples,
+        dict(count=Values((1, 5), (True,), (*NO_NUMBER, 0, -1, 6, 1.5)), generator=generator()),
+    ),
+    Call(
+        "joint.uniform",
+        uniform,
+        dict(shape=fixed((2, 3), ()), generator=generator()),
+        lambda shape, **_: shape,
+    ),
+    Call(
+        "joint.langevin",
+        lambda **options: list(langevin(lambda z: -z.square().flatten(1).sum(1) / 2, **options))[
+            -1
+        ],
+        dict(
+            z=points(any_shape=True),
+            steps=Values((1, 3), (True,), (*NO_NUMBER, 0, -1, 1.5)),
+            step=Values((0.1, 1.0), (True, np.float32(0.1)), (*NO_NUMBER, 0, -1.0)),
+            noise=at_least_0(0.1, 1.0),
+            generator=generator(),
+        ),
+        lambda z, **_: z.shape,
+    ),
+    Call(
+        "joint.temperature",
+        temperature,
+        dict(
+            step=Values((0.1, 1.0), (True, np.float32(0.1)), (*NO_NUMBER, 0, -1.0)),
+            noise=at_least_0(0.1, 1.0),
+        ),
+        lambda **_: (),
     ),
     Call(
         "telescoped",

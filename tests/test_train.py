@@ -31,7 +31,8 @@ STUDENT = networks.MODELS["cifar10"]["student"]
 CNN = networks.BASELINES["digits"]["cnn"]
 ADVERSARIAL = networks.BASELINES["digits"]["adversarial"]
 IDC = networks.TRANSLATORS["digits"][0]
-SHIPPED = ("cnn", "adversarial")
+PAIRS = (("cnn", "adversarial"), ("wide", "adversarial-wide"), ("vit", "adversarial-vit"))
+SHIPPED = tuple(networks.BASELINES["digits"])
 ATTACKED = ("adversarial", "adversarial-wide", "adversarial-vit")
 SHORTER = (
     networks.BASELINES["cifar10"]["adversarial"],
@@ -127,7 +128,7 @@ def test_what_a_network_needs_is_trained_before_it():
             assert names.index(recipe.needs) < names.index(name)
             assert RECIPES[recipe.needs].world == recipe.world
             assert recipe.needs in (recipe.says["teacher"], recipe.says["start"])
-    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 6
+    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 8
 
 
 def test_recipes_are_what_the_papers_say():
@@ -484,15 +485,15 @@ def shipped():
     return {method: cnn.load(assets.verified(files[method])) for method in SHIPPED}
 
 
-@pytest.mark.parametrize("method", ["cnn", "adversarial"])
+@pytest.mark.parametrize("method", SHIPPED)
 def test_shipped_networks_are_as_accurate_as_their_cards_say(shipped, method):
     classifier, card = shipped[method]
     world = data.digits()
     accuracy = card["accuracy"]
     correct = accuracies.accuracy(classifier, world.test_images, world.test_labels)
-    assert (
-        correct >= 0.98 * 400 and abs(correct - accuracy["correct"]) <= 1
-    )  # rounding may turn one
+    # attention learns less from 1397 pictures; rounding may turn one
+    assert correct >= (0.95 if "vit" in method else 0.98) * 400
+    assert abs(correct - accuracy["correct"]) <= 1
     assert card["name"] == networks.BASELINES["digits"][method] and card["commit"]
     for stated in (accuracy, card["accuracy_under_attack"]):
         assert stated["n"] == 400
@@ -501,28 +502,31 @@ def test_shipped_networks_are_as_accurate_as_their_cards_say(shipped, method):
         )
 
 
-def test_adversarial_training_holds_where_the_plain_network_falls(shipped):
+@pytest.mark.parametrize("plain, strong", PAIRS)
+def test_adversarial_training_holds_where_the_plain_network_falls(shipped, plain, strong):
     """The bounds lie between what the two reach, and fail if the files are swapped."""
     world = data.digits()
     counts = {}
     x = world.test_images[:100]
     y = world.test_labels[:100]
-    for method, (classifier, card) in shipped.items():
+    for method in (plain, strong):
+        classifier, card = shipped[method]
         counts[method] = measures.survivors(classifier, x, y, 0.1, 10)
         assert card["accuracy_under_attack"]["epsilon"] == 0.1
-    assert counts["cnn"] < 80 < 85 < counts["adversarial"], counts
+    assert counts[plain] < 80 < 85 < counts[strong], counts
 
 
+@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("world", list(networks.BASELINES))
-def test_cards_say_what_adversarial_training_is_worth(world):
+def test_cards_say_what_adversarial_training_is_worth(world, pair):
     """More than chance, at the same budget, and not lost again on the way (catastrophic overfitting)."""
     listed = assets.checksums()
-    files = {method: networks.BASELINES[world][method] for method in ("cnn", "adversarial")}
-    if not all(assets.parts(file, listed) for file in files.values()):
+    files = [networks.BASELINES[world][method] for method in pair]
+    if not all(assets.parts(file, listed) for file in files):
         pytest.skip(
-            f"expected both baselines of {world} in assets/; `diffclass train {world} --method cnn`."
+            f"expected both baselines of {world} in assets/; `diffclass train {world} --method {pair[0]}`."
         )
-    plain, strong = (cnn.load(assets.verified(files[m]))[1] for m in ("cnn", "adversarial"))
+    plain, strong = (cnn.load(assets.verified(file))[1] for file in files)
     weak = plain["accuracy_under_attack"]
     firm = strong["accuracy_under_attack"]
     assert (

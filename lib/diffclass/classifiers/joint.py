@@ -18,7 +18,7 @@ class JointClassifier(Classifier):
     """A classifier that is also a density: log p(x, y) = f(x)_y - log Z, and Z is never known.
 
     Formula     logits = f(x);  log p(x) = log sum_y exp f(x)_y - log Z,  p(y | x) = softmax f(x)_y
-    Source      Grathwohl et al. 2020 (JEM), equations 4 and 5
+    Source      Grathwohl et al. 2020 (JEM), equations 5 to 7
     Shapes      x [B,C,H,W] in [0,1] -> logits [B,K]; `replay` [N,C,H,W] in model space: where the chains of its training
                 stand, not clamped
     Randomness  none
@@ -29,11 +29,7 @@ class JointClassifier(Classifier):
 
     def __init__(self, network: WideClassifier, replay: Tensor):
         super().__init__()
-        if not isinstance(network, WideClassifier):
-            raise ValueError(
-                f"expected a WideClassifier, whose logits are read as an energy, got {type(network).__name__}."
-            )
-        self.network = network
+        self.network = _checked(network)
         self.num_classes = network.num_classes
         self.image_shape = network.image_shape
         self.register_buffer(
@@ -46,7 +42,7 @@ class JointClassifier(Classifier):
         chains = units.check_whole(chains, "chains", least=1)
         seed = units.check_whole(seed, "a seed", most=None)
         generator = torch.Generator().manual_seed(seed)
-        return cls(network, uniform((chains, *network.image_shape), generator))
+        return cls(network, uniform((chains, *_checked(network).image_shape), generator))
 
     def logits(self, x: Tensor, noise: Noise) -> Tensor:
         """See `Classifier.logits`."""
@@ -68,6 +64,15 @@ class JointClassifier(Classifier):
         count = units.check_whole(count, "count", least=1, most=len(self.replay))
         chosen = torch.randperm(len(self.replay), generator=generator)[:count]
         return units.to_pixel(self.replay[chosen.to(self.replay.device)]).clamp(0, 1)
+
+
+def _checked(network: WideClassifier) -> WideClassifier:
+    """Return a network whose logits can be read as an energy, else raise a ValueError."""
+    if not isinstance(network, WideClassifier):
+        raise ValueError(
+            f"expected a WideClassifier, whose logits are read as an energy, got {type(network).__name__}."
+        )
+    return network
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffclass.data.worlds import DATA, images_of
-from diffclass.denoisers import network
 from diffclass.storage import assets
 from diffclass.training.loop import Curve, Progress, Training, is_late
 from diffclass.training.recipes import RECIPES, Beginning, Recipe
@@ -62,7 +61,7 @@ def train(
     chip = Accelerator()
     given = None
     if recipe.needs:
-        given = network.load_denoiser(folder / recipe.needs)[0].to(chip.device)
+        given = recipe.reads(folder / recipe.needs).to(chip.device)
     run = training_of(
         recipe, seed, widths=widths, given=given, checkpoint=checkpoint, minutes=minutes
     )
