@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffclass import data, units
+from diffclass import data, intervals, units
 from diffclass.classifiers import cnn, joint
 from diffclass.classifiers.base import take
 from diffclass.classifiers.cnn import ConvClassifier, WideClassifier
 from diffclass.classifiers.joint import JointClassifier, langevin, temperature, uniform
-from diffclass.storage import weights
+from diffclass.evaluation import accuracies
+from diffclass.storage import assets, weights
 from diffclass.training import loop, losses, recipes
 from diffclass.training.joint import LIMIT, Chains, joint_loss, likelihood_gap, moved_chains
 from diffclass.training.loop import Training
@@ -491,3 +492,43 @@ def test_a_foreign_file_or_network_is_told(tmp_path):
         JointClassifier.begun(ConvClassifier(SHAPE, 10, (4, 4)), 3)
     with pytest.raises(ValueError, match="expected chains as a whole number of at least 1"):
         tiny(chains=0)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The trained classifier of digits and its card."""
+    return joint.load(assets.verified(JEM))
+
+
+def test_the_shipped_network_is_as_accurate_as_its_card_says(shipped):
+    classifier, card = shipped
+    world = data.digits()
+    stated = card["accuracy"]
+    correct = accuracies.accuracy(classifier, world.test_images, world.test_labels)
+    assert correct >= 0.95 * 400 and abs(correct - stated["correct"]) <= 1 and stated["n"] == 400
+    assert (stated["low"], stated["high"]) == pytest.approx(
+        intervals.interval(stated["correct"], 400)
+    )
+    assert card["name"] == JEM and card["recipe"]["chains"]["steps"] == 20
+    assert all(0 <= step < card["settings"]["steps"] for step in card["diverged_at_steps"])
+
+
+def likeness(pictures: Tensor, digits: Tensor) -> float:
+    """The correlation of two mean pictures. Shapes: [N,...], [M,...] -> a number."""
+    means = torch.stack([pictures.mean(0).flatten(), digits.mean(0).flatten()])
+    return float(torch.corrcoef(means)[0, 1])
+
+
+def test_its_chains_stand_among_digits_in_its_own_density_and_to_the_eye(shipped):
+    """As likely as test digits, which noise is not; and their mean picture is a mean digit, which that of noise is not."""
+    classifier, _ = shipped
+    digits = data.digits().test_images
+    drawn = classifier.samples(400, seeded())
+    scattered = torch.rand(digits.shape, generator=seeded(1))
+    with torch.no_grad():
+        heights = [classifier.log_density(units.to_model(x)) for x in (digits, drawn, scattered)]
+    real, own, noise = (float(height.mean()) for height in heights)
+    assert abs(real - own) < 1 < real - noise, (real, own, noise)
+    assert likeness(drawn, digits) > 0.9 > 0.5 > likeness(scattered, digits)
+    for x in (digits, drawn):
+        assert float((x.flatten(1).std(0)).mean()) > 0.15, "not one picture again and again"

@@ -35,9 +35,10 @@ PURIFIED = (
     ("DLR", 100, "pgd", "bpda", True, 1, 1, 0.1, "image"),
     ("scaled CE", 100, "apgd", "exact", False, 1, 1, None, "image"),
 )
+# Plain networks, and JEM, whose logits are those of one.
+PLAIN = ("cnn", "adversarial", "wide", "adversarial-wide", "vit", "adversarial-vit", "jem")
 HONEST = {
-    "cnn": DETERMINISTIC,
-    "adversarial": DETERMINISTIC,
+    **dict.fromkeys(PLAIN, DETERMINISTIC),
     "dc": RANDOM,
     "contrastive": RANDOM,
     "adversarial-dc": RANDOM,
@@ -90,8 +91,7 @@ PURIFIED_2 = (
 RDC = (("DLR", 100, "apgd", "bpda", True, 1, 5, None, "random"),)
 MADRY = (("CE", 20, "pgd", "exact", False, 1, 1, 0.25, "random"),)
 PAPER = {
-    "cnn": MADRY,
-    "adversarial": MADRY,
+    **dict.fromkeys(PLAIN, MADRY),
     "dc": RDC,
     "contrastive": MADRY,
     "adversarial-dc": MADRY,

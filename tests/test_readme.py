@@ -35,6 +35,11 @@ PRINTED = {
 ORDER = (
     "cnn",
     "adversarial",
+    "wide",
+    "adversarial-wide",
+    "vit",
+    "adversarial-vit",
+    "jem",
     "dc",
     "contrastive",
     "adversarial-dc",

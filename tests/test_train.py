@@ -502,9 +502,14 @@ def test_shipped_networks_are_as_accurate_as_their_cards_say(shipped, method):
         )
 
 
+# Of 100 digits the plain network of a pair keeps fewer, the other more.
+BETWEEN = {"cnn": (80, 85), "wide": (80, 85), "vit": (40, 75)}
+
+
 @pytest.mark.parametrize("plain, strong", PAIRS)
 def test_adversarial_training_holds_where_the_plain_network_falls(shipped, plain, strong):
     """The bounds lie between what the two reach, and fail if the files are swapped."""
+    fewer, more = BETWEEN[plain]
     world = data.digits()
     counts = {}
     x = world.test_images[:100]
@@ -513,7 +518,7 @@ def test_adversarial_training_holds_where_the_plain_network_falls(shipped, plain
         classifier, card = shipped[method]
         counts[method] = measures.survivors(classifier, x, y, 0.1, 10)
         assert card["accuracy_under_attack"]["epsilon"] == 0.1
-    assert counts[plain] < 80 < 85 < counts[strong], counts
+    assert counts[plain] < fewer < more < counts[strong], counts
 
 
 @pytest.mark.parametrize("pair", PAIRS)

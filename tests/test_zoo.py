@@ -7,11 +7,14 @@ import pytest
 import torch
 import torchattacks
 from diffclass import attacks, data, zoo
-from diffclass.classifiers import cnn
+from diffclass.classifiers import cnn, joint
+from diffclass.classifiers.attention import AttentionClassifier
 from diffclass.classifiers.base import Held, draw, parts
 from diffclass.classifiers.bayes import BayesClassifier
+from diffclass.classifiers.cnn import WideClassifier
 from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.idc import TranslationClassifier
+from diffclass.classifiers.joint import JointClassifier
 from diffclass.classifiers.purified import (
     LikelihoodMaximisation,
     Purification,
@@ -30,9 +33,10 @@ from diffclass.zoo.attacks import AttackEntry
 from diffclass.zoo.classifiers import Entry
 from torch.nn.functional import one_hot
 
+PLAIN = ("cnn", "adversarial", "wide", "adversarial-wide", "vit", "adversarial-vit")
 DIGITS = (
-    "cnn",
-    "adversarial",
+    *PLAIN,
+    "jem",
     "dc",
     "contrastive",
     "adversarial-dc",
@@ -60,8 +64,17 @@ ATTACKS = (
     "autoattack-100",
 )
 PLANE = ("dc", "one-call", "vote", "rdc1", "rdc5", "rdc-released")
-DETERMINISTIC = ("cnn", "adversarial")
+DETERMINISTIC = (*PLAIN, "jem")
 PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
+
+
+def plain_network(method: str, seed: int) -> cnn.Plain:
+    """A small network of the kind that a method trains, with first weights."""
+    if method.endswith("wide"):
+        return WideClassifier((1, 8, 8), 10, (8, 8), seed=seed)
+    if method.endswith("vit"):
+        return AttentionClassifier((1, 8, 8), 10, 6, 1, seed=seed)
+    return cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +89,13 @@ def folder(tmp_path_factory):
     ]
     for name in names:
         shutil.copy(assets.folder() / name, target)
-    baselines = networks.BASELINES["digits"].values()
-    for name in baselines:
-        cnn.save(cnn.ConvClassifier((1, 8, 8), 10, widths=(8, 8), seed=len(name)), target / name)
-    assets.record([*names, *baselines], target)
+    baselines = networks.BASELINES["digits"]
+    for method, name in baselines.items():
+        cnn.save(plain_network(method, seed=len(name)), target / name)
+    jem = networks.JOINT["digits"]
+    energy = WideClassifier((1, 8, 8), 10, (8, 8), normed=False)
+    joint.save(JointClassifier.begun(energy, 3), target / jem)
+    assets.record([*names, *baselines.values(), jem], target)
     return target
 
 
@@ -137,7 +153,8 @@ def test_every_classifier_of_digits_keeps_its_promises(network_folder, digits, n
         assert logits.shape == (6, 10) and torch.equal(classifier(x, noise), logits)
     if name in DETERMINISTIC:
         assert noise == ()
-        with pytest.raises(ValueError, match=r"expected noise of shape \(\) for ConvClassifier"):
+        kind = type(classifier).__name__
+        with pytest.raises(ValueError, match=rf"expected noise of shape \(\) for {kind}"):
             classifier(x, torch.zeros(6))
         return
     if name == "vote":  # of easy digits all votes agree, whatever the noise
@@ -177,11 +194,22 @@ def test_the_parts_are_those_of_the_names(network_folder):
     built = {name: zoo.classifier("digits", name) for name in zoo.names("digits")}
     of_kind = {
         kind: {name for name, one in built.items() if isinstance(one, kind)}
-        for kind in (PurifiedClassifier, BayesClassifier, cnn.ConvClassifier, TranslationClassifier)
+        for kind in (
+            PurifiedClassifier,
+            BayesClassifier,
+            cnn.ConvClassifier,
+            WideClassifier,
+            AttentionClassifier,
+            JointClassifier,
+            TranslationClassifier,
+        )
     }
     assert of_kind[PurifiedClassifier] == set(PURIFIED)
     assert of_kind[BayesClassifier] == {"dc", "contrastive", "adversarial-dc"}
-    assert of_kind[cnn.ConvClassifier] == set(DETERMINISTIC)
+    assert of_kind[cnn.ConvClassifier] == {"cnn", "adversarial"}
+    assert of_kind[WideClassifier] == {"wide", "adversarial-wide"}
+    assert of_kind[AttentionClassifier] == {"vit", "adversarial-vit"}
+    assert of_kind[JointClassifier] == {"jem"}
     assert of_kind[TranslationClassifier] == {"idc"}
     steps = [built[name].purifier.steps for name in ("rdc1", "rdc5", "rdc-released", "lm-cnn")]
     assert steps == [1, 5, 5, 5]
@@ -196,6 +224,8 @@ def test_the_parts_are_those_of_the_names(network_folder):
     assert not built["vote"].mean.classifier.deterministic
     for pair, weight in (
         (("cnn", "adversarial"), "enter.weight"),
+        (("wide", "adversarial-wide"), "enter.weight"),
+        (("vit", "adversarial-vit"), "enter.weight"),
         (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
         (("dc", "contrastive"), "denoiser.network.enter.weight"),
     ):
@@ -236,8 +266,7 @@ def test_checkpoints_name_every_file_that_is_read(network_folder, monkeypatch):
         "rdc-released": [networks.STUDENT],
         "idc": [networks.TRANSLATORS["digits"][0]],
         "adversarial-dc": [networks.HARDENED["digits"]],
-        "cnn": ["digits-cnn.safetensors"],
-        "adversarial": ["digits-adversarial.safetensors"],
+        **{method: [f"digits-{method}.safetensors"] for method in (*PLAIN, "jem")},
         "lm-cnn": [networks.STUDENT, "digits-cnn.safetensors"],
         "diffpure": [networks.STUDENT, "digits-cnn.safetensors"],
         "contrastive": [networks.CONTRASTIVE["digits"]],
@@ -265,6 +294,9 @@ def test_missing_weights_are_one_sentence_with_the_command(tmp_path, network_fol
     for name, command in (
         ("cnn", "--method cnn"),
         ("adversarial", "--method adversarial"),
+        ("wide", "--method wide"),
+        ("adversarial-vit", "--method adversarial-vit"),
+        ("jem", "--method jem"),
         ("adversarial-dc", "--method adversarial-dc"),
         ("idc", "--method idc"),
         ("contrastive", "--method contrastive"),

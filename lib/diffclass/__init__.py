@@ -27,6 +27,11 @@ Classifiers, by the names of the registry:
 
     cnn             A small residual convolutional network, trained on clean images.
     adversarial     The same network, trained on the images that fool it.
+    wide            A residual network of few blocks and many channels, trained on clean images.
+    adversarial-wide The wide residual network, trained on the images that fool it.
+    vit             Attention between the patches of a picture, without convolutions, trained on clean images.
+    adversarial-vit The vision transformer, trained on the images that fool it.
+    jem             A wide residual network whose logits are also log-densities, trained against pictures that it draws itself.
     dc              Bayes' rule on the per-class losses of a diffusion model.
     contrastive     The diffusion classifier whose heads were trained to tell the classes apart under noise.
     adversarial-dc  The diffusion classifier whose denoiser was trained on the images that fool it.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffclass import units
-from diffclass.classifiers import cnn, idc
+from diffclass.classifiers import cnn, idc, joint
 from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.one_call import OneCallClassifier
@@ -48,8 +48,8 @@ class Parts:
         level = networks.ONE_CALL_LEVELS[self.world.kind]
         return OneCallClassifier(self.denoiser(role), level)
 
-    def cnn(self, role: str = "cnn") -> cnn.ConvClassifier:
-        """The convolutional network of a role."""
+    def cnn(self, role: str = "cnn") -> cnn.Plain:
+        """The plain network of a role."""
         return cnn.load(networks.trained(self.files[role]))[0]
 
     def maximisation(self, steps: int) -> LikelihoodMaximisation:
@@ -157,6 +157,10 @@ def _cnn(parts: Parts) -> Classifier:
     return parts.cnn()
 
 
+def _joint(parts: Parts) -> Classifier:
+    return joint.load(networks.trained(parts.files["network"]))[0]
+
+
 def _idc(parts: Parts) -> Classifier:
     translator = networks.load_translator(parts.world.kind)
     return idc.TranslationClassifier(translator, eot=4)  # more averaged draws gained nothing
@@ -203,6 +207,51 @@ for _entry in (
         "madry",
         _cnn,
         _trained_only(_baseline("adversarial")),
+    ),
+    Entry(
+        "wide",
+        "wide residual network",
+        "A residual network of few blocks and many channels, trained on clean images.",
+        "Zagoruyko & Komodakis 2016",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("wide")),
+    ),
+    Entry(
+        "adversarial-wide",
+        "wide residual network, adversarially trained",
+        "The wide residual network, trained on the images that fool it.",
+        "Zagoruyko & Komodakis 2016; Madry et al. 2018",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("adversarial-wide")),
+    ),
+    Entry(
+        "vit",
+        "vision transformer",
+        "Attention between the patches of a picture, without convolutions, trained on clean images.",
+        "Dosovitskiy et al. 2021",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("vit")),
+    ),
+    Entry(
+        "adversarial-vit",
+        "vision transformer, adversarially trained",
+        "The vision transformer, trained on the images that fool it.",
+        "Dosovitskiy et al. 2021; Madry et al. 2018",
+        "madry",
+        _cnn,
+        _trained_only(_baseline("adversarial-vit")),
+    ),
+    Entry(
+        "jem",
+        "JEM",
+        "A wide residual network whose logits are also log-densities, trained against pictures that it draws itself.",
+        "Grathwohl et al. 2020 (JEM)",
+        "madry",
+        _joint,
+        _trained_only(lambda kind: {"network": networks.JOINT[kind]}),
     ),
     Entry(
         "dc",
