@@ -97,7 +97,7 @@ def test_every_network_that_the_course_trains_has_a_recipe():
         networks.MODELS["digits"].values(),
         [file for name, file in networks.MODELS["cifar10"].items() if name not in NOT_OURS],
         networks.HARDENED.values(),
-        *networks.TRUTH.values(),
+        *(files.values() for files in networks.TRUTH.values()),
         *(files.values() for files in networks.BASELINES.values()),
         networks.JOINT.values(),
         *networks.TRANSLATORS.values(),

@@ -18,7 +18,8 @@ from diffclass.training.train import train
 from diffclass.training.truth import Truth, truth_loss
 from diffclass.zoo import networks
 
-TMDC, CONTRASTIVE = networks.TRUTH["digits"]
+TMDC, CONTRASTIVE = networks.TRUTH["digits"].values()
+LAYERS = recipes.ADAPTED_LAYERS["digits"]
 INNER = Inner(0.1, 3, 0.5)
 
 
@@ -138,7 +139,7 @@ def test_plain_truth_pulls_every_head_that_it_shows_and_contrast_pushes_the_othe
 def test_an_adapter_learns_the_truth_and_its_base_stays():
     base = student()
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    adapted = Adapter.beside(base, recipes.ADAPTED_LAYERS, 4).denoiser
+    adapted = Adapter.beside(base, LAYERS, 4).denoiser
     images, labels = batch(8)
     optimiser = torch.optim.AdamW(
         [value for value in adapted.parameters() if value.requires_grad], 2e-2
@@ -153,7 +154,7 @@ def test_an_adapter_learns_the_truth_and_its_base_stays():
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
     again = Adapter.of(adapted)
-    assert again.base == Adapter.beside(base, recipes.ADAPTED_LAYERS, 4).base
+    assert again.base == Adapter.beside(base, LAYERS, 4).base
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
@@ -194,12 +195,44 @@ def test_the_command_trains_and_saves_the_adapter_alone(name, ours, tmp_path):
     assert json.loads(json.dumps(card)) == card
 
 
+def test_adapters_are_put_away_along_the_run(ours, tmp_path, monkeypatch):
+    base = student(10)
+    network.save_denoiser(base, tmp_path / networks.STUDENT)
+    monkeypatch.setitem(RECIPES, TMDC, replace(RECIPES[TMDC], kept=2))
+    saved = []
+    for progress in train(TMDC, tmp_path, steps=4, batch=8, measured=4):
+        saved.append((progress.step, (tmp_path / networks.along(TMDC, 2)).exists()))
+    assert saved == [(1, False), (2, True), (3, True), (4, True)]
+    assert not (tmp_path / networks.along(TMDC, 4)).exists()
+    halfway, last = (
+        Adapter.load(base.eval(), tmp_path / name) for name in (networks.along(TMDC, 2), TMDC)
+    )
+    moved = [not torch.equal(value, last.weights[name]) for name, value in halfway.weights.items()]
+    assert any(moved)
+    card = weights.card(tmp_path / networks.along(TMDC, 2))
+    assert card["step"] == 2 and card["images_seen"] == 16 and card["start"] == networks.STUDENT
+    assert networks.along(TMDC, 2) in (tmp_path / assets.SUMS).read_text()
+    assert networks.command_for(networks.along(TMDC, 2)) == networks.command_for(TMDC)
+
+
+@pytest.mark.parametrize("name", networks.TRUTH["cifar10"].values())
+def test_photographs_have_the_same_recipes_beside_the_network_that_answers_at_once(name):
+    recipe = RECIPES[name]
+    assert recipe.needs == networks.CONTRASTIVE["cifar10"] == networks.BENEATH["cifar10"]
+    told = recipe.says["truth"]
+    assert (told["low"], told["high"]) == networks.NARROW_RANGE
+    assert (
+        networks.levels_of(name) is networks.NARROW_LEVELS and told["inner"]["epsilon"] == 8 / 255
+    )
+    assert told["transferred"] == (recipe.method == "tmdc") == (told["contrast"] == 0)
+
+
 def test_a_merged_adapter_is_read_from_assets(tmp_path, monkeypatch):
     base = student()
     monkeypatch.setattr(assets, "folder", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="diffclass train digits --method tmdc`"):
         networks.adapted(base, TMDC)
-    adapter = Adapter.beside(base, recipes.ADAPTED_LAYERS, 2)
+    adapter = Adapter.beside(base, LAYERS, 2)
     for value in adapter.weights.values():
         value.data.fill_(0.1)
     adapter.save(tmp_path / TMDC)

@@ -84,6 +84,7 @@ class Recipe:
     compiled       where there is an accelerator
     optimiser      (network, rate) -> what changes its weights
     sigma          of the noise that its pictures carry, in pixels; None for most
+    kept           how many steps lie between weights that are put away along the run; None for none but the last
     """
 
     world: str
@@ -109,6 +110,7 @@ class Recipe:
     compiled: bool = False
     optimiser: Callable[[nn.Module, float], Optimiser] = Optimiser
     sigma: float | None = None
+    kept: int | None = None
 
     @property
     def command(self) -> str:
@@ -253,11 +255,14 @@ def hardened(
     )
 
 
-# of the network of digits: its convolutions and what level and class say to them
-ADAPTED_LAYERS = ("conv1", "conv2", "modulate")
+# of a world's network: its convolutions, and what level and class say to them
+ADAPTED_LAYERS = {
+    "digits": ("conv1", "conv2", "modulate"),
+    "cifar10": ("conv1", "conv2", "time_emb_proj"),
+}
 
 
-def beside(file: str, rank: int) -> Callable[[Beginning], Denoiser]:
+def beside(file: str, layers: tuple[str, ...], rank: int) -> Callable[[Beginning], Denoiser]:
     """A copy of the network of a file with a fresh adapter. Errors: ValueError for widths, which are those of the file."""
 
     def build(beginning: Beginning) -> Denoiser:
@@ -265,7 +270,7 @@ def beside(file: str, rank: int) -> Callable[[Beginning], Denoiser]:
             raise ValueError(
                 f"expected no widths for an adapter beside {file}, got {beginning.widths}."
             )
-        return Adapter.beside(beginning.given, ADAPTED_LAYERS, rank, seed=beginning.seed).denoiser
+        return Adapter.beside(beginning.given, layers, rank, seed=beginning.seed).denoiser
 
     return build
 
@@ -278,7 +283,6 @@ def save_adapter(adapted: nn.Module, path: Path, card: dict) -> None:
 def truth_maximised(
     world: str,
     method: str,
-    start: str,
     inner: Inner,
     *,
     levels: int,
@@ -286,11 +290,12 @@ def truth_maximised(
     choices: dict | None = None,
     **settings,
 ) -> Recipe:
-    """The recipe of an adapter beside the network `start` that raises the truth of attacked images.
+    """The recipe of an adapter beside its world's network that raises the truth of attacked images.
 
     Shapes      choices: other fields of `Truth`; settings: other fields of `Recipe`
     """
-    span = networks.RANGES[world]
+    start = networks.BENEATH[world]
+    span = networks.range_of(networks.TRUTH[world][method])
     truth = Truth(inner, *span, **(choices or {}))
 
     def surrogate() -> Classifier:
@@ -299,10 +304,11 @@ def truth_maximised(
     recipe = denoiser(
         world,
         method,
-        beside(start, rank),
+        beside(start, ADAPTED_LAYERS[world], rank),
         from_data(truth_loss(truth, surrogate)),
         needs=start,
         levels=levels,
+        span=span,
         measure=measures.bayes_under_both(span, levels, inner.epsilon, surrogate),
         says=origin(start=start) | dict(truth=asdict(truth), rank=rank),
         **settings,
@@ -542,7 +548,7 @@ _DIGITS_VIT = dict(
     attacked=400,
     save=partial(cnn.save, dtype=torch.float16),
 )
-_DIGITS_TRUTH = dict(steps=400, batch=64, rate=1e-3, ema=0.98, levels=16, rank=4)
+_DIGITS_TRUTH = dict(steps=400, batch=64, rate=1e-3, ema=0.98, levels=16, rank=4, kept=100)
 _CIFAR_NET = dict(
     batch=128,
     rate=3e-3,
@@ -570,6 +576,9 @@ _DIGITS_AGREEMENT = {0.5: 5.0, 1.0: 5.0}
 _CIFAR_SMOOTHED = dict(network=_CIFAR_CNN["network"], **_CIFAR_NET, steps=4000, voted=200)
 _CIFAR = dict(mirror=True, precision="bf16", stored=torch.float16)
 _CIFAR_DENOISER = dict(**_CIFAR, compiled=True, measured=1000, watched=256)
+_CIFAR_TRUTH = dict(
+    steps=400, batch=128, rate=1e-3, ema=0.98, mirror=True, levels=6, rank=4, kept=100
+)
 _CIFAR_TEACHER = networks.MODELS["cifar10"]["teacher"]
 
 RECIPES: dict[str, Recipe] = {
@@ -697,16 +706,29 @@ RECIPES: dict[str, Recipe] = {
         levels=6,
         **_CIFAR_DENOISER,
     ),
-    networks.TRUTH["digits"][0]: truth_maximised(
-        "digits", "tmdc", networks.STUDENT, Inner(0.1, 7, 0.25), **_DIGITS_TRUTH
+    networks.TRUTH["digits"]["tmdc"]: truth_maximised(
+        "digits", "tmdc", Inner(0.1, 7, 0.25), **_DIGITS_TRUTH
     ),
-    networks.TRUTH["digits"][1]: truth_maximised(
+    networks.TRUTH["digits"]["tmdc-contrastive"]: truth_maximised(
         "digits",
         "tmdc-contrastive",
-        networks.STUDENT,
         Inner(0.1, 2, 0.8),
         choices=dict(contrast=1.0, transferred=False),
         **_DIGITS_TRUTH,
+    ),
+    networks.TRUTH["cifar10"]["tmdc"]: truth_maximised(
+        "cifar10",
+        "tmdc",
+        Inner(8 / 255, 7, 0.25),
+        choices=dict(levels=2),
+        **_CIFAR_TRUTH,
+    ),
+    networks.TRUTH["cifar10"]["tmdc-contrastive"]: truth_maximised(
+        "cifar10",
+        "tmdc-contrastive",
+        Inner(8 / 255, 2, 0.75),
+        choices=dict(levels=2, contrast=1.0, temperature=300.0, transferred=False),
+        **_CIFAR_TRUTH,
     ),
     networks.BASELINES["digits"]["cnn"]: plain("digits", **_DIGITS_CNN),
     networks.BASELINES["digits"]["adversarial"]: adversarial(

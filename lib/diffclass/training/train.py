@@ -17,6 +17,7 @@ from diffclass.data.worlds import DATA, images_of
 from diffclass.storage import assets
 from diffclass.training.loop import Curve, Progress, Training, is_late
 from diffclass.training.recipes import RECIPES, Beginning, Recipe
+from diffclass.zoo import networks
 
 
 def train(
@@ -39,7 +40,7 @@ def train(
                 however often it was stopped; pause: minutes of this call, after which the run stops, resumable
     Randomness  all from `seed`
     Writes      folder/name, its line in SHA256SUMS, and folder/checkpoints/name while it runs (resumed if present);
-                saving is tried before the first step
+                what a recipe keeps along the run, by the names of `networks.along`; saving is tried before the first step
     Errors      ValueError for a name that has no recipe, both steps and minutes, or widths that do not apply;
                 FileNotFoundError without the network that it needs; those of `Training`, `images_of` and `recipe.save`
     """
@@ -74,6 +75,8 @@ def train(
             point = recipe.watch(run.average.eval(), *tested(recipe, recipe.watched, run), seed)
             if point:
                 curve.add(progress, **point)
+        if is_kept(recipe, progress) and chip.is_main_process:
+            put_away(name, recipe, run, folder)
         yield progress
         if pause and is_late(chip, progress, started + 60 * pause):
             return  # the loop writes its checkpoint as it is left
@@ -130,6 +133,19 @@ def try_saving(recipe: Recipe, run: Training, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as trial:
         recipe.save(run.average, Path(trial) / path.name, content)
+
+
+def is_kept(recipe: Recipe, progress: Progress) -> bool:
+    """Whether the weights after this step are put away: at every multiple of the recipe's `kept` before the last step."""
+    due = recipe.kept is not None and progress.step % recipe.kept == 0
+    return due and progress.step < progress.steps
+
+
+def put_away(name: str, recipe: Recipe, run: Training, folder: Path) -> None:
+    """Write the average as it is now beside its file, with a card that names the step. Errors: those of `recipe.save`."""
+    file = networks.along(name, run.step)
+    recipe.save(run.average, folder / file, card(file, recipe, run) | dict(step=run.step))
+    assets.record([file], folder)
 
 
 def tested(recipe: Recipe, count: int | None, run: Training) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,13 @@ BASELINES = {
 }
 # Networks that are a classifier and a density.
 JOINT = {world: f"{world}-jem.safetensors" for world in MODELS}
-# Low-rank adapters beside the student, trained on attacked images: truth maximisation, and with contrast.
-TRUTH = {"digits": tuple(f"digits-{name}.safetensors" for name in ("tmdc", "tmdc-contrastive"))}
+# Low-rank adapters beside a network of their world, trained on attacked images: truth maximisation, and with contrast.
+# What lies beneath them: of photographs, the network that answers for all classes at once.
+BENEATH = {"digits": STUDENT, "cifar10": CONTRASTIVE["cifar10"]}
+TRUTH = {
+    world: {name: f"{world}-{name}.safetensors" for name in ("tmdc", "tmdc-contrastive")}
+    for world in MODELS
+}
 # Plain classifiers that learned from noised pictures, for randomised smoothing: methods, and noise in pixels.
 SMOOTHING = ("cohen", "smoothadv", "macer", "consistency")
 SMOOTHING_SIGMAS = (0.125, 0.25, 0.5, 1.0)
@@ -77,7 +82,7 @@ ONE_CALL_LEVELS = {
     "plane": PLANE_RANGE[0],
     "hundred": PLANE_RANGE[0],
 }
-NARROW = (CONTRASTIVE["cifar10"], HARDENED["cifar10"])
+NARROW = (CONTRASTIVE["cifar10"], HARDENED["cifar10"], *TRUTH["cifar10"].values())
 
 
 def range_of(file: str) -> tuple[float, float]:
@@ -101,6 +106,11 @@ def smoothing_file(world: str, method: str, sigma_pixel: float) -> str:
     sigma_pixel = units.check_sigma_pixel(sigma_pixel)
     method = units.chosen(method, SMOOTHING, "the method of training on noise")
     return f"{world}-{method.lower()}-{sigma_pixel:g}.safetensors"
+
+
+def along(file: str, step: int) -> str:
+    """The file of a network's weights after so many steps of the training that ends in `file`."""
+    return f"{Path(file).stem}-{step}.safetensors"
 
 
 def _world(file: str) -> str:
@@ -131,6 +141,8 @@ def command_for(file: str) -> str:
     smoothing, _, sigma = method.rpartition("-")
     if smoothing in SMOOTHING:
         return f"diffclass train {world} --method {smoothing} --sigma {sigma}"
+    if sigma.isdigit():  # weights along the way
+        return f"diffclass train {world} --method {smoothing}"
     return f"diffclass train {world} --method {method}"
 
 
