@@ -167,6 +167,73 @@ def test_what_is_added_is_alpha_over_r_times_b_a(scale=lambda alpha, rank: alpha
         torch.testing.assert_close(merged.get_submodule(ending).weight, wanted)
 
 
+def products(adapter):
+    """B A of every layer, by its name."""
+    return {
+        name.replace(".lora_A.weight", ""): adapter.weights[name.replace("_A", "_B")].flatten(1)
+        @ value.flatten(1)
+        for name, value in adapter.weights.items()
+        if ".lora_A." in name
+    }
+
+
+@twins.rejected(
+    {
+        "the first rows of A": dict(
+            truncated=lambda adapter, rank: first_rows(copy.deepcopy(adapter), rank)
+        ),
+        "the smallest singular values": dict(
+            truncated=twins.patched(
+                Adapter.truncated,
+                torch.linalg,
+                svd=lambda *given, svd=torch.linalg.svd, **told: smallest_first(
+                    *svd(*given, **told)
+                ),
+            )
+        ),
+    }
+)
+def test_a_truncated_adapter_is_the_nearest_of_its_rank(truncated=Adapter.truncated):
+    adapter = trained(Adapter.beside(digits(), DIGIT_LAYERS, 4))
+    before = products(adapter)
+    for rank in (1, 3, 4):
+        lower = truncated(adapter, rank)
+        for name, after in products(lower).items():
+            values = torch.linalg.svdvals(before[name])
+            assert int((torch.linalg.svdvals(after) > 1e-5 * values[0]).sum()) == rank
+            lost = float((after - before[name]).norm())
+            assert lost == pytest.approx(float(values[rank:4].norm()), abs=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in products(adapter).items())
+
+
+def first_rows(adapter, rank):
+    """Only the first rows of every A."""
+    for name, value in adapter.weights.items():
+        if ".lora_A." in name:
+            value.data[rank:] = 0
+    return adapter
+
+
+def smallest_first(u, s, vh):
+    """The part of a decomposition that is not zero, with its smallest singular values first."""
+    order = torch.arange(4).flip(0)
+    return u[:, order], s[order], vh[order]
+
+
+def test_a_truncated_adapter_answers_and_is_merged_as_any_other():
+    adapter = trained(Adapter.beside(digits(), DIGIT_LAYERS, 4))
+    x, sigma = question(adapter.denoiser)
+    whole = adapter.denoiser(x, sigma)
+    torch.testing.assert_close(adapter.truncated(4).denoiser(x, sigma), whole, rtol=1e-3, atol=1e-4)
+    lower = adapter.truncated(1)
+    assert (lower.denoiser(x, sigma) - whole).abs().max() > 1e-3
+    merged = lower.merged()(x, sigma)
+    torch.testing.assert_close(merged, lower.denoiser(x, sigma), rtol=1e-4, atol=1e-4)
+    for rank in (0, 5):
+        with pytest.raises(ValueError, match="a lower rank"):
+            adapter.truncated(rank)
+
+
 def test_a_is_drawn_from_its_seed_with_the_spread_of_one_over_r():
     drawn = [
         torch.cat(

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from diffclass import attacks, zoo
+import twins
+from diffclass import attacks, data, zoo
 from diffclass.classifiers.base import BLOCK, Classifier, Held
 from diffclass.classifiers.foreign import Foreign
 from diffclass.classifiers.votes import MajorityVote
@@ -42,6 +43,8 @@ HONEST = {
     "dc": RANDOM,
     "contrastive": RANDOM,
     "adversarial-dc": RANDOM,
+    "tmdc": RANDOM,
+    "tmdc-contrastive": RANDOM,
     "one-call": RANDOM,
     "one-call-hardened": RANDOM,
     "vote": RANDOM,  # had no protocol before
@@ -90,11 +93,14 @@ PURIFIED_2 = (
 )
 RDC = (("DLR", 100, "apgd", "bpda", True, 1, 5, None, "random"),)
 MADRY = (("CE", 20, "pgd", "exact", False, 1, 1, 0.25, "random"),)
+TMDC_L2 = (("its own", 10, "autoattack-plus-10", "exact", False, 1, 1, None, "image"),)
 PAPER = {
     **dict.fromkeys(PLAIN, MADRY),
     "dc": RDC,
     "contrastive": MADRY,
     "adversarial-dc": MADRY,
+    "tmdc": TMDC_L2,
+    "tmdc-contrastive": TMDC_L2,
     "one-call": MADRY,
     "one-call-hardened": MADRY,
     "vote": RDC,  # had no protocol before
@@ -164,7 +170,7 @@ def first_honest(classifier, norm: str, epsilon: float) -> Protocol:
 
 def test_the_lists_above_are_about_every_classifier_and_field():
     assert set(HONEST) == set(PAPER) == set(zoo.names("digits"))
-    assert (*FIELDS, "targets") == tuple(asdict(Attack("margin")))
+    assert (*FIELDS, "targets", "through") == tuple(asdict(Attack("margin")))
 
 
 @pytest.mark.parametrize("name", zoo.names("digits"))
@@ -199,7 +205,7 @@ IDC_2 = (
 @pytest.mark.parametrize("norm, without", [("linf", "cw"), ("l2", "mifgsm")])
 def test_the_second_version_of_idc_is_its_whole_list(norm, without):
     protocol = protocols.paper("idc", norm, 0.5)
-    wanted = tuple(attack for attack in IDC_2 if attack[2] != without)
+    wanted = tuple((*attack, None) for attack in IDC_2 if attack[2] != without)
     assert tuple(tuple(asdict(attack).values()) for attack in protocol.attacks) == wanted
     assert protocol.key == "paper-idc-2"
     few = protocols.paper("idc", norm, 0.5, classes=5)
@@ -214,9 +220,69 @@ def test_the_second_version_of_idc_is_its_whole_list(norm, without):
 
 def test_only_the_protocol_of_idc_has_a_second_version():
     newest = {name: max(versions) for name, versions in protocols.PAPERS.items()}
-    assert newest == {"rdc": 1, "diffpure": 1, "idc": 2, "madry": 1}
+    assert newest == {"rdc": 1, "diffpure": 1, "idc": 2, "madry": 1, "tmdc": 1}
     with pytest.raises(ValueError, match="paper-idc of version 1 or version 2, got version 3"):
         protocols.paper("idc", "linf", 0.1, version=3)
+
+
+def test_the_protocol_of_tmdc_is_all_by_transfer():
+    listed = protocols.paper("tmdc", "linf", 0.05).attacks
+    assert tuple(tuple(asdict(attack).values()) for attack in listed) == (
+        ("CE", 1, "fgsm", "exact", False, 1, 1, None, "image", (), "cnn"),
+        ("CE", 40, "pgd", "exact", False, 1, 1, 0.157, "random", (), "cnn"),
+        ("its own", 10, "autoattack-plus-10", "exact", False, 1, 1, None, "image", TARGETS, "cnn"),
+    )
+    assert all(attack.calls == 0 and "by transfer from cnn" in str(attack) for attack in listed)
+    with pytest.raises(ValueError, match="at least 4 classes, as the protocol of tmdc has"):
+        protocols.paper("tmdc", "linf", 0.05, classes=3)
+
+
+@pytest.mark.parametrize("change", [dict(through="resnet"), dict(through="cnn", fresh=True)])
+def test_a_transfer_from_nobody_or_with_fresh_noise_is_refused(change):
+    options = dict(fresh=False) | change
+    with pytest.raises(ValueError, match="held noise and the name of a classifier to attack"):
+        Attack("CE", 1, "fgsm", **options)
+
+
+class Watched(Classifier):
+    """A classifier of digits that must never be asked."""
+
+    num_classes = 10
+    image_shape = (1, 8, 8)
+    calls = 1
+
+    def logits(self, x, noise):
+        raise AssertionError("an attack by transfer asked the classifier")
+
+
+@twins.rejected(
+    {
+        "the classifier itself": dict(
+            frames=twins.patched(Attack.frames, Attack, climbed=lambda self, classifier: classifier)
+        ),
+        "another network": dict(
+            frames=twins.patched(
+                Attack.frames,
+                protocols,
+                another=lambda kind, name: zoo.classifier(kind, "adversarial"),
+            )
+        ),
+    }
+)
+def test_an_attack_by_transfer_asks_the_other_network_alone(frames=Attack.frames):
+    world = data.digits()
+    x, y = world.test_images[:8], world.test_labels[:8]
+    steps = (x, y, 0.1, "linf", AttackNoise(0, 0, 0, torch.arange(8)))
+    chosen = Attack("CE", 3, "pgd", fresh=False, step=0.5)
+    *_, wanted = chosen.frames(zoo.classifier("digits", "cnn"), *steps)
+    *_, got = frames(replace(chosen, through="cnn"), Watched(), *steps)
+    assert torch.equal(got.x, wanted.x) and not torch.equal(got.x, x)
+
+
+def test_a_transfer_to_pictures_of_no_world_is_refused():
+    chosen = Attack("CE", 1, "fgsm", fresh=False, through="cnn")
+    with pytest.raises(ValueError, match="pictures of the shape of a world"):
+        chosen.climbed(Toy())
 
 
 @pytest.mark.parametrize("name", zoo.names("digits"))
@@ -471,7 +537,8 @@ def test_the_identity_of_a_protocol_is_everything_that_was_chosen(protocol):
     content = json.loads(json.dumps(protocol.as_json(), allow_nan=False))
     assert set(content) == {"name", "norm", "epsilon", "attacks", "version", "draws"}
     for attack, listed in zip(protocol.attacks, content["attacks"], strict=True):
-        assert tuple(listed) == (*FIELDS, "targets") if attack.targets else FIELDS
+        own = [name for name in ("targets", "through") if getattr(attack, name)]
+        assert tuple(listed) == (*FIELDS, *own)
     assert Protocol.of_json(content) == protocol
     assert protocol.source.endswith(".") and protocol.key == f"{protocol.name}-{protocol.version}"
 

@@ -40,6 +40,8 @@ DIGITS = (
     "dc",
     "contrastive",
     "adversarial-dc",
+    "tmdc",
+    "tmdc-contrastive",
     "one-call",
     "one-call-hardened",
     "vote",
@@ -62,9 +64,12 @@ ATTACKS = (
     "cw",
     "autoattack-10",
     "autoattack-100",
+    "autoattack-plus-10",
+    "autoattack-plus-100",
 )
 PLANE = ("dc", "one-call", "vote", "rdc1", "rdc5", "rdc-released")
 DETERMINISTIC = (*PLAIN, "jem")
+ADAPTED = "denoiser.network.blocks.0.conv1.weight"  # of a layer with an adapter
 PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
 
 
@@ -85,6 +90,7 @@ def folder(tmp_path_factory):
         networks.STUDENT,
         networks.HARDENED["digits"],
         networks.CONTRASTIVE["digits"],
+        *networks.TRUTH["digits"].values(),
         networks.TRANSLATORS["digits"][0],
     ]
     for name in names:
@@ -205,7 +211,13 @@ def test_the_parts_are_those_of_the_names(network_folder):
         )
     }
     assert of_kind[PurifiedClassifier] == set(PURIFIED)
-    assert of_kind[BayesClassifier] == {"dc", "contrastive", "adversarial-dc"}
+    assert of_kind[BayesClassifier] == {
+        "dc",
+        "contrastive",
+        "adversarial-dc",
+        "tmdc",
+        "tmdc-contrastive",
+    }
     assert of_kind[cnn.ConvClassifier] == {"cnn", "adversarial"}
     assert of_kind[WideClassifier] == {"wide", "adversarial-wide"}
     assert of_kind[AttentionClassifier] == {"vit", "adversarial-vit"}
@@ -228,6 +240,9 @@ def test_the_parts_are_those_of_the_names(network_folder):
         (("vit", "adversarial-vit"), "enter.weight"),
         (("dc", "adversarial-dc"), "denoiser.network.enter.weight"),
         (("dc", "contrastive"), "denoiser.network.enter.weight"),
+        (("dc", "tmdc"), ADAPTED),
+        (("dc", "tmdc-contrastive"), ADAPTED),
+        (("tmdc", "tmdc-contrastive"), ADAPTED),
     ):
         assert not torch.equal(*(built[name].state_dict()[weight] for name in pair))
     for pair, weight in (
@@ -273,6 +288,8 @@ def test_checkpoints_name_every_file_that_is_read(network_folder, monkeypatch):
         "one-call": [networks.CONTRASTIVE["digits"]],
         "one-call-hardened": [networks.HARDENED["digits"]],
         "rdc-contrastive": [networks.STUDENT, networks.CONTRASTIVE["digits"]],
+        "tmdc": [networks.STUDENT, "digits-tmdc.safetensors"],
+        "tmdc-contrastive": [networks.STUDENT, "digits-tmdc-contrastive.safetensors"],
     }
     assert set(wanted) == set(zoo.names("digits"))
     read = []
@@ -305,7 +322,7 @@ def test_missing_weights_are_one_sentence_with_the_command(tmp_path, network_fol
             FileNotFoundError, match=f"train them with `diffclass train digits {command}`"
         ):
             zoo.classifier("digits", name)
-    for name in ("dc", "vote", "rdc1", "lm-cnn"):
+    for name in ("dc", "vote", "rdc1", "lm-cnn", "tmdc"):
         with pytest.raises(FileNotFoundError, match="train them with `diffclass train digits`"):
             zoo.classifier("digits", name)
 
@@ -390,7 +407,11 @@ def result(name, linear, epsilon, norm, **options):
     return last
 
 
-LIBRARY = [("mifgsm", "linf"), ("cw", "l2"), ("autoattack-10", "linf"), ("autoattack-10", "l2")]
+LIBRARY = [
+    ("mifgsm", "linf"),
+    ("cw", "l2"),
+    *((f"autoattack-{name}", norm) for name in ("10", "plus-10") for norm in ("linf", "l2")),
+]
 
 
 @pytest.mark.parametrize("name, norm", LIBRARY)
@@ -428,6 +449,25 @@ def test_cw_is_that_of_torchattacks(linear):
     ours = result("cw", linear, 5.0, "l2").x
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert float(attacks.size_of(ours - x, "l2").max()) > 0
+
+
+def test_autoattack_plus_adds_starts_a_loss_and_fab(linear):
+    model, _, _ = linear
+    chosen = attack_table._autoattack(
+        attack_table.Shown(model, linear[1], ()), 0.1, "linf", 100, 4, 0, "plus"
+    )
+    parts = chosen._autoattack.attacks
+    assert [type(part).__name__ for part in parts] == [
+        "APGD",
+        "APGD",
+        "FAB",
+        "Square",
+        "APGDT",
+        "FAB",
+    ]
+    assert [part.steps for part in parts if not isinstance(part, torchattacks.Square)] == [100] * 5
+    assert [part.n_restarts for part in parts] == [5, 5, 5, 1, 1, 1]
+    assert {part.loss for part in parts[:2]} == {"ce", "dlr"}
 
 
 def test_autoattack_by_its_two_names_differs_in_the_steps_alone(linear):

@@ -35,6 +35,8 @@ Classifiers, by the names of the registry:
     dc              Bayes' rule on the per-class losses of a diffusion model.
     contrastive     The diffusion classifier whose heads were trained to tell the classes apart under noise.
     adversarial-dc  The diffusion classifier whose denoiser was trained on the images that fool it.
+    tmdc            The diffusion classifier with an adapter that raised the truth of images that fool another network.
+    tmdc-contrastive The same, by images that fool itself, and with the other classes lowered under the same noise.
     one-call        Where the contrastive network's answer without a class lies among those with one: the posterior, from one call.
     one-call-hardened The same, of the network that was trained on the images that fool it.
     vote            What the diffusion classifier answers most often under eleven noises.

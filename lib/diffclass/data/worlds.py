@@ -1,5 +1,6 @@
 """The worlds that classifiers are asked about: their pictures, classes, budgets, and what may be done to them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,17 @@ def world_of(name: str) -> World:
         kind="digits" if kind == "digits" else "cifar10",
         name=f"{kind}:{detail}" if detail else kind,
         corruption=corruption,
+    )
+
+
+def kind_of(image_shape: Sequence[int]) -> str:
+    """The kind of world whose pictures have this shape. Errors: ValueError for a shape that none has."""
+    for kind, shape in SHAPES.items():
+        if shape == tuple(image_shape):
+            return kind
+    raise ValueError(
+        f"expected pictures of the shape of a world ({', '.join(map(str, SHAPES.values()))}), got {tuple(image_shape)}; "
+        "another network that could be attacked in place of this one is not known."
     )
 
 

@@ -175,6 +175,28 @@ class Adapter:
         header = {HEADER: json.dumps(settings), "card": json.dumps(card or {})}
         write_tensors(Path(path), state, header)
 
+    def truncated(self, rank: int) -> "Adapter":
+        """The same adapter with the nearest B A of a lower rank in every layer: what is lost says how much rank it uses.
+
+        Formula     B A = U S V^T;  only the largest `rank` singular values stay
+        Source      Eckart & Young 1936: nearest in the Frobenius norm
+        Shapes      the same; the columns of B and the rows of A beyond `rank` are zero
+        Errors      ValueError for a rank that is none of 1 .. the adapter's
+        """
+        rank = units.check_whole(rank, "a lower rank", least=1, most=self.rank)
+        lower = copy.deepcopy(self)
+        for name, value in lower.weights.items():
+            if ".lora_A." not in name:
+                continue
+            b = lower.weights[name.replace(".lora_A.", ".lora_B.")]
+            u, s, vh = torch.linalg.svd(b.flatten(1) @ value.flatten(1), full_matrices=False)
+            s = s[: self.rank].clone()
+            s[rank:] = 0
+            b.data = (u[:, : self.rank] * s).reshape(b.shape)
+            kept = (s > 0)[:, None] * vh[: self.rank]
+            value.data = kept.reshape(value.shape)
+        return lower
+
     def merged(self) -> Denoiser:
         """A denoiser of the base's own layers that answers as the adapted one does, up to rounding.
 

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from diffclass import attacks
 from diffclass.classifiers.base import Classifier, NoiseSource, block_noise, take
+from diffclass.data.worlds import kind_of
 from diffclass.noise import generator_of
 from diffclass.zoo.attacks import attack as attack_named
+from diffclass.zoo.classifiers import ENTRIES as CLASSIFIERS
+from diffclass.zoo.classifiers import classifier as another
 
 
 def _of_probabilities(logits: Tensor, y: Tensor) -> Tensor:
@@ -48,8 +51,9 @@ class Attack:
     start       where the first run starts: "image", or "random" inside the budget
     targets     the wrong classes that it goes towards, by rank: 1 is the most likely one on the clean image, under the
                 held noise; empty for a loss without a target
-    Errors      ValueError for a name that does not exist, averaged draws of one held noise, or choices that the method
-                does not have
+    through     the name of another classifier of the same world, which is attacked in place of this one: by transfer
+    Errors      ValueError for a name that does not exist, averaged draws of one held noise, fresh noise of another
+                classifier, or choices that the method does not have
     """
 
     loss: str
@@ -62,6 +66,7 @@ class Attack:
     step: float | None = None
     start: str = "image"
     targets: tuple[int, ...] = ()
+    through: str | None = None
 
     def __post_init__(self):
         if self.start not in STARTS or self.gradient not in GRADIENTS:
@@ -92,6 +97,11 @@ class Attack:
             wanted = "a step size" if entry.step_size else "no step size"
             raise ValueError(f"expected {wanted} for {self.method}, got {self.step}.")
         self._check_targets(entry.targeted or self.loss in TARGETED)
+        if self.through is not None and (self.through not in CLASSIFIERS or self.fresh):
+            raise ValueError(
+                f"expected held noise and the name of a classifier to attack in place of this one, got {self.through!r} with "
+                f"{'fresh' if self.fresh else 'held'} noise; `diffclass list` names them."
+            )
 
     def _check_targets(self, wanted: bool) -> None:
         # JSON has lists, and a list is not a tuple
@@ -123,18 +133,27 @@ class Attack:
             words = f"{words}, {len(self.targets)} targets"
         elif self.targets:
             words = f"{words}, towards wrong class {self.targets[0]}"
+        if self.through:
+            words = f"{words}, by transfer from {self.through}"
         return words
 
     def as_json(self) -> dict:
-        """Its identity: every field, as JSON values; without targets as it was before there were any."""
+        """Its identity: every field, as JSON values; without targets or transfer as it was before there were any."""
         content = {**asdict(self), "targets": list(self.targets)}
-        if not self.targets:
-            del content["targets"]
-        return content
+        return {
+            name: value
+            for name, value in content.items()
+            if value or name not in ("targets", "through")
+        }
 
     @property
     def calls(self) -> int:
-        """How often one run asks the classifier about an image at most, also for the scale or the order of its logits."""
+        """How often one run asks the classifier about an image at most, also for the scale or the order of its logits.
+
+        Meaning     an attack by transfer never asks it
+        """
+        if self.through:
+            return 0
         entry = attack_named(self.method)
         looks = int(self.loss == "scaled CE" or self.loss in TARGETED)
         return entry.calls(self.steps, len(self.targets)) * self.draws + looks
@@ -167,7 +186,7 @@ class Attack:
         Errors      those of `attacks.pgd`; ValueError for several targets, which are several runs, for a rank that the
                     classifier has no class of, for a norm or a number of classes that the method cannot attack
         """
-        target = self.climbed(classifier)
+        target = self.climbed(classifier).to(x.device)  # another one was just loaded
         entry = attack_named(self.method)
         if norm not in entry.norms or classifier.num_classes < entry.classes:
             raise ValueError(
@@ -213,7 +232,12 @@ class Attack:
         return TARGETED[self.loss](order[:, self.targets[0] - 1])
 
     def climbed(self, classifier: Classifier) -> Classifier:
-        """What this attack differentiates: the classifier by the chosen gradient, or the surrogate of its votes."""
+        """What this attack differentiates: the classifier by the chosen gradient, the surrogate of its votes, or another.
+
+        Errors      those of `zoo.classifiers.classifier`, for weights of another one that are yet to be trained
+        """
+        if self.through:
+            return another(kind_of(classifier.image_shape), self.through)
         by_name = classifier.gradients()
         if not by_name:
             return classifier.surrogate()
@@ -304,6 +328,7 @@ class Protocol:
 
 
 RDC_TESTER = (Attack("DLR", gradient="bpda", restarts=5, start="random"),)
+TRANSFERRED = dict(fresh=False, through="cnn")
 PGD20 = (Attack("CE", 20, "pgd", fresh=False, step=0.25, start="random"),)
 IDC_PGD = Attack("CE of softmax", 20, "pgd", fresh=False, step=0.25, start="random")
 
@@ -322,6 +347,19 @@ def _idc_2(norm: str, classes: int) -> tuple[Attack, ...]:
     return tuple(attack for attack in listed if norm in attack_named(attack.method).norms)
 
 
+def _tmdc_1(norm: str, classes: int) -> tuple[Attack, ...]:
+    """TMDC's list, all of it of another network: in L2 AutoAttack alone."""
+    plus = Attack(OWN, 10, "autoattack-plus-10", targets=attacks.ranks(classes), **TRANSFERRED)
+    if norm != "linf":
+        return (plus,)
+    return (
+        Attack("CE", 1, "fgsm", **TRANSFERRED),
+        # 2/255 of 0.05
+        Attack("CE", 40, "pgd", step=round(2 / 255 / 0.05, 3), start="random", **TRANSFERRED),
+        plus,
+    )
+
+
 # Name -> version -> its attacks, or what lists them for a norm and a number of classes.
 PAPERS = {
     "rdc": {1: RDC_TESTER},
@@ -336,6 +374,7 @@ PAPERS = {
         2: _idc_2,
     },
     "madry": {1: PGD20},
+    "tmdc": {1: _tmdc_1},
 }
 SOURCES = {
     "paper-rdc": "Chen et al. 2024 (RDC), released tester: APGD with the DLR loss alone, 100 steps, 5 restarts, EOT 1, and "
@@ -346,6 +385,9 @@ SOURCES = {
     "one frozen noise; from version 2 on also MI-FGSM of 5 steps, CW of 1000 (its weight 1, theirs 0.0001, which hardly "
     "leaves the image), torchattacks' AutoAttack as shipped, and PGD of 50 steps on the mean of 15 draws.",
     "paper-madry": "Madry et al. 2018: PGD of 20 steps with cross-entropy, from one random start.",
+    "paper-tmdc": "Li et al. 2024 (TMDC): FGSM, PGD of 40 steps and AutoAttack plus as torchattacks ships it, in L2 AutoAttack "
+    "alone, all of a plain network in place of the classifier (theirs a ResNet-50, ours the registry's), within the budget of "
+    "pixels in [0,1].",
     "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, from "
     "version 2 on every target and a search without gradients, the worst for each image, judged anew.",
     "single": "One attack alone, as it was asked for.",

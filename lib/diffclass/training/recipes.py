@@ -288,11 +288,13 @@ def truth_maximised(
     levels: int,
     rank: int,
     choices: dict | None = None,
+    whole: bool = False,
     **settings,
 ) -> Recipe:
     """The recipe of an adapter beside its world's network that raises the truth of attacked images.
 
-    Shapes      choices: other fields of `Truth`; settings: other fields of `Recipe`
+    Shapes      choices: other fields of `Truth`; whole: all weights learn, in place of an adapter; settings: other fields
+                of `Recipe`
     """
     start = networks.BENEATH[world]
     span = networks.range_of(networks.TRUTH[world][method])
@@ -304,7 +306,7 @@ def truth_maximised(
     recipe = denoiser(
         world,
         method,
-        beside(start, ADAPTED_LAYERS[world], rank),
+        going_on(start) if whole else beside(start, ADAPTED_LAYERS[world], rank),
         from_data(truth_loss(truth, surrogate)),
         needs=start,
         levels=levels,
@@ -313,7 +315,7 @@ def truth_maximised(
         says=origin(start=start) | dict(truth=asdict(truth), rank=rank),
         **settings,
     )
-    return replace(recipe, save=save_adapter)
+    return recipe if whole else replace(recipe, save=save_adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,6 +527,20 @@ def permuted(labels: Tensor, seed: int) -> Tensor:
 
 # the ablations' too
 DIGITS_IDC = partial(translator, "digits", "idc", "DigitNet", steps=1200, batch=128, rate=2e-3)
+DIGITS_TRUTH = partial(
+    truth_maximised,
+    "digits",
+    steps=400,
+    batch=64,
+    rate=1e-3,
+    ema=0.98,
+    levels=16,
+    rank=4,
+    kept=100,
+)
+FOOLING_ANOTHER = Inner(0.1, 7, 0.25)
+FOOLING_ITSELF = Inner(0.1, 2, 0.8)
+CONTRASTED = dict(contrast=1.0, transferred=False)
 _DIGITS_STUDENT = fresh("MultiHeadDenoiser", "DigitNet")
 _DIGITS_NET = built(cnn.ConvClassifier, widths=(32, 64))
 _DIGITS_CNN = dict(network=_DIGITS_NET, steps=400, batch=128, rate=2e-3, attacked=400)
@@ -548,7 +564,6 @@ _DIGITS_VIT = dict(
     attacked=400,
     save=partial(cnn.save, dtype=torch.float16),
 )
-_DIGITS_TRUTH = dict(steps=400, batch=64, rate=1e-3, ema=0.98, levels=16, rank=4, kept=100)
 _CIFAR_NET = dict(
     batch=128,
     rate=3e-3,
@@ -706,15 +721,9 @@ RECIPES: dict[str, Recipe] = {
         levels=6,
         **_CIFAR_DENOISER,
     ),
-    networks.TRUTH["digits"]["tmdc"]: truth_maximised(
-        "digits", "tmdc", Inner(0.1, 7, 0.25), **_DIGITS_TRUTH
-    ),
-    networks.TRUTH["digits"]["tmdc-contrastive"]: truth_maximised(
-        "digits",
-        "tmdc-contrastive",
-        Inner(0.1, 2, 0.8),
-        choices=dict(contrast=1.0, transferred=False),
-        **_DIGITS_TRUTH,
+    networks.TRUTH["digits"]["tmdc"]: DIGITS_TRUTH("tmdc", FOOLING_ANOTHER),
+    networks.TRUTH["digits"]["tmdc-contrastive"]: DIGITS_TRUTH(
+        "tmdc-contrastive", FOOLING_ITSELF, choices=CONTRASTED
     ),
     networks.TRUTH["cifar10"]["tmdc"]: truth_maximised(
         "cifar10",
@@ -727,7 +736,7 @@ RECIPES: dict[str, Recipe] = {
         "cifar10",
         "tmdc-contrastive",
         Inner(8 / 255, 2, 0.75),
-        choices=dict(levels=2, contrast=1.0, temperature=300.0, transferred=False),
+        choices=CONTRASTED | dict(levels=2, temperature=300.0),
         **_CIFAR_TRUTH,
     ),
     networks.BASELINES["digits"]["cnn"]: plain("digits", **_DIGITS_CNN),

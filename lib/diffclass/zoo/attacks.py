@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ def _cw(shown, epsilon, norm, steps, targets, seed):
     return chosen
 
 
-def _autoattack(shown, epsilon, norm, steps, targets, seed):
+def _autoattack(shown, epsilon, norm, steps, targets, seed, version="standard"):
     import torchattacks
 
     height, width = shown.views[0].image_shape[1:]
@@ -193,17 +194,24 @@ def _autoattack(shown, epsilon, norm, steps, targets, seed):
         shown,
         norm={"linf": "Linf", "l2": "L2"}[norm],
         eps=epsilon,
+        version=version,
         n_classes=targets + 1,
         seed=seed,
     )
-    for part in chosen._autoattack.attacks[:3]:  # APGD, APGD-T and FAB; Square has queries
-        part.steps = steps
+    for part in chosen._autoattack.attacks:
+        if not isinstance(part, torchattacks.Square):  # which has queries
+            part.steps = steps
     return chosen
 
 
 def _autoattack_calls(steps: int, targets: int) -> int:
     """APGD, APGD-T, FAB-T and Square of 5000 queries, each with a look before it and after it."""
     return (steps + 4) + (targets * (steps + 3) + 2) + (targets * (2 * steps + 7) + 2) + 5004
+
+
+def _plus_calls(steps: int, targets: int) -> int:
+    """The same, APGD with five starts, and with five starts each APGD with DLR and FAB."""
+    return _autoattack_calls(steps, targets) + 9 * (steps + 4) + 5 * (2 * steps + 7) + 2
 
 
 def fgsm(
@@ -316,21 +324,26 @@ register(
         **LIBRARY,
     )
 )
-for count, said in ((10, "as torchattacks ships it"), (100, "as its authors run it")):
-    register(
-        AttackEntry(
-            f"autoattack-{count}",
-            library(_autoattack),
-            "gradient",
-            BOTH,
-            "Croce & Hein 2020, by torchattacks",
-            f"APGD, APGD-T, FAB-T of {count} steps and Square of 5000 queries, {said}; for 4 classes or more.",
-            steps=count,
-            usual=count,
-            targeted=True,
-            random=True,
-            classes=4,
-            calls=_autoattack_calls,
-            **LIBRARY,
+_VERSIONS = {  # version -> the name's beginning, its attacks, its calls
+    "standard": ("autoattack", "APGD, APGD-T, FAB-T of", _autoattack_calls),
+    "plus": ("autoattack-plus", "APGD with two losses, FAB, APGD-T, FAB-T of", _plus_calls),
+}
+for version, (begins, listed, calls) in _VERSIONS.items():
+    for count, said in ((10, "as torchattacks ships it"), (100, "as its authors run it")):
+        register(
+            AttackEntry(
+                f"{begins}-{count}",
+                library(partial(_autoattack, version=version)),
+                "gradient",
+                BOTH,
+                "Croce & Hein 2020, by torchattacks",
+                f"{listed} {count} steps and Square of 5000 queries, {said}; for 4 classes or more.",
+                steps=count,
+                usual=count,
+                targeted=True,
+                random=True,
+                classes=4,
+                calls=calls,
+                **LIBRARY,
+            )
         )
-    )

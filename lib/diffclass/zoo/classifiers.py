@@ -43,6 +43,12 @@ class Parts:
             return networks.plane_classifier(self.world.law, samples=samples)
         return BayesClassifier(self.denoiser(role), networks.levels_of(self.files[role]))
 
+    def adapted(self) -> BayesClassifier:
+        """The diffusion classifier of a denoiser with an adapter beside it, merged."""
+        file = self.files["adapter"]
+        denoiser = networks.adapted(self.denoiser(), file)
+        return BayesClassifier(denoiser, networks.levels_of(file))
+
     def one_call(self, role: str = "denoiser") -> OneCallClassifier:
         """Bayes' rule from one call of the denoiser of a role, at the lowest of the levels that it is asked at."""
         level = networks.ONE_CALL_LEVELS[self.world.kind]
@@ -137,6 +143,13 @@ def _contrastive(kind: str) -> dict[str, str]:
     return {"denoiser": networks.CONTRASTIVE[kind]}
 
 
+def _truth(method: str) -> Callable[[str], dict[str, str]]:
+    return lambda kind: {
+        "adapter": networks.TRUTH[kind][method],
+        "denoiser": networks.BENEATH[kind],
+    }
+
+
 def _baseline(method: str) -> Callable[[str], dict[str, str]]:
     return lambda kind: {"cnn": networks.BASELINES[kind][method]}
 
@@ -147,6 +160,10 @@ def _baseline(method: str) -> Callable[[str], dict[str, str]]:
 
 def _bayes(parts: Parts) -> Classifier:
     return parts.bayes()
+
+
+def _adapted(parts: Parts) -> Classifier:
+    return parts.adapted()
 
 
 def _one_call(parts: Parts) -> Classifier:
@@ -279,6 +296,24 @@ for _entry in (
         "madry",
         _bayes,
         _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
+    ),
+    Entry(
+        "tmdc",
+        "TMDC",
+        "The diffusion classifier with an adapter that raised the truth of images that fool another network.",
+        "Li et al. 2024 (TMDC)",
+        "tmdc",
+        _adapted,
+        _trained_only(_truth("tmdc")),
+    ),
+    Entry(
+        "tmdc-contrastive",
+        "TMDC, contrastive",
+        "The same, by images that fool itself, and with the other classes lowered under the same noise.",
+        "Li et al. 2024 (TMDC); this course, notebook 11",
+        "tmdc",
+        _adapted,
+        _trained_only(_truth("tmdc-contrastive")),
     ),
     Entry(
         "one-call",

@@ -1,5 +1,6 @@
 """The exercises of the notebooks, with their cases and the classic mistakes that `course.grade` recognises."""
 
+from diffclass.course.exercises.adapting import CONTRASTIVE_PULL, LORA_LAYER, MOST_MOVED
 from diffclass.course.exercises.attacking import DLR_LOSS, EOT_DRAWS, MARGIN_LOSS, STEEPEST_STEP
 from diffclass.course.exercises.auditing import (
     DIAGNOSIS,
@@ -80,6 +81,9 @@ EXERCISES: dict[str, Exercise] = {
         ZERO_COSINE_LABELS,
         WRONG_POSTERIOR,
         DISTANCE_LOGITS,
+        LORA_LAYER,
+        CONTRASTIVE_PULL,
+        MOST_MOVED,
         BRIDGE_POSTERIOR,
         LIPSCHITZ_PIXELS,
         VOTES_NEEDED,
@@ -128,6 +132,9 @@ __all__ = [
     "ZERO_COSINE_LABELS",
     "WRONG_POSTERIOR",
     "DISTANCE_LOGITS",
+    "LORA_LAYER",
+    "CONTRASTIVE_PULL",
+    "MOST_MOVED",
     "BRIDGE_POSTERIOR",
     "LIPSCHITZ_PIXELS",
     "VOTES_NEEDED",
