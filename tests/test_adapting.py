@@ -9,7 +9,7 @@ from diffclass import attacks, likelihood, units, zoo
 from diffclass.data.worlds import images_of
 from diffclass.denoisers import network
 from diffclass.denoisers.lora import Adapter
-from diffclass.evaluation import accuracies
+from diffclass.evaluation import accuracies, protocols
 from diffclass.evaluation.protocols import Attack
 from diffclass.storage import results
 from diffclass.training import adapting, measures, recipes
@@ -206,6 +206,27 @@ def test_every_defence_is_asked_about_what_fooled_the_surrogate(tmp_path):
     assert not list(adapting.transferred(path, *asked))
     more = list(adapting.transferred(path, ("cnn",), ("cnn", "dc"), (FGSM,), "linf", 0.05, 8))
     assert [record.settings["epsilon"] for record in more] == [0.05, 0.05]
+
+
+def test_the_tables_ask_for_the_paper_s_attacks_and_for_everybody_s_own_gradient(monkeypatch):
+    asked = []
+    monkeypatch.setattr(adapting, "transferred", lambda *given: asked.append(given[1:]) or [])
+    assert not list(adapting.tables("nowhere"))
+    surrogates, defences, listed, norm, epsilon, count = asked[0]
+    assert set(surrogates) <= set(defences) <= set(zoo.names("digits"))
+    assert (norm, epsilon, count) == ("linf", 0.1, adapting.ATTACKED) and len(listed) == 1
+    for surrogates, _, listed, norm, _, count in asked[1:]:
+        assert surrogates == ("cnn",) and count == adapting.TABLED
+        classifier = zoo.classifier("digits", "cnn")
+        assert all(norm in zoo.attack(attack.method).norms for attack in listed)
+        assert all(attack.climbed(classifier) is classifier for attack in listed)
+    budgets = {(norm, epsilon) for _, _, _, norm, epsilon, _ in asked[1:]}
+    assert {("linf", 0.05), ("l2", 0.05)} <= budgets, "as printed"
+    paper = protocols.paper("tmdc", "linf", 0.05).attacks
+    of_paper = {(attack.loss, attack.method, attack.steps) for attack in paper}
+    assert of_paper <= {
+        (a.loss, a.method, a.steps) for _, _, listed, *_ in asked[1:] for a in listed
+    }
 
 
 def test_as_released_dark_pixels_become_grey_at_no_budget_at_all():

@@ -46,7 +46,7 @@ from diffclass.classifiers.smoothed import NoisedCopies, Smoothed
 from diffclass.classifiers.votes import MajorityVote, MeanLogits
 from diffclass.classifiers.zero_shot import Cost, ZeroShotClassifier
 from diffclass.data import corruptions, pictures
-from diffclass.data.worlds import world_of
+from diffclass.data.worlds import kind_of, world_of
 from diffclass.denoisers import latent, network, sampling
 from diffclass.denoisers.clipped import Clipped
 from diffclass.denoisers.exact import MixtureDenoiser
@@ -55,6 +55,7 @@ from diffclass.denoisers.latent import Autoencoder, LatentModel
 from diffclass.denoisers.lora import Adapter
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
+from diffclass.training import adapting
 from torch import Tensor
 
 PACKAGE = str(Path(diffclass.__file__).parent)
@@ -239,6 +240,8 @@ WIDE = WideClassifier(DIGIT, 3, (4, 4), normed=False, seed=1).eval()
 VIT = AttentionClassifier(DIGIT, 3, 6, 1, 4, seed=1).eval()
 JEM = JointClassifier.begun(WIDE, 5, 1).eval()
 ADAPTED = network.build("ConditionalDenoiser", "DigitNet", 2, DIGIT, width=8, blocks=1)
+ADAPTER = Adapter.beside(ADAPTED, ["conv1"], 3)
+RELEASED = ConvClassifier(DIGIT, 2, widths=(4, 4)).eval()
 LAYERS_NOT_ADAPTED = (
     None,
     "conv1",
@@ -1854,6 +1857,46 @@ CALLS = [
             alpha=Values((None, 1.0, 3), (1e-30,), (math.nan, math.inf, "x", 0, -1.0)),
             seed=seeds(),
         ),
+    ),
+    Call(
+        "lora.Adapter.truncated",
+        lambda rank: ADAPTER.truncated(rank).count,
+        dict(rank=Values((1, 2, 3), (np.int64(2), 2.0, True), (*NO_NUMBER, 0, -1, 4, 1.5))),
+    ),
+    Call(
+        "worlds.kind_of",
+        kind_of,
+        dict(
+            image_shape=Values(
+                ((1, 8, 8), (3, 32, 32)),
+                ([1, 8, 8], torch.Size([1, 8, 8])),
+                ((1, 8), (), (1, 9, 9), "1,8,8", (math.nan, 8, 8), None, 3),
+            )
+        ),
+    ),
+    Call(
+        "adapting.recipe_of",
+        lambda variant: adapting.recipe_of(variant).steps,
+        dict(variant=names(*adapting.VARIANTS)),
+    ),
+    Call(
+        "adapting.as_released",
+        lambda **told: adapting.as_released(RELEASED, **told),
+        dict(
+            x=Values(
+                (torch.rand(2, *DIGIT, generator=torch.Generator().manual_seed(0)),),
+                (),
+                ("x", None, torch.rand(2, 3), torch.full((2, *DIGIT), math.nan)),
+            ),
+            y=Values(
+                (torch.tensor([0, 1]),),
+                (),
+                (None, "x", torch.tensor([0, 7]), torch.tensor([0.5, 1.0]), torch.tensor([0])),
+            ),
+            epsilon=at_least_0(0.05, 0.1),
+            steps=count(1, 2),
+        ),
+        lambda x, **_: x.shape,
     ),
     Call(
         "zero_shot.ZeroShotClassifier",

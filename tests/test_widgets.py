@@ -26,7 +26,7 @@ from diffclass.course.scenes.photos import SHORT
 from diffclass.course.scenes.plane import PlaneScene
 from diffclass.data import gallery
 from diffclass.evaluation import measuring
-from diffclass.storage import assets
+from diffclass.storage import assets, results
 from diffclass.zoo import networks
 
 
@@ -68,6 +68,13 @@ def one_call(student):
     )
 
 
+def adapter(student):
+    """A digit under the adapters of the assets, with their records."""
+    return widgets.adapter_hero(
+        student, results.read(assets.folder() / "records" / "tmdc-digits.jsonl")
+    )
+
+
 HEROES = {
     "digit": widgets.digit_hero,
     "one call": one_call,
@@ -80,6 +87,7 @@ HEROES = {
     "racing": widgets.racing_hero,
     "photos": photos,
     "translation": lambda _: widgets.translation_hero(networks.load_translator()),
+    "adapter": adapter,
     "audit": lambda _: widgets.audit_hero(),
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,

@@ -104,7 +104,8 @@ def train(
         str,
         typer.Option(
             help="diffusion; contrastive: no teacher; idc, idc-small; cnn, wide, vit; jem; adversarial, "
-            "adversarial-wide, adversarial-vit, adversarial-dc: on attacked images; cohen, smoothadv, macer, consistency: on noised ones."
+            "adversarial-wide, adversarial-vit, adversarial-dc: on attacked images; tmdc, tmdc-contrastive: an adapter on "
+            "attacked images; cohen, smoothadv, macer, consistency: on noised ones."
         ),
     ] = "diffusion",
     sigma: Annotated[

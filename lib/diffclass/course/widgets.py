@@ -19,6 +19,7 @@ from diffclass import data
 from diffclass.classifiers.base import Held
 from diffclass.classifiers.idc import Translator
 from diffclass.course import figures
+from diffclass.course.scenes.adapting import ANOTHER, LAST, AdapterScene
 from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
 from diffclass.course.scenes.certifying import MOST, TOGETHER, CertifyingScene
@@ -34,6 +35,8 @@ from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation.measuring import Losses
 from diffclass.noise import Levels
+from diffclass.storage.results import Record
+from diffclass.training.adapting import EVERY
 
 log = logging.getLogger(__name__)
 
@@ -401,6 +404,26 @@ def translation_hero(translator: Translator, index: int = 350) -> Hero:
         lambda index, m, low, family, point, picked: scene.at(index, m, low, family),
         controls,
         cursor="m",
+    )
+
+
+def adapter_hero(base: Denoiser, records: Sequence[Record], index: int = 17) -> Hero:
+    """A digit under an adapter: step, rank, recipe and threat; its losses, and two threat models (notebook 11)."""
+    scene = AdapterScene(base, records)
+    controls = dict(
+        index=digit_slider(scene, index),
+        recipe=choice("what is raised", scene.RECIPES, next(iter(scene.RECIPES)), width=380),
+        rank=slider("rank kept", 4, 1, 4, 1),
+        step=slider("training step", LAST, 0, LAST, EVERY),
+        threat=choice("attacked through", scene.THREATS, ANOTHER),
+    )
+    return Hero(
+        lambda index, recipe, rank, step, threat, point, picked: scene.at(
+            index, recipe, step, rank, threat
+        ),
+        controls,
+        cursor="step",
+        cursor_step=EVERY,
     )
 
 

@@ -117,10 +117,10 @@ def world_of(name: str) -> World:
 def kind_of(image_shape: Sequence[int]) -> str:
     """The kind of world whose pictures have this shape. Errors: ValueError for a shape that none has."""
     for kind, shape in SHAPES.items():
-        if shape == tuple(image_shape):
+        if isinstance(image_shape, Sequence) and shape == tuple(image_shape):
             return kind
     raise ValueError(
-        f"expected pictures of the shape of a world ({', '.join(map(str, SHAPES.values()))}), got {tuple(image_shape)}; "
+        f"expected pictures of the shape of a world ({', '.join(map(str, SHAPES.values()))}), got {image_shape!r}; "
         "another network that could be attacked in place of this one is not known."
     )
 
