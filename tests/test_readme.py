@@ -43,6 +43,8 @@ ORDER = (
     "dc",
     "contrastive",
     "adversarial-dc",
+    "tmdc",
+    "tmdc-contrastive",
     "one-call",
     "one-call-hardened",
     "rdc1",

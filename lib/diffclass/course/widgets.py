@@ -407,7 +407,7 @@ def translation_hero(translator: Translator, index: int = 350) -> Hero:
     )
 
 
-def adapter_hero(base: Denoiser, records: Sequence[Record], index: int = 17) -> Hero:
+def adapter_hero(base: Denoiser, records: Sequence[Record], index: int = 31) -> Hero:
     """A digit under an adapter: step, rank, recipe and threat; its losses, and two threat models (notebook 11)."""
     scene = AdapterScene(base, records)
     controls = dict(

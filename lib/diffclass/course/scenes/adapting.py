@@ -17,7 +17,7 @@ from diffclass.zoo import networks
 
 LAST = 400  # steps of the two recipes
 ATTACK_STEPS = 10
-TOP = 60.0  # nats that the bars show
+TOP = 40.0  # nats that the bars show
 
 CLEAN = "nothing"
 ANOTHER = "another network (transfer)"
@@ -129,9 +129,9 @@ class AdapterScene:
                 colours=colours,
                 marks=(before - before.min()).clamp(max=TOP),
                 range=(0, TOP),
-                title="Loss above the smallest (line: without the adapter)",
-                xlabel="class",
-                w=340,
+                title="Loss above the smallest",
+                xlabel="class (line: without the adapter)",
+                w=290,
                 h=240,
                 alt=f"Loss of every class above the smallest; the truth {label} is at "
                 f"{float(after[label] - after.min()):.1f} nats.",
@@ -153,11 +153,11 @@ class AdapterScene:
         return figures.curves(
             [r.settings["step"] for r in truth],
             lines,
-            title=f"Mean loss over training, {truth[0].n} transferred attacks",
+            title=f"Mean loss, {truth[0].n} transfers",
             xlabel="training step",
-            ylabel="loss − loss of the truth at step 0 / nats",
+            ylabel="nats from the truth at 0",
             cursor=step,
-            w=360,
+            w=310,
             alt="Loss of the true class and of its best rival along the training.",
         )
 
@@ -165,8 +165,8 @@ class AdapterScene:
         """Two threat models side by side."""
         kinds = [
             ("clean", None, COLOURS[2], None),
-            ("attacked through another network", THROUGH_ANOTHER, BEST, None),
-            ("attacked through itself", THROUGH_ITSELF, WRONG, "6 3"),
+            ("through another network", THROUGH_ANOTHER, BEST, None),
+            ("through itself", THROUGH_ITSELF, WRONG, "6 3"),
         ]
         lines = []
         for label, attack, colour, dash in kinds:
@@ -183,13 +183,13 @@ class AdapterScene:
         return figures.curves(
             [r.settings["step"] for r in own],
             lines,
-            title="Two threat models (upper bounds; digits in brackets)",
+            title="Two threat models (digits)",
             xlabel="training step",
             ylabel="share of digits right",
             yrange=(0, 1.05),
             cursor=step,
             legend="bottom",
-            w=360,
+            w=310,
             alt="Accuracy clean, by transfer and white-box along the training.",
         )
 
