@@ -4,10 +4,9 @@ import copy
 import json
 
 import pytest
-import tiny_pipelines as tiny
 import torch
 import twins
-from diffclass.denoisers import lora, network, pipelines
+from diffclass.denoisers import lora, network, pipelines, tiny
 from diffclass.denoisers.lora import Adapter
 from safetensors.torch import load_file, save_file
 

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import contract
 import huggingface_hub
 import pytest
-import tiny_pipelines as tiny
 import torch
 import twins
 from diffclass import likelihood, noise, units
 from diffclass.classifiers import racing, zero_shot
 from diffclass.classifiers.base import flop
 from diffclass.classifiers.zero_shot import ZeroShotClassifier
-from diffclass.denoisers import latent, pipelines
+from diffclass.denoisers import latent, pipelines, tiny
 from diffclass.denoisers.flow import FlowDenoiser
 from diffclass.denoisers.latent import Autoencoder, LatentModel
 from diffclass.denoisers.pretrained import ScheduledDenoiser

@@ -1,22 +1,41 @@
-"""Tiny pipelines with random weights, written by diffusers itself: the way from a saved folder to a posterior, offline."""
+"""Tiny pipelines with random weights, written by diffusers itself: the way from a saved folder to a posterior, offline.
+
+They know nothing of pictures. What they prove is the way: every part, file, precision and shape of a real pipeline is here,
+at a thousandth of its size.
+"""
 
 import json
+import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import nn
 
 WORDS = ("a", "photo", "of", "cat", "dog", "ship", "truck", "blurry")
 NAMES = ("cat", "dog", "ship")
 
 
-def seeded(build):
-    """The network that a function builds from the global generator, the same every time, ready to be asked."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build().eval()
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The network that a function builds, its weights drawn anew, the same every time; ready to be asked.
+
+    Formula     matrices and kernels N(0, 1/inputs), biases 0, factors 1
+    Randomness  a generator of this seed: what the network's own class draws first leaves no trace
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = build().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim < 2:
+                weight.fill_(float(name.endswith("weight")))
+            else:
+                weight.normal_(generator=generator).div_(math.sqrt(weight[0].numel()))
+    return network
 
 
-def autoencoder(channels=4, **options):
-    """Pictures of 8x8 pixels <-> latents of 4x4."""
+def autoencoder(channels: int = 4, **options) -> nn.Module:
+    """Pictures of 8x8 pixels <-> latents of 4x4. Errors: those of diffusers' `AutoencoderKL` for its options."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -30,8 +49,8 @@ def autoencoder(channels=4, **options):
     )
 
 
-def unet(**options):
-    """A U-Net that is told a text."""
+def unet(**options) -> nn.Module:
+    """A U-Net that is told a text. Errors: those of diffusers' `UNet2DConditionModel` for its options."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -53,8 +72,8 @@ def unet(**options):
     )
 
 
-def tokenizer(folder):
-    """A CLIP tokenizer of a few words."""
+def tokenizer(folder: Path):
+    """A CLIP tokenizer of `WORDS`; other words are spelt letter by letter."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -80,7 +99,7 @@ def tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def text_encoder(words, kind="CLIPTextModel"):
+def text_encoder(words, kind: str = "CLIPTextModel") -> nn.Module:
     """A CLIP text encoder for a tokenizer."""
     import transformers
 
@@ -99,8 +118,8 @@ def text_encoder(words, kind="CLIPTextModel"):
     return getattr(transformers, kind)(config)
 
 
-def stable_diffusion(folder, scheduler=None, vae=None, network=None):
-    """A Stable Diffusion pipeline in a folder, and the pipeline."""
+def stable_diffusion(folder: Path, scheduler=None, vae=None, network=None) -> tuple:
+    """A Stable Diffusion pipeline, saved in a folder. Shapes: -> the folder's path, the pipeline."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     words = tokenizer(folder / "words")
@@ -119,8 +138,8 @@ def stable_diffusion(folder, scheduler=None, vae=None, network=None):
     return folder / "pipeline", pipeline
 
 
-def stable_diffusion_3(folder, shift=3.0, vae=None, **scheduler):
-    """A Stable Diffusion 3 pipeline without T5 in a folder, and the pipeline."""
+def stable_diffusion_3(folder: Path, shift: float = 3.0, vae=None, **scheduler) -> tuple:
+    """A Stable Diffusion 3 pipeline without T5, saved in a folder. Shapes: -> the folder's path, the pipeline."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -161,8 +180,11 @@ def stable_diffusion_3(folder, shift=3.0, vae=None, **scheduler):
     return folder / "pipeline", pipeline
 
 
-def dit(folder):
-    """A class-conditional transformer of three classes, with a learned variance, in a folder, and the pipeline."""
+def dit(folder: Path) -> tuple:
+    """A class-conditional transformer of three classes, with a learned variance, saved in a folder.
+
+    Shapes      -> the folder's path, the pipeline
+    """
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     def transformer():
@@ -190,8 +212,8 @@ def dit(folder):
     return folder / "pipeline", pipeline
 
 
-def flux(folder, guidance=False):
-    """A Flux pipeline in a folder, and the pipeline."""
+def flux(folder: Path, guidance: bool = False) -> tuple:
+    """A Flux pipeline, saved in a folder. Shapes: -> the folder's path, the pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
