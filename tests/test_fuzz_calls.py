@@ -45,13 +45,13 @@ from diffclass.classifiers.purified import (
 from diffclass.classifiers.smoothed import NoisedCopies, Smoothed
 from diffclass.classifiers.votes import MajorityVote, MeanLogits
 from diffclass.classifiers.zero_shot import Cost, ZeroShotClassifier
-from diffclass.data import corruptions, pictures
+from diffclass.data import corruptions, grainy, pictures
 from diffclass.data.worlds import kind_of, world_of
 from diffclass.denoisers import latent, network, sampling
 from diffclass.denoisers.clipped import Clipped
 from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.denoisers.flow import ExactVelocity, FlowDenoiser
-from diffclass.denoisers.latent import Autoencoder, LatentModel
+from diffclass.denoisers.latent import Autoencoder, Haar, LatentModel
 from diffclass.denoisers.lora import Adapter
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
@@ -317,6 +317,7 @@ def classifiers() -> dict[str, Classifier]:
 
 
 PROMPTED = LatentModel(EXACT, Autoencoder(Same(), PLANE), PROMPTED_NAMES)
+HAAR = Autoencoder(Haar(scaling_factor=2.0), (4, 2, 2))
 KINDS = classifiers()
 
 
@@ -1847,6 +1848,40 @@ CALLS = [
         lambda x: Autoencoder(Same(), PLANE).encode(x),
         dict(x=pixels()),
         lambda x: x.shape,
+    ),
+    Call(
+        "latent.Haar",
+        lambda x, **told: HAAR.decode(HAAR.encode(x)),
+        dict(
+            x=Values(
+                (torch.rand(2, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)),
+                (torch.rand(1, 1, 4, 4).double(),),
+                (
+                    torch.rand(2, 1, 4, 2),
+                    torch.rand(4, 4),
+                    torch.full((1, 1, 4, 4), math.nan),
+                    3,
+                    None,
+                ),
+            )
+        ),
+        lambda x, **_: x.shape,
+    ),
+    Call(
+        "grainy.described",
+        lambda template: grainy.described(template).scales,
+        dict(template=names(*grainy.TEMPLATES)),
+    ),
+    Call(
+        "grainy.model",
+        lambda templates: grainy.model(templates).denoiser.variances,
+        dict(
+            templates=Values(
+                ((grainy.PLAIN,), list(grainy.TEMPLATES)),
+                (),
+                (None, grainy.PLAIN, [], ["{}"], [None], 3, {grainy.PLAIN}),
+            )
+        ),
     ),
     Call(
         "lora.Adapter.beside",

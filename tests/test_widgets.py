@@ -93,6 +93,7 @@ HEROES = {
     "maximisation": widgets.maximisation_hero,
     "photo attack": photo_attack,
     "certify": widgets.certify_hero,
+    "zero-shot": lambda _: widgets.zero_shot_hero(),
 }
 each_hero = pytest.mark.parametrize("make", HEROES.values(), ids=HEROES)
 

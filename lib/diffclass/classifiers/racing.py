@@ -392,16 +392,28 @@ def stages(
                 everyone [B,K]; counts and keep as `check_stages` returns them -> estimates [B,K], alive [B,K]
     """
     alive = everyone
-    done = torch.zeros(size, dtype=torch.bool)
+    done = 0
     sums = estimates = torch.zeros_like(alive, dtype=torch.float64)
-    for count, survivors in zip(counts, keep, strict=True):
+    for index, survivors in zip(stage_levels(size, counts), keep, strict=True):
+        done += len(index)
+        sums = sums + losses(index, alive).sum(-1)  # NaN once a class is out
+        estimates = torch.where(alive, scores(sums * size / done), estimates)
+        alive = _smallest(estimates, alive, survivors)
+        yield estimates, alive
+
+
+def stage_levels(size: int, counts: Sequence[int]) -> Iterator[Tensor]:
+    """The levels that each stage measures: those of its sub-grid that no earlier stage has measured.
+
+    Formula     i (size // count) + (size // count) // 2,  i < count
+    Shapes      counts as `check_stages` returns them -> indices [n] of a grid of `size` levels, one tensor a stage
+    """
+    done = torch.zeros(size, dtype=torch.bool)
+    for count in counts:
         index = torch.arange(count) * (size // count) + size // count // 2
         index = index[~done[index]]
         done[index] = True
-        sums = sums + losses(index, alive).sum(-1)  # NaN once a class is out
-        estimates = torch.where(alive, scores(sums * size / int(done.sum())), estimates)
-        alive = _smallest(estimates, alive, survivors)
-        yield estimates, alive
+        yield index
 
 
 def sift_and_refine(

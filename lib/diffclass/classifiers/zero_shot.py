@@ -14,7 +14,7 @@ from diffclass import likelihood, noise, units
 from diffclass.classifiers import racing
 from diffclass.classifiers.base import Classifier, Noise
 from diffclass.classifiers.bayes import check_level_count, check_prior, half_and_double
-from diffclass.denoisers.latent import LatentModel
+from diffclass.denoisers.latent import LatentModel, own_weight
 from diffclass.noise import Levels, NoiseBank, Weighting
 
 CHUNK = 32  # inputs of the network at once: a text-to-image network is large
@@ -158,23 +158,30 @@ class ZeroShotClassifier(Classifier):
     def _stages(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         z = self.encode(x)
         everyone = torch.ones(len(x), self.num_classes, dtype=torch.bool, device=x.device)
-        own = self.levels.to(z.double())
-        # w sigma^2 ||(D - z) / sigma||_p^p = w sigma^(2 - p) ||D - z||_p^p
-        power = {"l1": 1, "l2": 2}[self.distance]
-        weights = self.weighting(own) * own.sigma ** (2 - power)
 
         def losses(index: Tensor, asked: Tensor) -> Tensor:
             # in pieces, as the noise of a batch at all levels would fill the memory
-            each = [
-                weights[piece] * self._errors(z, self.drawn(z, seeds, piece), piece, asked)
-                for piece in index.split(self.chunk)
-            ]
+            each = [self.losses(z, seeds, piece, asked) for piece in index.split(self.chunk)]
             return torch.cat(each, -1)
 
-        def scores(sums: Tensor) -> Tensor:
-            return sums - self.log_prior.to(sums)
+        yield from racing.stages(
+            losses, self.scores, everyone, len(self.levels), self.counts, self.keep
+        )
 
-        yield from racing.stages(losses, scores, everyone, len(self.levels), self.counts, self.keep)
+    def losses(self, z: Tensor, seeds: Tensor, index: Tensor, asked: Tensor) -> Tensor:
+        """Weighted errors of some levels for the classes asked for, under one noise; NaN for the others.
+
+        Formula     w_g sigma_g^2 ||(D_k(z + sigma_g eps, sigma_g) - z) / sigma_g||_p^p, averaged over the templates
+        Shapes      latents z [B,c,h,w], seeds [B] or [1], index [n] of the levels, asked [B,K] -> [B,K,n]
+        """
+        levels = self.levels.to(z.double())[index]
+        power = {"l1": 1, "l2": 2}[self.distance]
+        weights = self.weighting(self.levels.to(z.double()))[index] * levels.sigma ** (2 - power)
+        return weights * self._errors(z, self.drawn(z, seeds, index), index, asked)
+
+    def scores(self, sums: Tensor) -> Tensor:
+        """What decides: summed losses less the log-prior, the smallest best. Shapes: [B,K] -> [B,K]."""
+        return sums - self.log_prior.to(sums)
 
     def drawn(self, z: Tensor, seeds: Tensor, index: Tensor) -> Tensor:
         """The noise of some levels, each picture's from its own seed. Shapes: index [n] -> [n,1,B or 1,c,h,w]."""
@@ -226,8 +233,8 @@ class ZeroShotClassifier(Classifier):
 
     def cost(self) -> Cost:
         """What a picture costs at most, from one call of the network and one of the encoder: before anything is classified."""
-        like = next(self.model.denoiser.parameters())
-        picture = torch.full((1, *self.image_shape), 0.5, device=like.device)
+        place = own_weight(self.model.autoencoder.vae).device
+        picture = torch.full((1, *self.image_shape), 0.5, device=place)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as encoding:
                 z = self.encode(picture)

@@ -192,6 +192,48 @@ def tiles(
     )
 
 
+def heat(
+    values,
+    *,
+    labels: Sequence[str],
+    colours: Sequence[str],
+    limit: float,
+    ticks: Sequence[tuple[float, str]],
+    title: str,
+    xlabel: str,
+    alt: str,
+    w: int = 520,
+    h: int = 260,
+) -> dict:
+    """A row of cells for each class: blue below zero, white at zero, orange above, grey for NaN.
+
+    Shapes      values [K,N], K labels with K colours; ticks: (share of the width, text); the full colour at +-limit
+    Errors      ValueError for infinite values, or labels and colours of another number
+    """
+    array = np.asarray(values, dtype=float)
+    if not len(array) == len(labels) == len(colours):
+        raise ValueError(
+            f"expected a label and a colour for each of {len(array)} rows, got {len(labels)} and {len(colours)}."
+        )
+    share = np.clip(_finite(np.nan_to_num(array, posinf=np.inf, neginf=-np.inf)) / limit, -1, 1)
+    ends = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (BEST, WRONG)]
+    towards = np.where(share[..., None] < 0, ends[0], ends[1])
+    cells = 255 + np.abs(share)[..., None] * (towards - 255)
+    cells[np.isnan(array)] = [int(UNKNOWN[i : i + 2], 16) for i in (1, 3, 5)]
+    return dict(
+        kind="heat",
+        title=title,
+        alt=alt,
+        image=picture(cells.round().astype(np.uint8)),
+        labels=[str(label) for label in labels],
+        colors=list(colours),
+        ticks=[[float(at), str(text)] for at, text in ticks],
+        xlabel=xlabel,
+        w=w,
+        h=h,
+    )
+
+
 def lamps(
     rows: Sequence[dict], *, title: str, alt: str, chosen: int | None = None, w: int = 520
 ) -> dict:

@@ -1,4 +1,4 @@
-// The stage draws what figures.py describes: panels of curves, bars, tiles, planes, radius axes and lamps, as SVG and canvas.
+// The stage draws what figures.py describes: panels of curves, bars, tiles, planes, radius axes, lamps and heat maps, as SVG and canvas.
 // It holds no mathematics. Three traits go back to Python: `point` (dragged), `cursor` (dragged), `picked` (clicked).
 
 const NS = "http://www.w3.org/2000/svg";
@@ -266,7 +266,27 @@ class Lamps extends Panel {
   }
 }
 
-const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps };
+class Heat extends Panel {
+  make() {
+    this.holder = node("foreignObject", {}, this.svg); this.canvas = document.createElement("canvas"); this.holder.append(this.canvas);
+    this.edge = node("rect", { fill: "none", stroke: MUTED }, this.svg);
+    this.names = node("g", { class: "dc-tiny", "text-anchor": "end" }, this.svg);
+    this.places = node("g", { class: "dc-small", "text-anchor": "middle" }, this.svg);
+    this.caption = node("text", { class: "dc-small", "text-anchor": "middle" }, this.svg);
+  }
+  draw(s) {
+    const left = 120, right = s.w - 12, top = 24, bottom = s.h - 34, width = right - left, height = bottom - top, step = height / s.labels.length;
+    for (const item of [this.holder, this.edge]) set(item, { x: left, y: top, width, height });
+    paint(this.canvas, s.image);
+    this.canvas.style.cssText = `width:${width}px;height:${height}px;display:block;image-rendering:pixelated`;
+    const names = pool(this.names, "text", s.labels.length), places = pool(this.places, "text", s.ticks.length);
+    s.labels.forEach((label, k) => set(names[k], { x: left - 5, y: top + step * (k + 0.5) + 3.5, text: label, fill: s.colors[k] }));
+    s.ticks.forEach(([at, text], i) => set(places[i], { x: left + at * width, y: bottom + 15, text }));
+    set(this.caption, { x: (left + right) / 2, y: s.h - 4, text: s.xlabel || "" });
+  }
+}
+
+const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps, heat: Heat };
 
 function render({ model, el }) {
   const root = document.createElement("div"), note = document.createElement("div");

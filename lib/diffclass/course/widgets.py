@@ -31,6 +31,7 @@ from diffclass.course.scenes.photos import PhotoScene
 from diffclass.course.scenes.plane import ForwardScene, PlaneScene
 from diffclass.course.scenes.racing import RaceScene
 from diffclass.course.scenes.translation import TranslationScene
+from diffclass.course.scenes.zero_shot import ZeroShotScene
 from diffclass.data.plane import MixtureLaw
 from diffclass.denoisers.base import Denoiser
 from diffclass.evaluation.measuring import Losses
@@ -678,6 +679,31 @@ def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
             ),
             variant=choice("variant", scene.VARIANTS, width=170),
             target=choice("attack on", scene.TARGETS, width=260),
+        ),
+    )
+
+
+def zero_shot_hero(index: int = 0) -> Filmed:
+    """Ten prompts eliminated level by level: losses by timestep, who is left, what it costs, and the truth (notebook 13)."""
+    scene = ZeroShotScene()
+    budget = W.SelectionSlider(
+        options=[(f"{scene.bill(levels)}", levels) for levels in scene.BUDGETS],
+        value=scene.BUDGETS[-1],
+        description="budget (evaluations)",
+        continuous_update=False,
+        style=WHOLE_LABEL,
+        layout=W.Layout(width="290px"),
+    )
+    return Filmed(
+        scene,
+        "asking",
+        dict(share=slider("film: % of the bill", 100, 1, 100, 1, width=290)),
+        dict(
+            index=slider(
+                "picture", index, 0, len(scene.images) - 1, 1, width=290, continuous_update=False
+            ),
+            budget=budget,
+            weighting=choice("weight", scene.WEIGHTINGS, width=260),
         ),
     )
 

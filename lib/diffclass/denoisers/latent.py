@@ -72,6 +72,41 @@ class Autoencoder(nn.Module):
         )
 
 
+class Haar(nn.Module):
+    """An autoencoder that loses nothing: of every patch of 2x2 pixels its sum and three differences, halved.
+
+    Formula     z = H p of the four pixels p of a patch,  H H^T = I
+    Why         lengths stay what they are, and so do Gaussians: a law that is known of pictures is known of latents
+    Source      Haar 1910, one step of it
+    Shapes      as diffusers' `AutoencoderKL` is called: encode(z [B,C,H,W]).latent_dist.mode() [B,4C,H/2,W/2], and
+                decode(latents).sample back; H and W even
+    """
+
+    def __init__(self, channels: int = 1, scaling_factor: float = 1.0):
+        from diffusers.configuration_utils import FrozenDict  # here, not above: it takes seconds
+
+        super().__init__()
+        self.config = FrozenDict(
+            in_channels=channels,
+            latent_channels=4 * channels,
+            block_out_channels=(4 * channels,) * 2,
+            scaling_factor=scaling_factor,
+        )
+        signs = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+        self.axes = nn.Parameter(signs.double() / 2, requires_grad=False)
+
+    def encode(self, z: Tensor) -> SimpleNamespace:
+        """The differences of every patch, without a spread: a Gaussian of no width."""
+        patches = pixel_unshuffle(z, 2).unflatten(1, (-1, 4))
+        turned = torch.einsum("ij,bcjhw->bcihw", self.axes, patches).flatten(1, 2)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: turned))
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        """The pixels again."""
+        patches = torch.einsum("ij,bcihw->bcjhw", self.axes, latents.unflatten(1, (-1, 4)))
+        return SimpleNamespace(sample=pixel_shuffle(patches.flatten(1, 2), 2))
+
+
 def own_weight(network: nn.Module) -> Tensor:
     """A weight of a network, whose device and precision its inputs take.
 
