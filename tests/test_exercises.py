@@ -10,9 +10,11 @@ import torch
 from diffclass import intervals, noise, units
 from diffclass.audit import planted
 from diffclass.certify import anytime, certificates, lipschitz
+from diffclass.classifiers import racing
 from diffclass.course import exercises, grade
 from diffclass.course.exercises import EXERCISES, Exercise, Mistake, NotYet, auditing
 from diffclass.course.scenes.audit import MYSTERIES
+from diffclass.data import grainy
 
 MISTAKES = [
     pytest.param(e, m, id=f"{e.key}-{i}")
@@ -272,6 +274,36 @@ def test_the_references_of_votes_are_the_librarys():
         votes = certificates.Votes((1, 0), (int(won), int(n - won)), sigma)
         wanted = certificates.smoothing_radius(votes, alpha).radius
         assert exercises.CERTIFIED_RADIUS.reference(won, n, sigma, alpha) == pytest.approx(wanted)
+
+
+def test_the_zero_shot_references_are_the_librarys():
+    levels = noise.log_levels(0.05, 20, 4000)
+    t = noise.flow_time(levels.sigma)
+    wanted = noise.on_velocity(levels, exercises.VELOCITY_WEIGHT.reference(t))
+    torch.testing.assert_close(wanted, noise.elbo_weight(levels))
+    for classes, counts, keep, templates in exercises.STAGED_BILL.cases():
+        asked = []
+
+        def losses(index, alive, asked=asked):
+            asked.append(len(index) * int(alive.sum()))
+            return torch.rand(*alive.shape, len(index), dtype=torch.float64)
+
+        everyone = torch.ones(1, classes, dtype=torch.bool)
+        list(racing.stages(losses, lambda sums: sums, everyone, counts[-1], counts, keep))
+        bill = exercises.STAGED_BILL.reference(classes, counts, keep, templates)
+        assert bill == templates * sum(asked)
+
+
+def test_the_evidence_of_prompts_is_that_of_the_class_they_divide():
+    """Bold and thin digits are the halves of their class."""
+    x, _ = grainy.grainy().sample(20, torch.Generator().manual_seed(0), torch.float64)
+    halves = grainy.model((grainy.BOLD, grainy.THIN))
+    z = halves.autoencoder.encode(x)
+    losses = -halves.denoiser.log_density(z, 0.0).unflatten(1, (10, 2))
+    whole = grainy.model().denoiser.log_density(z, 0.0)
+    # a class of an odd number of digits has halves of different size
+    off = (exercises.TEMPLATE_EVIDENCE.reference(losses) - whole).abs().max()
+    assert float(off) < 0.1 < float((-losses.mean(2) - whole).abs().max())
 
 
 def test_the_stop_reference_is_the_first_look_that_the_librarys_bound_passes():

@@ -42,6 +42,11 @@ from diffclass.course.exercises.translation import (
     WRONG_POSTERIOR,
     ZERO_COSINE_LABELS,
 )
+from diffclass.course.exercises.zero_shot import (
+    STAGED_BILL,
+    TEMPLATE_EVIDENCE,
+    VELOCITY_WEIGHT,
+)
 
 EXERCISES: dict[str, Exercise] = {
     exercise.key: exercise
@@ -88,6 +93,9 @@ EXERCISES: dict[str, Exercise] = {
         LIPSCHITZ_PIXELS,
         VOTES_NEEDED,
         ANYTIME_STOP,
+        VELOCITY_WEIGHT,
+        STAGED_BILL,
+        TEMPLATE_EVIDENCE,
         CERTIFIED_RADIUS,
     )
 }
@@ -139,5 +147,8 @@ __all__ = [
     "LIPSCHITZ_PIXELS",
     "VOTES_NEEDED",
     "ANYTIME_STOP",
+    "VELOCITY_WEIGHT",
+    "STAGED_BILL",
+    "TEMPLATE_EVIDENCE",
     "CERTIFIED_RADIUS",
 ]

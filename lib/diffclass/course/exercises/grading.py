@@ -74,10 +74,7 @@ def _compare(exercise: Exercise, answer: Callable) -> None:
 
 
 def _explain(exercise: Exercise, number: int, case: tuple, mine, right: np.ndarray) -> None:
-    shapes = ", ".join(
-        str(list(a.shape)) if isinstance(a, torch.Tensor) else f"{a:g}" for a in case
-    )
-    start = f"{exercise.key}: not yet: in case {number} (arguments {shapes}) "
+    start = f"{exercise.key}: not yet: in case {number} (arguments {', '.join(map(_shown, case))}) "
     if isinstance(mine, Exception):
         raise NotYet(f"{start}your function raised {type(mine).__name__}: {mine}") from mine
     if mine.shape != right.shape:
@@ -91,6 +88,13 @@ def _explain(exercise: Exercise, number: int, case: tuple, mine, right: np.ndarr
         f"{start}the entry {index_text(at, right.shape)} is {mine.flat[at]:.6g}, wanted {right.flat[at]:.6g}"
         f"{'; ' if cause else ''}{cause}."
     )
+
+
+def _shown(argument) -> str:
+    """An argument of a case in words: the shape of a tensor, a number, or several numbers."""
+    if isinstance(argument, torch.Tensor):
+        return str(list(argument.shape))
+    return str(argument) if isinstance(argument, tuple) else f"{argument:g}"
 
 
 def _called(function: Callable, args: tuple):
