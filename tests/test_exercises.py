@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import itertools
 import re
 
 import pytest
@@ -281,7 +282,16 @@ def test_the_zero_shot_references_are_the_librarys():
     t = noise.flow_time(levels.sigma)
     wanted = noise.on_velocity(levels, exercises.VELOCITY_WEIGHT.reference(t))
     torch.testing.assert_close(wanted, noise.elbo_weight(levels))
+    asked_of = {
+        (10, 1): ((50, 500), (5, 1)),
+        (10, 3): ((50, 500), (5, 1)),
+        (102, 1): ((20, 50, 100, 500), (20, 10, 5, 1)),
+        (1000, 2): ((50, 100, 500, 1000), (500, 50, 10, 1)),
+    }
     for classes, counts, keep, templates in exercises.STAGED_BILL.cases():
+        grids, kept = asked_of[classes, templates]
+        new = [len(index) for index in racing.stage_levels(grids[-1], grids)]
+        assert list(itertools.accumulate(new)) == list(counts) and kept == keep
         asked = []
 
         def losses(index, alive, asked=asked):
@@ -289,7 +299,7 @@ def test_the_zero_shot_references_are_the_librarys():
             return torch.rand(*alive.shape, len(index), dtype=torch.float64)
 
         everyone = torch.ones(1, classes, dtype=torch.bool)
-        list(racing.stages(losses, lambda sums: sums, everyone, counts[-1], counts, keep))
+        list(racing.stages(losses, lambda sums: sums, everyone, grids[-1], grids, keep))
         bill = exercises.STAGED_BILL.reference(classes, counts, keep, templates)
         assert bill == templates * sum(asked)
 

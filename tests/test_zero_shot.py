@@ -431,6 +431,24 @@ def test_the_released_schedule_spends_2750_evaluations(model):
     assert int(answer.prediction) == int(logits.argmax())
 
 
+@pytest.mark.parametrize(
+    "counts, keep",
+    [((50, 500), (5, 1)), ((20, 50, 100, 500), (8, 5, 3, 1)), ((3, 7, 500), (4, 2, 1))],
+)
+def test_a_bill_counts_levels_that_no_earlier_stage_has_measured(model, counts, keep):
+    """Sub-grids need not hold the ones before: of the levels of 50 in 500 none is among those of 20."""
+    ten = counted(model)
+    classifier = ZeroShotClassifier(ten, ten.denoiser.grid(500), counts, keep, distance="l1")
+    answer = classifier.answer(pictures(1), drawn(classifier, 1))
+    spent = sum(ten.denoiser.network.sizes)
+    assert spent == classifier.calls == int(answer.evaluations) == classifier.cost().evaluations
+    left = (10, *keep[:-1])
+    nested = sum(
+        k * n for k, n in zip(left, (counts[0], *map(int.__sub__, counts[1:], counts)), strict=True)
+    )
+    assert (spent == nested) is (counts == (50, 500))
+
+
 def by_hand(classifier, x, seeds, shared=True, power=1, offset=True):
     """Li's algorithm in loops, of one picture: who is left, and every class's mean error of the noise while it was in."""
     model = classifier.model

@@ -146,12 +146,12 @@ class ZeroShotClassifier(Classifier):
         drawn = self.prepared(x, noise)
         alive = torch.ones(len(x), self.num_classes, dtype=torch.bool, device=x.device)
         spent = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        done = 0
+        new = racing.stage_levels(len(self.levels), self.counts)
         history = []
         with torch.no_grad():
-            for count, (estimates, left) in zip(self.counts, self._stages(x, drawn), strict=True):
-                spent = spent + (count - done) * self.model.templates * alive.sum(1)
-                done, alive = count, left
+            for index, (estimates, left) in zip(new, self._stages(x, drawn), strict=True):
+                spent = spent + len(index) * self.model.templates * alive.sum(1)
+                alive = left
                 history.append(racing.Answer(estimates, left, spent, torch.ones_like(left[:, 0])))
         return racing.answer(iter(history))
 
@@ -226,10 +226,9 @@ class ZeroShotClassifier(Classifier):
     def calls(self) -> int:
         """See `Classifier.calls`."""
         left = (self.num_classes, *self.keep[:-1])
-        new = (
-            count - before for count, before in zip(self.counts, (0, *self.counts), strict=False)
-        )
-        return self.model.templates * sum(k * n for k, n in zip(left, new, strict=True))
+        # not counts[j] - counts[j - 1]: a sub-grid of 50 levels has none of the 20 that were measured before
+        new = racing.stage_levels(len(self.levels), self.counts)
+        return self.model.templates * sum(k * len(n) for k, n in zip(left, new, strict=True))
 
     def cost(self) -> Cost:
         """What a picture costs at most, from one call of the network and one of the encoder: before anything is classified."""
