@@ -1,5 +1,8 @@
 """Grainy digits, the perfect model of their latents, and the film of an elimination: all of it is what the library says."""
 
+import base64
+import copy
+import json
 import math
 
 import pytest
@@ -14,6 +17,7 @@ from diffclass.course.scenes.zero_shot import PIECE, ZeroShotScene, timesteps
 from diffclass.data import grainy
 from diffclass.denoisers.latent import Autoencoder, Haar, LatentModel
 from diffclass.noise import generator_of
+from diffclass.storage import assets
 
 LI = "noise, 1 (Li et al.)"
 
@@ -217,8 +221,6 @@ def heat(values, **changed):
 
 def test_a_heat_map_has_the_colours_that_it_says():
     panel = heat([[0.0, 2.0, -2.0, math.nan], [1.0, -9.0, 9.0, 0.0]])
-    import base64
-
     cells = list(base64.b64decode(panel["image"]["data"]))
     cells = [tuple(cells[i : i + 3]) for i in range(0, len(cells), 3)]
     blue, orange, grey = (
@@ -239,3 +241,56 @@ def test_a_classifier_of_exact_latents_says_what_it_costs():
     classifier = ZeroShotClassifier.released(grainy.model((grainy.PLAIN, grainy.MIRRORED)))
     assert classifier.cost().evaluations == 2 * 2750
     assert data.digits().class_names == classifier.model.names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of what others have published
+
+
+def is_share(percent, n):
+    """Whether a percentage, as it is rounded, is that of a whole number of n pictures."""
+    if n is None:
+        return True
+    rounding = 0.5 * 10.0 ** -len(str(percent).partition(".")[2])
+    return abs(100 * round(percent / 100 * n) / n - percent) <= rounding + 1e-9
+
+
+def complaints(document):
+    """What is missing in a record of published numbers."""
+    wanted = {
+        "model",
+        "data",
+        "accuracy",
+        "n",
+        "zero_shot",
+        "recipe",
+        "source",
+        "provenance",
+        "caveat",
+    }
+    found = []
+    for place, row in enumerate(document["rows"]):
+        if set(row) != wanted:
+            found.append(f"row {place}: {sorted(wanted ^ set(row))}")
+            continue
+        if row["provenance"] not in document["tags"] or len(row["source"]) < 10:
+            found.append(f"row {place}: no provenance")
+        if len(row["caveat"]) < 20:
+            found.append(f"row {place}: no caveat")
+        if not 1 < row["accuracy"] < 100:
+            found.append(f"row {place}: {row['accuracy']} is no accuracy in per cent")
+        if not is_share(row["accuracy"], row["n"]) and "no whole number" not in row["caveat"]:
+            found.append(f"row {place}: no whole number of {row['n']} is {row['accuracy']} %")
+    return found
+
+
+def test_every_published_number_says_where_it_comes_from():
+    path = assets.folder() / "records" / "zero-shot-published.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert len(document["rows"]) >= 10 and not complaints(document)
+    for change in (dict(provenance="rumour"), dict(caveat=""), dict(accuracy=0.885), dict(n=7)):
+        spoilt = copy.deepcopy(document)
+        spoilt["rows"][0] |= change
+        assert complaints(spoilt), change
+    del spoilt["rows"][1]["source"]
+    assert len(complaints(spoilt)) == 2
