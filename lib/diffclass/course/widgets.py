@@ -697,7 +697,7 @@ def zero_shot_hero(index: int = 0) -> Filmed:
     return Filmed(
         scene,
         "asking",
-        dict(share=slider("film: % of the bill", 100, 1, 100, 1, width=290)),
+        dict(share=slider("film: % of the bill", 60, 1, 100, 1, width=290)),
         dict(
             index=slider(
                 "picture", index, 0, len(scene.images) - 1, 1, width=290, continuous_update=False
