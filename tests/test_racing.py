@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import twins
 from diffclass import data, intervals, likelihood, noise, units
 from diffclass.classifiers import racing
 from diffclass.classifiers.bayes import BayesClassifier
@@ -312,6 +313,51 @@ class Recorder(MixtureDenoiser):
     def estimate(self, x_sigma, sigma, classes):
         self.levels = [*getattr(self, "levels", []), sigma.clone()]
         return super().estimate(x_sigma, sigma, classes)
+
+
+def from_the_first(size, counts):
+    """A twin of `stage_levels` whose sub-grids begin with the first level."""
+    done = torch.zeros(size, dtype=torch.bool)
+    for count in counts:
+        index = torch.arange(count) * (size // count)
+        index = index[~done[index]]
+        done[index] = True
+        yield index
+
+
+def measured_again(size, counts):
+    """A twin that forgets what was measured."""
+    for count in counts:
+        yield torch.arange(count) * (size // count) + size // count // 2
+
+
+def by_difference(size, counts):
+    """A twin that takes sub-grids to hold the ones before."""
+    for index, before in zip(measured_again(size, counts), (0, *counts), strict=False):
+        yield index[: len(index) - before]
+
+
+@twins.rejected(
+    {
+        "from the first": dict(stage_levels=from_the_first),
+        "measured again": dict(stage_levels=measured_again),
+        "differences": dict(stage_levels=by_difference),
+    }
+)
+def test_a_stage_measures_what_no_earlier_one_has(stage_levels=racing.stage_levels):
+    for size, counts in (
+        (500, (50, 500)),
+        (500, (20, 50, 100, 500)),
+        (1000, (50, 100, 500, 1000)),
+        (10, (3, 10)),
+    ):
+        seen = set()
+        for count, index in zip(counts, stage_levels(size, counts), strict=True):
+            stride = size // count
+            grid = {stride // 2 + i * stride for i in range(count)}
+            assert index.tolist() == sorted(grid - seen)
+            seen |= grid
+        assert seen == set(range(size))
 
 
 def test_staged_elimination_is_the_published_one():
