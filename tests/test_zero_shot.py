@@ -60,6 +60,32 @@ def drawn(classifier, images, seed=0):
     return classifier.sample_noise(images, torch.Generator().manual_seed(seed))
 
 
+def as_built(build, seed=0):
+    """A twin of `tiny.seeded` that keeps what the network's own class has drawn."""
+    return build().eval()
+
+
+def of_one_size(build, seed=0):
+    """A twin that draws every weight from the same normal."""
+    network = tiny.seeded(build, seed)
+    for weight in network.parameters():
+        if weight.ndim > 1:
+            weight.data.mul_(math.sqrt(weight[0].numel()))
+    return network
+
+
+@twins.rejected({"as built": dict(seeded=as_built), "of one size": dict(seeded=of_one_size)})
+def test_a_tiny_network_is_the_same_every_time_and_leaves_no_trace(seeded=tiny.seeded):
+    before = torch.get_rng_state()
+    first, second, other = (seeded(tiny.unet, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    name = "conv_in.weight"
+    assert not torch.equal(first[name], other[name])
+    assert float(first[name].std()) == pytest.approx(36**-0.5, rel=0.15)
+    assert torch.equal(first["conv_in.bias"], torch.zeros(8))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoisers: what the pipeline's own network says at its own timestep
 
