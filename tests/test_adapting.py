@@ -57,6 +57,12 @@ def test_a_run_is_measured_along_its_way(small, tmp_path):
         and last["accuracy", adapting.THROUGH_ITSELF].n == 4
     )
     assert not list(adapting.follow(path, (1,), [name], **short)), "on record already"
+    costs = tmp_path / "costs.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting, "VARIANTS", {name: adapting.VARIANTS[name]})
+        assert len(list(adapting.costs(costs, steps=3, seed=1))) == 1
+    again = list(adapting.follow(costs, (1,), [name], **short))
+    assert [r.value for r in again] == [r.value for r in records], "costs are no measurement"
 
 
 def test_the_adapters_of_the_assets_are_measured_not_trained_again(monkeypatch):

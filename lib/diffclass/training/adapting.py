@@ -68,7 +68,11 @@ def follow(
     Writes      the records of `measured` at every measured step, into `path`, once a run is over
     Errors      ValueError for a name that is none of `VARIANTS`; those of `networks.trained`
     """
-    known = {(record.settings["variant"], record.seed) for record in kept(path)}
+    known = {
+        (record.settings["variant"], record.seed)
+        for record in kept(path)
+        if record.metric == "accuracy"  # a file has costs as well
+    }
     others = fooling(zoo.classifier("digits", "cnn"))
     for seed in seeds:
         for variant in only or VARIANTS:
