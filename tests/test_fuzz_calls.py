@@ -706,6 +706,24 @@ CALLS = [
         lambda **_: (2,),
     ),
     Call(
+        "intervals.paired_interval",
+        intervals.paired_interval,
+        dict(
+            differences=Values(
+                ([0.5, -1.0, 0.0], [1.0], [0.0, 0.0]),
+                (np.array([0.5, 0.2]), torch.tensor([0.5, -1.0])),
+                ([], None, "x", [math.nan, 0.5], [1.5], [-1.1], [None], ["a"]),
+            ),
+            level=share(0.95, 0.5),
+        ),
+        lambda **_: (2,),
+    ),
+    Call(
+        "intervals.sign_test",
+        intervals.sign_test,
+        dict(more=count_or_0(3, 12), less=count_or_0(0, 5)),
+    ),
+    Call(
         "certificates.Votes",
         certificates.Votes,
         dict(

@@ -121,3 +121,106 @@ def test_what_are_no_shares_gets_a_sentence():
     for values in ([4.0], [-0.1, 0.5], []):
         with pytest.raises(ValueError, match="divide hits by draws"):
             intervals.mean_interval(values, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+PAIRS = ((0.02, 0.0), (0.05, 0.01), (0.1, 0.1), (0.2, 0.05), (0.4, 0.1), (0.6, 0.0), (0.9, 0.02))
+
+
+def paired_coverage(paired, images: int, first: float, second: float) -> float:
+    """Exactly how often the interval holds the difference, where `first` of the images are right by the first alone."""
+    covered = 0.0
+    for more in range(images + 1):
+        chance_of_more = stats.binom.pmf(more, images, first)
+        if chance_of_more < 1e-6:
+            continue
+        for less in range(images - more + 1):
+            chance = chance_of_more * stats.binom.pmf(less, images - more, second / (1 - first))
+            if chance < 1e-6:
+                continue
+            low, high = paired([1.0] * more + [-1.0] * less + [0.0] * (images - more - less))
+            covered += chance * (low <= first - second <= high)
+    return covered
+
+
+def without_the_four(differences, level=0.95):
+    mapped = [(1 + value) / 2 for value in differences]
+    low, high = intervals.mean_interval(mapped, len(mapped) ** 2, level)
+    return 2 * low - 1, 2 * high - 1
+
+
+def with_the_four_alone(differences, level=0.95):
+    return without_the_four([*differences, -1.0, 1.0, 0.0, 0.0], level)
+
+
+@rejected(
+    {
+        "without the four": dict(paired=without_the_four),
+        "with the four alone": dict(paired=with_the_four_alone),
+        "one tail for both": dict(
+            paired=lambda values: intervals.paired_interval(values, level=0.9)
+        ),
+    }
+)
+def test_the_interval_of_pairs_holds_the_difference_as_often_as_it_says(
+    paired=intervals.paired_interval,
+):
+    for images in (16, 32):
+        for first, second in PAIRS:
+            assert paired_coverage(paired, images, first, second) >= 0.945
+
+
+def unpaired(differences, level=0.95):
+    """The wrong twin: as if the two had been asked about different images, one of them right on half of these."""
+    images = len(differences)
+    first = images // 2
+    second = first - round(sum(differences))
+    low, high = intervals.interval(first, images, level)
+    other_low, other_high = intervals.interval(second, images, level)
+    return low - other_high, high - other_low
+
+
+@rejected({"unpaired": dict(paired=unpaired)})
+def test_the_interval_of_pairs_is_short_where_the_two_answer_alike(
+    paired=intervals.paired_interval,
+):
+    low, high = paired([1.0] * 12 + [-1.0] * 2 + [0.0] * 86)
+    assert 0 < low < 0.1 < high < 0.2  # the average, 0.1, is no luck
+    assert intervals.sign_test(12, 2) == pytest.approx(0.01294, abs=1e-5)
+
+
+def test_the_interval_of_pairs_turns_with_its_sign_and_holds_its_average():
+    for values in ([0.3, -0.1, 0.0, 1.0], [1.0] * 10, [-1.0] * 3, [0.0] * 50):
+        low, high = intervals.paired_interval(values)
+        turned = intervals.paired_interval([-value for value in values])
+        assert turned == pytest.approx((-high, -low), abs=1e-9)
+        assert -1 <= low <= sum(values) / len(values) <= high <= 1
+    assert intervals.paired_interval([0.0] * 50)[1] > 0.02
+
+
+@rejected(
+    {
+        "one-sided": dict(
+            p=lambda more, less: stats.binomtest(more, more + less, 0.5, "greater").pvalue
+        ),
+        "of the normal law": dict(
+            p=lambda more, less: 2 * stats.norm.sf(abs(more - less) / (more + less) ** 0.5)
+        ),
+    }
+)
+def test_the_sign_test_counts_coins(p=intervals.sign_test):
+    assert p(5, 0) == pytest.approx(2 / 32)
+    assert p(1, 5) == pytest.approx(2 * (1 + 6) / 64)
+    assert p(3, 3) == pytest.approx(1)
+
+
+def test_pairs_that_cannot_be_compared_are_refused():
+    assert intervals.sign_test(0, 0) == 1
+    for values in ([], [1.5], [3, -2]):
+        with pytest.raises(ValueError, match="differences between -1 and 1"):
+            intervals.paired_interval(values)
+    with pytest.raises(ValueError, match="more"):
+        intervals.sign_test(-1, 2)
