@@ -41,6 +41,8 @@ COMMANDS = (
     "audit",
     "certify",
     "compare-votes",
+    "compare-costs",
+    "scoreboard",
     "readme",
 )
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)

@@ -101,6 +101,18 @@ OPTIONS = {
     "download": {},
     "convert": {},
     "lab": {},
+    "compare-costs": {
+        "--world": WORLDS,
+        "--only": ("cnn", "cnn,nobody", "nobody", ""),
+        "--sigma": ("0.25", "nan", "-1", "x"),
+        "--seconds": ("0.01", "0", "nan", "x"),
+        "--store": PLACES,
+    },
+    "scoreboard": {
+        "--world": WORLDS,
+        "--by": ("clean", "flop", "honest", "beauty", ""),
+        "--html": PLACES,
+    },
     "classify": {"--world": WORLDS, "--model": ("student", "teacher", "professor", "")},
     "sample": {
         "--model": ("student", "painter"),

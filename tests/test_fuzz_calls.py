@@ -53,6 +53,7 @@ from diffclass.denoisers.exact import MixtureDenoiser
 from diffclass.denoisers.flow import ExactVelocity, FlowDenoiser
 from diffclass.denoisers.latent import Autoencoder, Haar, LatentModel
 from diffclass.denoisers.lora import Adapter
+from diffclass.evaluation import costs, literature, scoreboard
 from diffclass.noise import NoiseBank
 from diffclass.storage import results, weights
 from diffclass.training import adapting
@@ -235,6 +236,9 @@ ABOVE = NoiseBank.fixed(noise.noised_levels(0.2, 5, 4), PLANE, 2)
 MEANS = drawn(K, *PLANE, low=-0.5, high=0.5, dtype=torch.float64)
 TRACES = torch.full((K,), 0.1, dtype=torch.float64)
 BAYES = BayesClassifier(EXACT, LEVELS)
+STANDING = scoreboard.Standing(
+    "a", "A", {measure.title: scoreboard.Number() for measure in scoreboard.measures()}
+)
 CNN = ConvClassifier(DIGIT, 3, widths=(4, 4), seed=1).eval()
 WIDE = WideClassifier(DIGIT, 3, (4, 4), normed=False, seed=1).eval()
 VIT = AttentionClassifier(DIGIT, 3, 6, 1, 4, seed=1).eval()
@@ -717,6 +721,48 @@ CALLS = [
             level=share(0.95, 0.5),
         ),
         lambda **_: (2,),
+    ),
+    Call(
+        "scoreboard.ranked",
+        scoreboard.ranked,
+        dict(rows=fixed([], [STANDING], [STANDING, STANDING]), title=names("honest", "flop")),
+        lambda rows, title: (len(rows),),
+    ),
+    Call(
+        "scoreboard.checked_world",
+        scoreboard.checked_world,
+        dict(world=names("digits", "cifar10")),
+        lambda **_: (),
+    ),
+    Call(
+        "costs.cost_of",
+        costs.cost_of,
+        dict(
+            name=fixed("small"),
+            classifier=fixed(CNN),
+            picture=pixels(DIGIT, images=1),
+            seconds=Values((0.001,), (np.float32(0.01),), (*NO_NUMBER, 0, -1.0, *HUGE)),
+        ),
+    ),
+    Call(
+        "literature.Claim",
+        literature.Claim,
+        dict(
+            table=fixed("a"),
+            paper=Values(("A paper",), (), ("", None, 3, [])),
+            method=fixed("a method"),
+            metric=fixed("robust accuracy"),
+            threat=Values((None, dict(norm="linf", epsilon="8/255")), (), ({}, dict(norm="l2"))),
+            value=Values((75.67, 0, 100), (np.float64(3.0), True), (*NO_NUMBER, -1, 101)),
+            unit=fixed("%"),
+            n=Values((512, None), (np.int64(3),), (0, -1, 1.5, math.nan, "x")),
+            statistic=names("single", "mean", "worst"),
+            protocol=fixed("PGD"),
+            source=fixed("a table"),
+            provenance=names("read", "recalled"),
+            caveat=fixed(""),
+            entry=fixed(None, "dc"),
+        ),
     ),
     Call(
         "intervals.sign_test",

@@ -1,6 +1,6 @@
 """The command `diffclass`: open the course, look after its files, train, classify, evaluate and list."""
 
-from diffclass.cli import auditing, certifying, evaluation, files, models, readme
+from diffclass.cli import auditing, certifying, evaluation, files, models, readme, scoreboard
 from diffclass.cli.base import EXIT_CODES, ROOT, app
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "main",
     "models",
     "readme",
+    "scoreboard",
 ]
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import anywidget
 import ipywidgets as W
+import plotly.graph_objects as go
 import traitlets
 from torch import Tensor
 
 from diffclass import data
 from diffclass.classifiers.base import Held
 from diffclass.classifiers.idc import Translator
-from diffclass.course import figures
+from diffclass.course import figures, plots
 from diffclass.course.scenes.adapting import ANOTHER, LAST, AdapterScene
 from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
@@ -30,6 +31,7 @@ from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.photos import PhotoScene
 from diffclass.course.scenes.plane import ForwardScene, PlaneScene
 from diffclass.course.scenes.racing import RaceScene
+from diffclass.course.scenes.scoreboard import SERIES, STEP, ScoreboardScene
 from diffclass.course.scenes.translation import TranslationScene
 from diffclass.course.scenes.zero_shot import ZeroShotScene
 from diffclass.data.plane import MixtureLaw
@@ -426,6 +428,34 @@ def adapter_hero(base: Denoiser, records: Sequence[Record], index: int = 31) -> 
         cursor="step",
         cursor_step=EVERY,
     )
+
+
+def scoreboard_hero(world: str = "digits", n: int = 64) -> Hero:
+    """What stands of every classifier on the same pictures, as many as a slider says (notebook 14).
+
+    Why         plotly, so that a point can be asked what it is; the stage below it is for the words
+    """
+    scene = ScoreboardScene(world)
+    figure = go.FigureWidget(plots.forest(scene.at(n).series, ""))
+    figure.update_layout(width=1000, height=600, margin=dict(t=40))
+
+    def show(n: int, group: str, by: str, point, picked) -> dict:
+        board = scene.at(n, group, by)
+        labels = [label for label, _ in board.series[by]]
+        with figure.batch_update():
+            for trace in figure.data:
+                trace.update(**plots.points(board.series[trace.name]))
+            figure.layout.yaxis.update(plots.axis_of(labels))
+        return figures.frame([], board.note)
+
+    controls = dict(
+        n=slider("pictures, at most", n, STEP, scene.most, STEP),
+        group=choice("show", scene.groups),
+        by=choice("sorted by", SERIES, "honest"),
+    )
+    hero = Hero(show, controls)
+    hero.children = [row(controls.values()), figure, hero.stage]
+    return hero
 
 
 class Worker(Staged):

@@ -1,5 +1,6 @@
 """Tables of what stands: a row for each classifier of the registry, from the records of the runs in `assets/`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ DRAWS = Protocol.draws  # of a random classifier, in the columns of the worst
 class Column:
     """One column of a table of robust accuracies.
 
-    attack      "clean", "paper" (the protocol of the classifier's own paper) or "honest"
+    attack      "clean", "paper" (the protocol of the classifier's own paper), "honest", or "single" (one attack alone)
     worst       whether it counts what stood at every draw, instead of the average draw
     """
 
@@ -29,7 +30,12 @@ class Column:
 
     def protocol(self, entry: Entry) -> str | None:
         """The name of the protocol whose records belong here, None for clean images."""
-        names = {"clean": None, "paper": f"paper-{entry.paper}", "honest": "honest"}
+        names = {
+            "clean": None,
+            "paper": f"paper-{entry.paper}",
+            "honest": "honest",
+            "single": "single",
+        }
         return names[self.attack]
 
     def shows(self, entry: Entry, record: Record) -> bool:
@@ -55,7 +61,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A classifier and its records, one for each of `COLUMNS`, None where nothing was measured."""
+    """A classifier and its records, one for each column, None where nothing was measured."""
 
     entry: Entry
     records: tuple[Record | None, ...]
@@ -67,7 +73,12 @@ def folders(world: str) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{claims.FILE}"))
 
 
-def robust_rows(world: str, norm: str, epsilon: float | None = None) -> list[Row]:
+def robust_rows(
+    world: str,
+    norm: str,
+    epsilon: float | None = None,
+    columns: Sequence[Column] = COLUMNS,
+) -> list[Row]:
     """What is known of a world's classifiers at a budget, in the order of the registry; without those of no record.
 
     Units       epsilon: another budget than the world's, in its unit
@@ -86,7 +97,7 @@ def robust_rows(world: str, norm: str, epsilon: float | None = None) -> list[Row
     ]
     rows = []
     for entry in ENTRIES.values():
-        cells = tuple(_shown(column, entry, listed) for column in COLUMNS)
+        cells = tuple(_shown(column, entry, listed) for column in columns)
         if any(cells):
             rows.append(Row(entry, cells))
     return rows
@@ -136,10 +147,13 @@ def _line(cells: list[str]) -> str:
 class CertifiedRow:
     """A smoothed classifier and its certified accuracies, by radius; None where its votes cannot certify the radius.
 
+    name            in the registry; soft_votes: whether its votes are probabilities
     votes, calls    counted on one picture, and the network calls that they took, both on average
     """
 
+    name: str
     title: str
+    soft_votes: bool
     sigma_pixel: float
     ceiling: float
     votes: float
@@ -170,6 +184,8 @@ def certified_rows(world: str) -> list[CertifiedRow]:
             for record in listed
         }
         row = CertifiedRow(
+            name=name,
+            soft_votes=plan.soft_votes,
             title=noised.entry_of(world, name).title + (", soft votes" if plan.soft_votes else ""),
             sigma_pixel=plan.sigma_pixel,
             ceiling=plan.ceiling,

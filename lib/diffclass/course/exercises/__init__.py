@@ -37,6 +37,7 @@ from diffclass.course.exercises.forward import (
 )
 from diffclass.course.exercises.losses import DC_LOGITS, LEAVE_ONE_OUT, MCNEMAR
 from diffclass.course.exercises.maximisation import CONTRACTION, LOSS_GRADIENT, STRAIGHT_THROUGH
+from diffclass.course.exercises.standing import PAIRED_ERROR, UNFAIR
 from diffclass.course.exercises.translation import (
     DISTANCE_LOGITS,
     WRONG_POSTERIOR,
@@ -97,6 +98,8 @@ EXERCISES: dict[str, Exercise] = {
         STAGED_BILL,
         TEMPLATE_EVIDENCE,
         CERTIFIED_RADIUS,
+        PAIRED_ERROR,
+        UNFAIR,
     )
 }
 
@@ -151,4 +154,6 @@ __all__ = [
     "STAGED_BILL",
     "TEMPLATE_EVIDENCE",
     "CERTIFIED_RADIUS",
+    "PAIRED_ERROR",
+    "UNFAIR",
 ]
