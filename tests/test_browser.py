@@ -10,6 +10,7 @@ from pathlib import Path
 import browser
 import nbformat
 import pytest
+from diffclass.course import plots
 
 pytestmark = pytest.mark.browser
 BENCH = bool(os.environ.get("DIFFCLASS_BENCH"))
@@ -221,3 +222,18 @@ def test_a_request_to_another_host_is_noticed(lab, page):
         f'<img src="{lab.url}/favicon.ico"><img src="http://elsewhere.invalid/picture.png">'
     )
     assert page.offsite == ["http://elsewhere.invalid/picture.png"]
+
+
+def test_the_page_of_the_scoreboard_asks_nobody_and_its_menu_filters(page):
+    """A saved page with what was not measured in it: a bare NaN would stop the browser's parser."""
+    page.set_content(plots.page("digits"))
+    page.locator(".main-svg").first.wait_for()
+    cells = page.locator(".table .cell-text")
+    cells.filter(has_text="measured").first.wait_for(state="attached")
+    before = cells.count()
+    page.locator(".updatemenu-header").click()
+    page.locator(".updatemenu-dropdown-button", has_text="only those with bent by a flow").click()
+    page.wait_for_function(
+        "count => document.querySelectorAll('.table .cell-text').length < count", arg=before
+    )
+    assert page.offsite == [] and page.complaints == []

@@ -136,7 +136,7 @@ def test_what_has_no_number_comes_last_and_is_drawn_nowhere():
     )
     assert both.layout.yaxis.categoryarray == ("b", "a (not measured)")
     assert list(both.data[1].y) == ["b"]  # a row is one row, whichever of its numbers are there
-    assert len(plots.against_cost(rows, "honest").data[0].x) == 1
+    assert [len(trace.x) for trace in plots.against_cost(rows, "honest").data] == [1]
     told = plots.table(rows, ["honest", "flop", "certified, r = 0.25"], "honest")
     words = {word for column in told.data[0].cells["values"] for word in column}
     assert {MISSING, ABSTAINED, UNBOUNDED} <= words
@@ -329,15 +329,13 @@ def test_the_hero_shows_every_classifier_on_the_same_pictures():
     board = scene.at(64)
     assert list(board.series) == list(SERIES)
     labels = [label for label, _ in board.series["honest"]]
-    assert len(labels) == len(HONEST) and all(
-        "(64)" in label or "(32)" in label for label in labels
-    )
+    few = sum(len(one.hits) == 32 for one in HONEST.values())
+    assert len(labels) == len(HONEST) and few > 2
+    assert sum("(only 32)" in label for label in labels) == few
     values = [number.value for _, number in board.series["honest"]]
     assert values == sorted(values, reverse=True)
     for name in ("cnn", "dc"):
-        place = next(
-            i for i, label in enumerate(labels) if label.startswith(f"{scene.titles[name]} (")
-        )
+        place = next(i for i, label in enumerate(labels) if label == scene.titles[name])
         own = min(64, len(HONEST[name].hits))
         assert board.series["honest"][place][1] == HONEST[name].number(own)
     names = {name for group in list(scene.groups)[1:] for name in scene.groups[group]}

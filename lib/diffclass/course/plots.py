@@ -12,6 +12,8 @@ from diffclass.evaluation.scoreboard import Comparison, Measure, Number, Standin
 
 GRID = "#D9D9D9"
 ROW_HEIGHT = 34  # pixels
+FEW = 8  # columns of a table, whose cells then hold two lines at most
+TIGHT = 46  # pixels of a row of a table with more
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
 OFFLINE = dict(displaylogo=False, responsive=True)
 
@@ -22,7 +24,7 @@ def _figure(**layout) -> go.Figure:
         template="simple_white",
         margin=dict(l=10, r=20, t=50, b=50),
         font=dict(size=12),
-        legend=dict(orientation="h", yanchor="bottom", y=1.01, x=0),
+        legend=dict(orientation="h", yanchor="bottom", y=1.01, x=1, xanchor="right"),
     )
     return go.Figure(layout=common | layout)
 
@@ -113,7 +115,7 @@ def forest(series: dict[str, Sequence[tuple[str, Number]]], title: str) -> go.Fi
 
 
 def against_cost(rows: Sequence[Standing], title: str, cost: str = "flop") -> go.Figure:
-    """One accuracy over what an answer costs; classifiers that lack one of the two are named below, not drawn at 0.
+    """One accuracy over what an answer costs; classifiers that lack one of the two are counted in the title, not drawn at 0.
 
     Errors      KeyError for a column that no scoreboard has
     """
@@ -127,7 +129,7 @@ def against_cost(rows: Sequence[Standing], title: str, cost: str = "flop") -> go
     figure = _figure(
         title=f"{title}, over the cost of one answer ({absent} of {len(rows)} not measured)",
         height=460,
-        showlegend=False,
+        legend=dict(orientation="v", x=1.01, y=1, xanchor="left", yanchor="top"),
         xaxis=dict(
             title=f"{cost} of one answer ({measure.unit})",
             type="log",
@@ -137,40 +139,36 @@ def against_cost(rows: Sequence[Standing], title: str, cost: str = "flop") -> go
         ),
         yaxis=dict(title=f"{title}, percent", range=[-4, 104], gridcolor=GRID, showgrid=True),
     )
-    numbers = [row.numbers[title] for row in present]
-    figure.add_scatter(
-        x=[row.numbers[cost].value for row in present],
-        y=[100 * number.value for number in numbers],
-        error_y=dict(
-            type="data",
-            symmetric=False,
-            array=[100 * (number.high - number.value) for number in numbers],
-            arrayminus=[100 * (number.value - number.low) for number in numbers],
-            thickness=1,
-        ),
-        mode="markers+text",
-        text=[row.name for row in present],
-        textposition=_sides([row.numbers[cost].value for row in present]),
-        marker=dict(color=COLOURS[0], size=9),
-        hovertext=[_hover(row.title, row.numbers[title]) for row in present],
-        hoverinfo="text",
-    )
+    for place, row in enumerate(present):
+        number = row.numbers[title]
+        figure.add_scatter(
+            name=row.title,
+            x=[row.numbers[cost].value],
+            y=[100 * number.value],
+            error_y=dict(
+                type="data",
+                symmetric=False,
+                array=[100 * (number.high - number.value)],
+                arrayminus=[100 * (number.value - number.low)],
+                thickness=1,
+            ),
+            mode="markers",
+            marker=dict(
+                color=COLOURS[place % len(COLOURS)],
+                symbol=SYMBOLS[place // len(COLOURS) % len(SYMBOLS)],
+                size=10,
+            ),
+            hovertext=[_hover(row.title, number)],
+            hoverinfo="text",
+        )
     return figure
 
 
 def _decades(values: Sequence[float]) -> list[float]:
-    """The ends of a logarithmic axis, with room for words on both sides."""
+    """The ends of a logarithmic axis, with room on both sides."""
     if not values:
         return [0.0, 1.0]
-    return [math.log10(min(values)) - 0.3, math.log10(max(values)) + 0.4]
-
-
-def _sides(values: Sequence[float]) -> list[str]:
-    """Where the word of each point stands: right and left by turns, from the cheapest on, so that neighbours do not meet."""
-    sides = [""] * len(values)
-    for rank, place in enumerate(sorted(range(len(values)), key=lambda place: values[place])):
-        sides[place] = ("middle right", "middle left")[rank % 2]
-    return sides
+    return [math.log10(min(values)) - 0.2, math.log10(max(values)) + 0.2]
 
 
 def pairs(listed: Sequence[Comparison], title: str) -> go.Figure:
@@ -210,9 +208,14 @@ def surface(
 ) -> go.Figure:
     """A loss over two directions. Shapes: first [A], second [B], heights [B,A]; titles of the three axes."""
     figure = _figure(
-        height=520,
+        height=560,
+        margin=dict(l=0, r=0, t=10, b=10),
         scene=dict(
-            xaxis_title=titles[0], yaxis_title=titles[1], zaxis_title=titles[2], aspectmode="cube"
+            xaxis_title=titles[0],
+            yaxis_title=titles[1],
+            zaxis_title=titles[2],
+            aspectmode="cube",
+            camera_eye=dict(x=1.5, y=1.5, z=1.1),
         ),
     )
     figure.add_surface(
@@ -254,7 +257,7 @@ def table(rows: Sequence[Standing], titles: Sequence[str], by: str) -> go.Figure
         for column, complete in [(by, False), *choices]
     ]
     figure = _figure(
-        height=140 + 46 * len(rows),
+        height=140 + (TIGHT if len(titles) > FEW else ROW_HEIGHT) * len(rows),
         margin=dict(l=5, r=5, t=60, b=5),
         updatemenus=[dict(buttons=buttons, x=0, xanchor="left", y=1, yanchor="bottom")],
     )

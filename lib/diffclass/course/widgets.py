@@ -437,15 +437,25 @@ def scoreboard_hero(world: str = "digits", n: int = 64) -> Hero:
     """
     scene = ScoreboardScene(world)
     figure = go.FigureWidget(plots.forest(scene.at(n).series, ""))
-    figure.update_layout(width=1000, height=600, margin=dict(t=40))
+    # Margins that plotly would fit to the labels cost a second drawing at every step.
+    fixed = dict(automargin=False)
+    figure.update_layout(width=1000, height=600, margin=dict(t=40, l=270), yaxis=fixed)
 
     def show(n: int, group: str, by: str, point, picked) -> dict:
         board = scene.at(n, group, by)
         labels = [label for label, _ in board.series[by]]
+        moved = tuple(labels[::-1]) != figure.layout.yaxis.categoryarray
         with figure.batch_update():
             for trace in figure.data:
-                trace.update(**plots.points(board.series[trace.name]))
-            figure.layout.yaxis.update(plots.axis_of(labels))
+                drawn = plots.points(board.series[trace.name])
+                trace.x = drawn["x"]
+                trace.text = drawn["text"]
+                trace.error_x.array = drawn["error_x"]["array"]
+                trace.error_x.arrayminus = drawn["error_x"]["arrayminus"]
+                if moved:
+                    trace.y = drawn["y"]
+            if moved:
+                figure.layout.yaxis.update(plots.axis_of(labels) | fixed)
         return figures.frame([], board.note)
 
     controls = dict(

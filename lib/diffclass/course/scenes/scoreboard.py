@@ -61,7 +61,8 @@ class ScoreboardScene:
         return self._known[key]
 
     def _label(self, name: str, n: int) -> str:
-        return f"{self.titles[name]} ({min(n, len(self.found['honest'][name].hits))})"
+        own = len(self.found["honest"][name].hits)
+        return self.titles[name] if own >= n else f"{self.titles[name]} (only {own})"
 
     def _note(self, ranked: list[str], n: int, by: str) -> str:
         """The first two rows on the pictures that both have, as HTML."""
