@@ -364,4 +364,5 @@ def test_the_figure_of_the_hero_follows_its_controls():
     hero.controls["n"].value = 400
     assert max(figure.data[1].error_x.array) < wide / 2
     assert set(figure.layout.yaxis.categoryarray) == set(figure.data[0].y)
+    strict(figure.to_json())
     assert "real difference" in hero.stage.frame["note"]
