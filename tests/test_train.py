@@ -128,7 +128,7 @@ def test_what_a_network_needs_is_trained_before_it():
             assert names.index(recipe.needs) < names.index(name)
             assert RECIPES[recipe.needs].world == recipe.world
             assert recipe.needs in (recipe.says["teacher"], recipe.says["start"])
-    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 8
+    assert sum(recipe.needs is not None for recipe in RECIPES.values()) == 10
 
 
 def test_recipes_are_what_the_papers_say():
