@@ -254,6 +254,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
     shutil.copy(cli.ROOT / "lib" / "__main__.py", tmp_path / "lib")
     started = []
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(cli.files, "ROOT", tmp_path)
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.chdir(tmp_path)
@@ -261,6 +262,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     ((program, arguments, environment),) = started
     assert program == sys.executable and arguments[:3] == [sys.executable, "-m", "jupyterlab"]
     assert arguments[-1].endswith("00_start_here.ipynb") and environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert ("--allow-root" in arguments) == (os.geteuid() == 0)
 
 

@@ -39,9 +39,10 @@ def lab():
                 "lab` opens the checkout it was installed from, with `pip install -e`."
             )
     metadata.version("jupyterlab")  # raises, in one sentence, if it is missing
-    arguments = runpy.run_path(str(starter))["lab"]()  # the same flags as `python3 -m lib lab`
+    started = runpy.run_path(str(starter))  # the same flags and environment as `python3 -m lib lab`
+    arguments = started["lab"]()
     os.chdir(ROOT)
-    env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", **os.environ}
+    env = {**started["ENVIRONMENT"], **os.environ}
     os.execve(sys.executable, [sys.executable, *arguments], env)
 
 
