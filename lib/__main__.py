@@ -204,7 +204,10 @@ def main(argv):
         "lab": lab,
         # in order: the browser's few tests take longest, and must not begin when the others have ended
         "test": lambda: "-m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax".split(),
-        "bench": lambda: "-m pytest -q -s -m browser tests/test_browser.py".split(),
+        "bench": lambda: [
+            *"-m pytest -q -s tests/test_browser.py -m".split(),
+            "browser and not pictures",
+        ],
         "twins": lambda: "-m pytest -q -m pictures tests/test_browser.py".split(),
         "html": lambda: [
             *"-m nbconvert --to html --execute --embed-images --output-dir build/html".split(),
