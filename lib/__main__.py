@@ -1,6 +1,7 @@
 """Set up the course and run it. Standard library only; safe to run twice.
 
     python3 -m lib lab    [jupyter args]    set up, then open JupyterLab at notebooks/00_start_here.ipynb
+    python3 -m lib explore [options]        set up, then open the explorer alone in a browser tab
     python3 -m lib test   [pytest args]     set up, then run all tests and all notebooks
     python3 -m lib bench  [pytest args]     set up, then time the sliders in a real browser
     python3 -m lib twins  [pytest args]     set up, then draw the static twins of the interactive figures anew
@@ -37,7 +38,7 @@ NETWORK = (
 USABLE = f"import pip, sys; sys.exit(sys.version_info[:2] not in {PYTHONS})"
 INSTALLED = """import importlib.util as u, pathlib, sys; here = u.find_spec("diffclass")
 sys.exit(not (here and pathlib.Path(here.origin).resolve().parents[1] == pathlib.Path(sys.argv[1]) and all(map(
-    u.find_spec, ("torch", "jupyterlab", "nbconvert", "pytest", "xdist", "nbval", "playwright")))))"""
+    u.find_spec, ("torch", "jupyterlab", "voila", "nbconvert", "pytest", "xdist", "nbval", "playwright")))))"""
 say = functools.partial(print, flush=True)
 
 
@@ -167,6 +168,13 @@ ENVIRONMENT = {
 }
 
 
+def without_display():
+    """Whether there is no screen here that a browser could open on."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 def lab():
     """JupyterLab's command line, with settings of its own: the user's are neither read nor written."""
     home = ROOT / "build" / "lab"
@@ -181,9 +189,7 @@ def lab():
         "--LabApp.news_url=None",
     ]
     flags += ["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)
-    if sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
+    if without_display():
         flags.append("--no-browser")
         say(
             "There is no display here: open the address http://localhost:... that JupyterLab prints below in a browser "
@@ -202,6 +208,7 @@ def main(argv):
     books = map(str, sorted(ROOT.glob("notebooks/*.ipynb")))
     jobs = {
         "lab": lab,
+        "explore": lambda: ["-m", "diffclass", "explore"],
         # in order: the browser's few tests take longest, and must not begin when the others have ended
         "test": lambda: "-m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax".split(),
         "bench": lambda: [

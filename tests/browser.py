@@ -185,6 +185,28 @@ def serve_lab(folder: Path):
                 server.kill()
 
 
+@contextlib.contextmanager
+def serve_app(folder: Path):
+    """The explorer alone, as `diffclass explore` serves it; yields its address."""
+    port = free_port()
+    with open(folder / "app.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "diffclass", "explore", "--no-browser", f"--port={port}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "JUPYTER_RUNTIME_DIR": str(folder)},
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js", server)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()
+            try:
+                server.wait(15)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
 def watched(page):
     """Make a page remember requests to other hosts (`offsite`) and errors in the console (`complaints`)."""
     page.set_default_timeout(60_000)

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 COMMANDS = (
     "lab",
+    "explore",
     "doctor",
     "download",
     "convert",
@@ -266,9 +267,22 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     assert ("--allow-root" in arguments) == (os.geteuid() == 0)
 
 
-def test_lab_without_the_course_says_so(tmp_path, monkeypatch):
+def test_explore_serves_the_explorer_on_this_machine_alone(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    assert run("explore", "--port", "8899", "--no-browser").exit_code == 0
+    ((program, arguments, environment),) = started
+    assert program == sys.executable and arguments[:3] == [sys.executable, "-m", "voila"]
+    assert {"--port=8899", "--Voila.ip=127.0.0.1", "--no-browser"} <= set(arguments)
+    app = Path(arguments[3])
+    assert app.is_file() and (app.parent / "voila/templates/explorer/index.html.j2").is_file()
+    assert environment["JUPYTER_PATH"].split(os.pathsep)[0] == str(app.parent)
+
+
+@pytest.mark.parametrize("command", ["lab", "explore"])
+def test_what_opens_the_course_says_so_where_it_is_not(command, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.files, "ROOT", tmp_path)
-    done = run("lab")
+    done = run(command)
     assert done.exit_code == 2 and one_sentence(done, "00_start_here.ipynb")
 
 

@@ -1,4 +1,4 @@
-"""Figures, scenes and heroes without a browser: controls move their frames in time, the explorer's jobs are true."""
+"""Figures, scenes and heroes without a browser: controls move their frames in time, jobs end as they say."""
 
 import asyncio
 import contextlib
@@ -12,15 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffclass import attacks, data, intervals
-from diffclass.certify import certificates, counting
+from diffclass import attacks, data
 from diffclass.classifiers.base import Held
-from diffclass.classifiers.noised import NoisedBayesClassifier
 from diffclass.classifiers.one_call import OneCallClassifier
-from diffclass.classifiers.smoothed import Smoothed
 from diffclass.course import figures, widgets
+from diffclass.course.exploring import Explorer
 from diffclass.course.scenes.digits import DigitScene
-from diffclass.course.scenes.explorer import ExplorerScene
 from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.photos import SHORT
 from diffclass.course.scenes.plane import PlaneScene
@@ -83,7 +80,7 @@ HEROES = {
     "bayes": lambda _: widgets.bayes_hero(),
     "denoiser": lambda _: widgets.denoiser_hero(),
     "optimal digits": widgets.optimal_digits_hero,
-    "explorer": widgets.explorer,
+    "explorer": lambda _: Explorer(),
     "racing": widgets.racing_hero,
     "photos": photos,
     "translation": lambda _: widgets.translation_hero(networks.load_translator()),
@@ -392,222 +389,6 @@ def test_the_backdrop_is_the_exact_posterior():
     assert share.sum() == pytest.approx(1)
 
 
-# -- explorer ---------------------------------------------------------------------------------------------------------
-
-
-def test_attack_shows_a_picture_that_fools_and_the_smallest_distance_found(student):
-    explorer = widgets.explorer(student)
-    explorer.attack()
-    scene = explorer.scene
-    x = scene.film[-1].x
-    assert len(scene.film) == 21 and explorer.progress.description == "done"
-    assert (
-        float((x - scene.x).norm()) <= explorer.budget.value + 1e-5
-        and 0 <= float(x.min()) <= float(x.max()) <= 1
-    )
-    assert int(scene.classifier(x).argmax()) != scene.predicted
-    assert 0 < scene.smallest <= float((x - scene.x).norm()) + 1e-6
-    assert explorer.stage.frame["panels"][-1]["rows"][0]["segments"][-1]["from"] == pytest.approx(
-        scene.smallest
-    )
-    explorer.step.value = 0
-    assert (
-        explorer.stage.frame["panels"][0]["images"][0]
-        == explorer.stage.frame["panels"][0]["images"][1]
-    )
-
-
-@pytest.fixture(scope="module")
-def certified(student):
-    """A scene after `certify`, and the shares of work it reported."""
-    scene = ExplorerScene(DigitScene(student, samples=2))
-    return scene, list(scene.certify(0.2, 200))
-
-
-def test_certificate_is_that_of_its_votes_and_stays_below_the_attack(certified):
-    scene, shares = certified
-    assert shares == sorted(shares) and shares[-1] == 1.0 and int(scene.counts.sum()) == 200
-    guess = scene.certificate.prediction
-    lower = intervals.lower_bound(int(scene.counts[guess]), 200, 0.001)
-    assert scene.certificate.radius == pytest.approx(
-        0.2 * float(torch.special.ndtri(torch.tensor(lower))), rel=1e-4
-    )
-    assert scene.smallest_smoothed is None or scene.certificate.radius < scene.smallest_smoothed
-    spoken = scene.at(0, 0.2, 200)["note"]
-    assert "n=200" in spoken and "alpha=0.001" in spoken and "sigma=0.2" in spoken
-
-
-def test_the_votes_are_those_of_the_smoothed_classifier_of_the_library(certified, student):
-    scene, _ = certified
-    smoothed = Smoothed(NoisedBayesClassifier(student, 0.2))
-    *_, (_, votes) = counting.draw_votes(
-        smoothed, scene.x, estimation=200, seed=scene.seed, picture=scene.index
-    )
-    assert scene.counts.tolist() == list(votes.estimation)
-    assert scene.certificate == certificates.smoothing_radius(votes, 0.001)
-
-
-def radius_panel(hero):
-    return next(panel for panel in hero.stage.frame["panels"] if panel["kind"] == "radius")
-
-
-async def until(condition, job):
-    """Let the event loop run until something is the case, or the job has ended."""
-    while not condition() and not job.done():
-        await asyncio.sleep(0)
-
-
-def test_another_digit_puts_old_results_away(student):
-    explorer = widgets.explorer(student)
-    explorer.attack()
-    assert explorer.scene.film and explorer.scene.smallest
-    explorer.index.value = 9
-    assert not explorer.scene.film and explorer.scene.smallest is None
-    assert (
-        radius_panel(explorer)["rows"][0]["segments"][-1]["from"]
-        == radius_panel(explorer)["range"][1]
-    )
-
-
-# the slider moves while votes are counted, while the vote is attacked, and when all is done
-@pytest.mark.parametrize("when", [0.01, 0.6, 2.0])
-def test_a_certificate_keeps_its_own_sigma_and_votes(student, when):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.votes.value = 100
-        explorer.sigma.value = 0.12
-        explorer.certify()
-        job = explorer.job
-        await until(lambda: explorer.progress.value >= when, job)
-        explorer.sigma.value = 0.5
-        explorer.votes.value = 500
-        moved = explorer.stage.frame
-        await job
-        return explorer, moved
-
-    explorer, moved = asyncio.run(session())
-    certificate = explorer.scene.certificate
-    assert explorer.progress.description == "done"
-    assert (certificate.sigma_pixel, certificate.n) == (0.12, 100)
-    panel = radius_panel(explorer)
-    assert panel["rows"][1]["label"] == "smoothed, σ = 0.12"
-    assert panel["rows"][1]["segments"][0]["to"] == pytest.approx(certificate.radius)
-    ceiling = certificates.largest_radius(100, 0.12, 0.001)
-    assert f"largest that 100 votes at σ = 0.12 can certify: {ceiling:.2f}" in panel["xlabel"]
-    votes = next(one for one in explorer.stage.frame["panels"] if one["title"].startswith("Votes"))
-    assert "σ 0.12, n 100" in votes["title"]
-    for frame in (moved, explorer.stage.frame):
-        assert "σ 0.12, n 100</b>; press Certify for σ 0.50, n 500" in frame["note"]
-    explorer.sigma.value = 0.12
-    explorer.votes.value = 100
-    assert "press Certify" not in explorer.stage.frame["note"]
-
-
-def test_certify_again_after_the_slider_moved_shows_the_new_sigma(student):
-    explorer = widgets.explorer(student)
-    explorer.votes.value = 100
-    explorer.certify()
-    explorer.sigma.value = 0.1
-    explorer.certify()
-    assert explorer.scene.certificate.sigma_pixel == 0.1
-    assert radius_panel(explorer)["rows"][1]["label"] == "smoothed, σ = 0.10"
-
-
-def test_an_attack_that_is_stopped_early_says_so(student):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.attack()
-        await until(lambda: explorer.scene.film, explorer.job)
-        explorer.stop.click()
-        return explorer
-
-    explorer = asyncio.run(session())
-    assert len(explorer.scene.film) == 1
-    assert "stopped after step 0: not fooled so far" in explorer.stage.frame["note"]
-    assert explorer.scene.smallest is None
-    explorer.attack()
-    assert "stopped" not in explorer.stage.frame["note"]
-
-
-def test_what_fooled_before_the_attack_was_stopped_is_on_the_axis(student):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.attack()
-        await until(
-            lambda: explorer.scene.film and bool(explorer.scene.film[-1].fooled), explorer.job
-        )
-        explorer.stop.click()
-        return explorer
-
-    explorer = asyncio.run(session())
-    last = explorer.scene.film[-1]
-    note = explorer.stage.frame["note"]
-    assert explorer.progress.description == "stopped" and bool(last.fooled)
-    assert "<b>fooled</b>" in note and f"stopped after step {last.step}: fooled at step" in note
-    row = radius_panel(explorer)["rows"][0]["segments"]
-    assert row[1]["to"] == row[2]["from"] == pytest.approx(float(last.size))
-    assert row[2]["to"] > row[2]["from"]
-
-
-@pytest.mark.parametrize("first", ["attack", "certify"])
-def test_a_job_that_another_replaces_stays_partial_and_the_other_ends(student, first):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.votes.value = 1000
-        jobs = [explorer.attack, explorer.certify]
-        if first == "certify":
-            jobs.reverse()
-        jobs[0]()
-        old = explorer.job
-        await until(lambda: explorer.progress.value > 0.1, old)
-        if first == "attack":
-            explorer.votes.value = 100
-        jobs[1]()
-        await explorer.job
-        return explorer, old
-
-    explorer, old = asyncio.run(session())
-    note = explorer.stage.frame["note"]
-    assert explorer.progress.description == "done" and old.done()
-    if first == "attack":
-        assert "stopped after step" in note and "Smoothed vote certified" in note
-    else:
-        assert len(explorer.scene.film) == 21 and explorer.scene.certificate is None
-        assert "stopped after 300 of 1100 votes: no certificate" in note
-
-
-def test_stop_between_certificate_and_attack_keeps_the_certificate(student):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.votes.value = 100
-        explorer.certify()
-        await until(lambda: explorer.scene.certificate, explorer.job)
-        explorer.stop.click()
-        return explorer
-
-    explorer = asyncio.run(session())
-    assert explorer.scene.certificate.n == 100
-    assert (
-        "Attack on the smoothed vote, stopped before its end: none so far"
-        in explorer.stage.frame["note"]
-    )
-
-
-def test_a_job_lets_the_reader_act_and_stops_when_told_with_what_it_has(student):
-    async def session():
-        explorer = widgets.explorer(student)
-        explorer.attack()
-        while not explorer.scene.film:
-            await asyncio.sleep(0)
-        explorer.halt()
-        seen = len(explorer.scene.film)
-        await asyncio.sleep(0.05)
-        return seen, len(explorer.scene.film), explorer.progress.description
-
-    seen, after, state = asyncio.run(session())
-    assert 0 < seen < 21 and after == seen and state == "stopped"
-
-
 # -- jobs -------------------------------------------------------------------------------------------------------------
 
 
@@ -627,6 +408,12 @@ class Counting(widgets.Worker):
             yield (item + 1) / items
         if error is not None:
             raise error
+
+
+async def until(condition, job):
+    """Let the event loop run until something is the case, or the job has ended."""
+    while not condition() and not job.done():
+        await asyncio.sleep(0)
 
 
 def run_on_a_loop(worker, *start):
@@ -756,7 +543,7 @@ def test_a_figure_that_cannot_be_drawn_says_why_and_the_hero_lives():
     assert "could not" not in hero.stage.frame["note"]
 
 
-@pytest.mark.parametrize("name", ["digit", "explorer", "attack", "maximisation"])
+@pytest.mark.parametrize("name", ["digit", "attack", "maximisation"])
 def test_a_network_of_nan_leaves_a_hero_that_says_why(name, student):
     broken = copy.deepcopy(student)
     with torch.no_grad():
@@ -764,11 +551,6 @@ def test_a_network_of_nan_leaves_a_hero_that_says_why(name, student):
     hero = HEROES[name](broken)
     note = hero.stage.frame["note"]
     assert hero.stage.frame["panels"] == [] and "NaN" in note
-    if name == "explorer":
-        hero.attack()
-        assert (
-            hero.progress.description == "failed" and "attacking failed" in hero.stage.frame["note"]
-        )
 
 
 def test_a_job_goes_on_while_its_figure_cannot_be_drawn():
@@ -990,16 +772,6 @@ def test_the_whole_defence_is_attacked_when_the_reader_asks_for_it(student):
     )
 
 
-def test_a_plain_classifier_never_gets_a_certificate(certified):
-    scene, _ = certified
-    plain, smoothed = scene.at(0, 0.2, 200)["panels"][-1]["rows"]
-    assert plain["segments"][0]["from"] == plain["segments"][0]["to"] == 0
-    assert smoothed["segments"][0]["to"] == pytest.approx(scene.certificate.radius)
-
-
-# -- what a frame says of itself ----------------------------------------------------------------------------------------
-
-
 def test_colours_of_the_plane_that_no_control_moves_are_named(student):
     for name in ("bayes", "denoiser"):
         hero = HEROES[name](student)
@@ -1089,14 +861,3 @@ def test_radius_axis_keeps_the_order_certified_unknown_attacked():
     panel = figures.radius_axis(rows, title="t", alt="a", xlabel="r", range=(0, 2))
     spans = [(s["from"], s["to"], s["text"]) for s in panel["rows"][0]["segments"]]
     assert spans == [(0.0, 0.4, "certified"), (0.4, 1.2, "unknown"), (1.2, 2.0, "an attack exists")]
-
-
-def test_attack_film_margin_is_minus_the_margin_loss(student):
-    scene = ExplorerScene(DigitScene(student, samples=2))
-    list(scene.attack("L2", 0.5))
-    line = next(p for p in scene.at(20, 0.2, 100)["panels"] if p["title"].startswith("Film"))[
-        "series"
-    ][0]["y"]
-    logits = scene.classifier(scene.film[-1].x).detach()
-    wanted = -float(attacks.margin_loss(logits, torch.tensor([scene.predicted])))
-    assert line[-1] == pytest.approx(wanted, rel=1e-3)

@@ -1,6 +1,15 @@
 """The command `diffclass`: open the course, look after its files, train, classify, evaluate and list."""
 
-from diffclass.cli import auditing, certifying, evaluation, files, models, readme, scoreboard
+from diffclass.cli import (
+    auditing,
+    certifying,
+    evaluation,
+    exploring,
+    files,
+    models,
+    readme,
+    scoreboard,
+)
 from diffclass.cli.base import EXIT_CODES, ROOT, app
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "auditing",
     "certifying",
     "evaluation",
+    "exploring",
     "files",
     "main",
     "models",

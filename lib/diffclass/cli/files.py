@@ -28,18 +28,24 @@ PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "plotly")
 SET_UP = "Run `python3 -m lib lab` in the checkout: it installs what is missing."
 
 
+def starter() -> Path:
+    """What sets the course up and starts it. Errors: FileNotFoundError where the course is not there."""
+    script = ROOT / "lib" / "__main__.py"
+    for path in (ROOT / "notebooks" / "00_start_here.ipynb", script):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"expected the course in {ROOT}, got no {path.relative_to(ROOT)}; `diffclass` opens the checkout it was "
+                "installed from, with `pip install -e`."
+            )
+    return script
+
+
 @app.command(epilog=EXIT_CODES)
 def lab():
     """Open the course in JupyterLab at notebooks/00_start_here.ipynb."""
-    starter = ROOT / "lib" / "__main__.py"
-    for path in (ROOT / "notebooks" / "00_start_here.ipynb", starter):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"expected the course in {ROOT}, got no {path.relative_to(ROOT)}; `diffclass "
-                "lab` opens the checkout it was installed from, with `pip install -e`."
-            )
+    script = starter()
     metadata.version("jupyterlab")  # raises, in one sentence, if it is missing
-    started = runpy.run_path(str(starter))  # the same flags and environment as `python3 -m lib lab`
+    started = runpy.run_path(str(script))  # the same flags and environment as `python3 -m lib lab`
     arguments = started["lab"]()
     os.chdir(ROOT)
     env = {**started["ENVIRONMENT"], **os.environ}

@@ -192,6 +192,11 @@ def tiles(
     )
 
 
+def words(text: str, *, title: str, w: int = 320, h: int = 200) -> dict:
+    """A sentence in the place of a figure that cannot be drawn, or not yet: what is missing, and why."""
+    return dict(kind="words", title=title, alt=f"{title}: {text}", text=text, w=w, h=h)
+
+
 def heat(
     values,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from diffclass.course.figures import COLOURS
+from diffclass.course.scenes.overview import Dot
 from diffclass.evaluation import literature, scoreboard
 from diffclass.evaluation.scoreboard import Comparison, Measure, Number, Standing
 
@@ -231,6 +232,41 @@ def surface(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
+
+
+def dots(listed: Sequence[Dot], title: str) -> go.Figure:
+    """The pictures of a record: lead of the label when clean against its lead when changed; two traces, stood and fell.
+
+    Meaning     a dot's `customdata` is its picture's place in the data set, which a click can open
+    """
+    figure = _figure(
+        title=title,
+        width=960,
+        height=380,
+        xaxis_title="lead of the label on the clean picture (as the logits count)",
+        yaxis_title="lead on the changed one",
+        hovermode="closest",
+    )
+    for name, colour, symbol, stood in (
+        ("stood at most draws", COLOURS[0], "circle", True),
+        ("fell", COLOURS[4], "x", False),
+    ):
+        chosen = [dot for dot in listed if (dot.standing > 0.5) == stood]
+        figure.add_scatter(
+            x=[dot.clean for dot in chosen],
+            y=[dot.attacked for dot in chosen],
+            customdata=[dot.index for dot in chosen],
+            text=[
+                f"picture {dot.index}, class {dot.label}: {100 * dot.standing:.0f} % of the draws stood (click to open)"
+                for dot in chosen
+            ],
+            hovertemplate="%{text}<extra></extra>",
+            mode="markers",
+            name=name,
+            marker=dict(color=colour, symbol=symbol, size=8, opacity=0.75),
+        )
+    figure.add_hline(0, line=dict(color=GRID, dash="dot"))
+    return figure
 
 
 def table(rows: Sequence[Standing], titles: Sequence[str], by: str) -> go.Figure:

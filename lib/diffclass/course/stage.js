@@ -286,7 +286,16 @@ class Heat extends Panel {
   }
 }
 
-const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps, heat: Heat };
+// A sentence where a figure would be.
+class Words extends Panel {
+  make() { this.holder = node("foreignObject", {}, this.svg); this.text = document.createElement("div"); this.text.className = "dc-words"; this.holder.append(this.text); }
+  draw(s) {
+    set(this.holder, { x: 4, y: 26, width: s.w - 8, height: s.h - 34 });
+    if (this.text.textContent !== s.text) this.text.textContent = s.text;
+  }
+}
+
+const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps, heat: Heat, words: Words };
 
 function render({ model, el }) {
   const root = document.createElement("div"), note = document.createElement("div");

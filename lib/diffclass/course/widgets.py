@@ -25,7 +25,6 @@ from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
 from diffclass.course.scenes.certifying import MOST, TOGETHER, CertifyingScene
 from diffclass.course.scenes.digits import DigitScene, OptimalDigitsScene
-from diffclass.course.scenes.explorer import NORMS, ExplorerScene
 from diffclass.course.scenes.maximising import MaximisationScene
 from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.photos import PhotoScene
@@ -820,91 +819,3 @@ class Certifier(Worker):
 def certify_hero(denoiser: Denoiser, index: int = 12) -> Certifier:
     """The votes on a digit, two lower bounds of their share, the radius, and an attack from above (notebook 12)."""
     return Certifier(denoiser, index)
-
-
-class Explorer(Worker):
-    """Notebook 15: attack and certify one digit live. Jobs run between the reader's actions and can be stopped.
-
-    Controls    another digit stops the running job and puts all results away; another norm or budget stops it and starts
-                an attack; another sigma or number of votes changes nothing that is running or shown: the result keeps
-                its own, and the note says what to press for the new ones
-    """
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.scene = ExplorerScene(DigitScene(denoiser, samples=2))
-        self.index = digit_slider(self.scene, self.scene.index, width=290)
-        self.norm = choice("norm", NORMS, width=130)
-        self.budget = slider(
-            "budget (pixels)", 1.0, 0.0, 4.0, 0.05, width=290, continuous_update=False
-        )
-        self.step = slider("film: PGD step", 20, 0, 20, 1, width=290)
-        self.sigma = slider("smoothing σ (pixels)", 0.2, 0.05, 0.5, 0.01, width=290)
-        self.votes = W.SelectionSlider(
-            options=VOTES,
-            value=1000,
-            description="votes n",
-            layout=W.Layout(width="240px"),
-            style=WHOLE_LABEL,
-        )
-        self.run_attack = button(
-            "Attack (PGD-20)", "danger", "projected gradient ascent on the plain classifier"
-        )
-        self.run_certify = button(
-            "Certify",
-            "success",
-            "votes, Clopper-Pearson bound, radius; then an attack on the same vote",
-        )
-        self._wire()
-        self.children = [
-            row([self.index, self.norm, self.budget, self.run_attack]),
-            row([self.sigma, self.votes, self.run_certify, self.stop]),
-            row([self.step, self.progress]),
-            self.stage,
-        ]
-        self.refresh()
-
-    def _wire(self) -> None:
-        self.index.observe(lambda _: self.choose(), "value")
-        self.step.observe(self.refresh, "value")
-        for control in (self.sigma, self.votes):
-            control.observe(self.refresh, "value")
-        for control in (self.budget, self.norm):
-            control.observe(lambda _: self.attack(), "value")
-        drag_moves(self.stage, self.step, step=1)
-        self.run_attack.on_click(lambda _: self.attack())
-        self.run_certify.on_click(lambda _: self.certify())
-
-    def frame(self) -> dict:
-        """The frame of the present state."""
-        return self.scene.at(
-            self.step.value,
-            self.sigma.value,
-            self.votes.value,
-            self.norm.value,
-            self.budget.value,
-        )
-
-    @in_turn
-    def choose(self) -> None:
-        """Take the chosen digit."""
-        self.halt()
-        self.message = ""
-        self.scene.choose(self.index.value)
-        self.refresh()
-
-    @in_turn
-    def attack(self) -> None:
-        """Start the attack on the plain classifier."""
-        self.step.value = self.step.max
-        self.start("attacking", self.scene.attack(self.norm.value, self.budget.value))
-
-    @in_turn
-    def certify(self) -> None:
-        """Start votes, certificate and the attack on the smoothed vote."""
-        self.start("certifying", self.scene.certify(self.sigma.value, self.votes.value))
-
-
-def explorer(denoiser: Denoiser) -> Explorer:
-    """One digit, attacked and certified, on one radius axis (notebook 15)."""
-    return Explorer(denoiser)

@@ -22,9 +22,10 @@ MAX_REFERENCES = (
 
 
 def load_picture(
-    path: str | Path, image_shape: tuple[int, int, int], invert: bool | str = "auto"
+    path: str | Path | bytes, image_shape: tuple[int, int, int], invert: bool | str = "auto"
 ) -> Tensor:
-    """A PNG, JPEG or WebP file as one image: turned upright, over white, cropped to the middle, resized, in [0,1].
+    """A PNG, JPEG or WebP file, or what is in one, as one image: turned upright, over white, cropped to the middle,
+    resized, in [0,1].
 
     With one channel (digits are bright ink on black) "auto" inverts a picture whose border is brighter than its mean:
     dark ink on paper. With three channels "auto" leaves the colours alone.
@@ -42,11 +43,9 @@ def load_picture(
         )
     if not isinstance(invert, bool) and invert != "auto":
         raise ValueError(f"expected invert True, False or 'auto', got {invert!r}.")
-    if not isinstance(path, (str, Path)) or "\0" in str(path):
-        raise ValueError(f"expected the path of a picture, got {path!r}.")
-    path = Path(path).expanduser()
-    image = ImageOps.exif_transpose(_decoded(path))
-    image = _over_white(image, _bits(path)).convert("L" if channels == 1 else "RGB")
+    name, content = _content(path)
+    image = ImageOps.exif_transpose(_decoded(content, name))
+    image = _over_white(image, _bits(content)).convert("L" if channels == 1 else "RGB")
     # Digits were made by counting ink in blocks, and a wider kernel would smear it; photographs deserve the wider one.
     kernel = Image.Resampling.BOX if channels == 1 else Image.Resampling.LANCZOS
     image = ImageOps.fit(image, (width, height), method=kernel)
@@ -66,28 +65,38 @@ def is_dark_ink(pixels: np.ndarray) -> bool:
     return bool(np.median(border) > pixels.mean())
 
 
-def _decoded(path: Path):
-    """The decoded picture, or one sentence on why there is none."""
-    from PIL import Image, UnidentifiedImageError
-
+def _content(path: str | Path | bytes) -> tuple[str, bytes]:
+    """What the picture is called, and what is in its file."""
+    if isinstance(path, bytes):
+        return "the picture", path
+    if not isinstance(path, (str, Path)) or "\0" in str(path):
+        raise ValueError(f"expected the path of a picture, got {path!r}.")
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise FileNotFoundError(
             f"expected a PNG, JPEG or WebP picture at {path}, found {what}; check the name."
         )
+    return path.name, path.read_bytes()
+
+
+def _decoded(content: bytes, name: str):
+    """The decoded picture, or one sentence on why there is none."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(path.read_bytes()), formats=["PNG", "JPEG", "WEBP"])
+            image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
         image.load()
     except UnidentifiedImageError as reason:
         raise ValueError(
-            f"expected a PNG, JPEG or WebP picture, got {path.name} ({path.stat().st_size} bytes), which "
+            f"expected a PNG, JPEG or WebP picture, got {name} ({len(content)} bytes), which "
             "is none of them or is damaged from the start; save it again as PNG."
         ) from reason
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as reason:
         raise ValueError(
-            f"expected a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {path.name} with more; "
+            f"expected a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {name} with more; "
             "make it smaller first."
         ) from reason
     except (
@@ -97,16 +106,15 @@ def _decoded(path: Path):
         EOFError,
     ) as reason:  # Pillow's ways to say that a file is broken
         raise ValueError(
-            f"expected a whole picture, got {path.name} ({path.stat().st_size} bytes), damaged or "
+            f"expected a whole picture, got {name} ({len(content)} bytes), damaged or "
             f"cut short ({reason}); copy it again."
         ) from reason
     return image
 
 
-def _bits(path: Path) -> int:
+def _bits(content: bytes) -> int:
     """How many bits a sample of a PNG has, which is what the value that it declares transparent is counted in; else 8."""
-    with open(path, "rb") as file:
-        head = file.read(25)
+    head = content[:25]
     return head[24] if head.startswith(b"\x89PNG") and head[12:16] == b"IHDR" else 8
 
 

@@ -1,5 +1,6 @@
 """The networks in `assets/`, by name: their files, the noise levels they are asked at, and how to get them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -191,6 +192,12 @@ def translator_file(world: str) -> str:
 
 def has_null(file: str) -> bool:
     """Whether the denoiser of a weights file also answers without a class. Errors: those of `assets.verified`."""
+    return _has_null(file, assets.folder(), assets.fingerprint(file))
+
+
+@functools.lru_cache(maxsize=64)
+def _has_null(file: str, folder: Path, fingerprint: str) -> bool:
+    """The same, read once for what a file of a folder should hold: every list of names asks, and hashing takes a while."""
     header = weights.read_header(assets.verified(file))
     return json.loads(header["architecture"]).get("has_null", True)
 

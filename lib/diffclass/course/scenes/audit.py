@@ -69,17 +69,35 @@ class AuditScene:
     def _lamps(self, name: str, checks: dict[int, Check], number: int, lights: str) -> dict:
         shown = self.numbers(name)
         words = f"number {number} is chosen" if number in shown else f"number {number} is not there"
-        rows = []
-        for group in GROUPS:
-            own = [one for one in checks.values() if one.group == group]
-            lamps = [(one.number, SIGN[one.light], PAINT[one.light]) for one in own]
-            rows.append(dict(label=group, lamps=lamps))
         return figures.lamps(
-            rows,
+            _rows_of(checks.values()),
             chosen=shown.index(number) if number in shown else None,
             title=f"{name}: + passed, {SIGN[RED]} failed, ? not judged (click one)",
             alt=f"Six rows of lamps for {name}: {lights}; {words}.",
         )
+
+
+def _rows_of(checks: Iterable[Check]) -> list[dict]:
+    """The lamps of an audit, one row a group."""
+    checks = list(checks)
+    rows = []
+    for group in GROUPS:
+        own = [one for one in checks if one.group == group]
+        lamps = [(one.number, SIGN[one.light], PAINT[one.light]) for one in own]
+        rows.append(dict(label=group, lamps=lamps))
+    return rows
+
+
+def lamps_of(document: dict, title: str) -> dict:
+    """The lamps of a stored audit, a document of `diffclass audit --json`, as a panel."""
+    checks = [_check_of(row) for row in document["checks"]]
+    counts = [sum(one.light == light for one in checks) for light in audit.LIGHTS]
+    lights = ", ".join(map("{} {}".format, counts, audit.LIGHTS))
+    return figures.lamps(
+        _rows_of(checks),
+        title=f"{title}: {lights} ({_settings_of(document)})",
+        alt=f"Six rows of lamps for {title}: {lights}.",
+    )
 
 
 def _settings_of(document: dict) -> str:
