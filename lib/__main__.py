@@ -39,6 +39,7 @@ USABLE = f"import pip, sys; sys.exit(sys.version_info[:2] not in {PYTHONS})"
 INSTALLED = """import importlib.util as u, pathlib, sys; here = u.find_spec("diffclass")
 sys.exit(not (here and pathlib.Path(here.origin).resolve().parents[1] == pathlib.Path(sys.argv[1]) and all(map(
     u.find_spec, ("torch", "jupyterlab", "voila", "nbconvert", "pytest", "xdist", "nbval", "playwright")))))"""
+CLOSED = '{"data": {"layout-restorer:data": {"left": {"collapsed": true}}}, "metadata": {"id": "default"}}'
 say = functools.partial(print, flush=True)
 
 
@@ -182,6 +183,11 @@ def lab():
     folder.mkdir(parents=True, exist_ok=True)
     # cells out of sight stay alive
     (folder / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    # the page has the whole width until the reader opens the sidebar, which JupyterLab then remembers here
+    workspace = home / "workspaces" / "default-37a8.jupyterlab-workspace"
+    if not workspace.exists():
+        workspace.parent.mkdir(exist_ok=True)
+        workspace.write_text(CLOSED)
     flags = [
         f"--LabApp.user_settings_dir={home}",
         f"--LabApp.workspaces_dir={home / 'workspaces'}",

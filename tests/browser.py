@@ -88,6 +88,50 @@ PRESS = """async ([selector, index, timeout]) => {
 }"""
 
 
+# What is wrong with how the visible stages stand on the page, in words; nothing where each panel is whole.
+FAULTS = """() => {
+  const view = document.querySelector('.jp-WindowedPanel-outer'), width = view.getBoundingClientRect(), faults = [];
+  const meet = (a, b, by) => a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - by && b.top < a.bottom - by;
+  const out = (a, b, by) => a.left < b.left - by || a.right > b.right + by || a.top < b.top - by || a.bottom > b.bottom + by;
+  if (view.scrollWidth > view.clientWidth + 1) faults.push('the page scrolls sideways');
+  [...document.querySelectorAll('.dc-stage')].filter(stage => stage.getClientRects().length).forEach((stage, number) => {
+    const hero = stage.closest('.dc-hero') ?? stage, name = `stage ${number}`;
+    const panels = [...stage.querySelectorAll('.dc-panel')].map(panel => [panel, panel.getBoundingClientRect()]);
+    if (innerWidth > 900 && hero.offsetHeight > view.clientHeight)
+      faults.push(`${name} is ${hero.offsetHeight} px tall, the view ${view.clientHeight}`);
+    for (const row of stage.querySelectorAll('.dc-row')) {
+      const last = row.lastElementChild?.getBoundingClientRect(), whole = stage.getBoundingClientRect();
+      if (last && last.right < whole.right - 2) faults.push(`${name}: a row ends ${whole.right - last.right} px before the stage`);
+    }
+    panels.forEach(([panel, box], i) => {
+      if (box.left < width.left || box.right > width.right) faults.push(`${name}: panel ${i} leaves the view`);
+      panels.slice(i + 1).forEach(([, other], j) => { if (meet(box, other, 1)) faults.push(`${name}: panels ${i} and ${i + 1 + j} overlap`); });
+      const texts = [...panel.querySelectorAll('text, figcaption, span')].map(text => [text.textContent, text.getBoundingClientRect()]).filter(([, at]) => at.width);
+      texts.forEach(([words, at], k) => {
+        if (out(at, box, 3)) faults.push(`${name}: "${words}" leaves panel ${i}`);
+        texts.slice(k + 1).forEach(([more, there]) => { if (meet(at, there, 5)) faults.push(`${name}: "${words}" lies on "${more}"`); });
+      });
+    });
+    for (const control of hero.querySelectorAll('.dc-controls button, .dc-controls .noUi-handle'))
+      if (!(control.getAttribute('aria-label') || control.textContent.trim())) faults.push(`${name}: a control without a name`);
+    for (const canvas of stage.querySelectorAll('canvas'))
+      if (!canvas.getAttribute('aria-label') && !canvas.closest('[aria-hidden=true]')) faults.push(`${name}: a canvas without a name`);
+    for (const button of hero.querySelectorAll('.dc-controls button')) {
+      const at = button.getBoundingClientRect(), row = button.closest('.dc-together') ?? button.closest('.dc-controls');
+      const beside = [...row.querySelectorAll('.jupyter-widgets')].some(other => other !== button && Math.abs(other.getBoundingClientRect().top - at.top) < 12);
+      if (at.width && !beside) faults.push(`${name}: "${button.textContent}" stands on a line of its own`);
+    }
+  });
+  return faults;
+}"""
+SIZES = (
+    (1280, 720),
+    (1140, 900),
+    (1920, 1080),
+    (820, 1180),
+)  # the second: 1440 less an open sidebar
+
+
 @dataclass(frozen=True)
 class Lab:
     """A running JupyterLab: its address and the folder it serves, which holds notebooks/ and assets/."""
@@ -265,6 +309,18 @@ def press(page, index: int, timeout: float = 10_000) -> tuple[float, float]:
             f"slider changed within {timeout / 1000:.1f} s. {times['state']}; console: {page.complaints}."
         )
     return times["first"], times["last"]
+
+
+def faults(page) -> list[str]:
+    """What is wrong with the stages of the open notebook at each of `SIZES`, each fault with its size."""
+    found = []
+    for width, height in SIZES:
+        page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(
+            "() => new Promise(done => requestAnimationFrame(() => setTimeout(() => requestAnimationFrame(done), 100)))"
+        )
+        found += [f"{width}x{height}: {fault}" for fault in page.evaluate(FAULTS)]
+    return found
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -100,6 +100,51 @@ def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     assert page.offsite == [], f"expected no request to another host, got {page.offsite[:3]}"
     slow = [f"hero {hero}: {p95:.0f} ms" for hero, _, p95, _, _ in rows if p95 > LIMIT_MS]
     assert not slow, f"expected p95 from slider to repaint of at most {LIMIT_MS} ms, got {slow}"
+    # the explorer's panels have no rows of their own yet, and stand taller than the lowest screen
+    faults = [
+        fault
+        for fault in browser.faults(page)
+        if not (path.stem == "15_explorer" and "px tall" in fault)
+    ]
+    assert not faults, f"expected every stage whole at every size, got {len(faults)}: {faults[:5]}"
+    browser.close_notebook(page)
+
+
+def fills_the_window(page):
+    """Whether one hero, its controls and its note are all that is seen, and whole."""
+    return page.evaluate("""() => {
+        const hero = document.querySelector('.dc-projector');
+        if (!hero) return false;
+        const {left, top, width, height} = hero.getBoundingClientRect();
+        const parts = ['.dc-controls', '.dc-stage', '.dc-note'].map(part => hero.querySelector(part).getBoundingClientRect());
+        const seen = document.elementsFromPoint(innerWidth / 2, 5).includes(hero);
+        return seen && left === 0 && top === 0 && width === innerWidth && height === innerHeight
+            && parts.every(part => part.width && part.top >= 0 && part.bottom <= innerHeight); }""")
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["whole screen", "window"])
+def test_one_key_shows_a_hero_alone_and_escape_leaves(allowed, lab, page):
+    write(lab, "projector.ipynb", "from diffclass.course import widgets\nwidgets.elbo_hero()", "1")
+    browser.open_notebook(page, lab, "projector.ipynb")
+    if not allowed:
+        page.evaluate("() => { Element.prototype.requestFullscreen = () => Promise.reject(); }")
+    assert browser.run_all(page) == "done"
+    page.locator(browser.HANDLE).focus()
+    page.keyboard.press("p")
+    page.wait_for_timeout(300)
+    assert fills_the_window(page)
+    assert page.evaluate("() => document.fullscreenElement !== null") == allowed
+    shoot(page, f"projector-{allowed}")
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(300)
+    assert page.locator(".dc-projector").count() == 0
+    page.get_by_role("button", name="Show this figure alone").click()
+    page.locator(".dc-projector").wait_for()
+    page.keyboard.press("p")
+    assert page.locator(".dc-projector").count() == 0
+    assert page.evaluate(
+        "() => document.fullscreenElement === null && !document.querySelector(':popover-open')"
+    )
     browser.close_notebook(page)
 
 

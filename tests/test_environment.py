@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -184,4 +185,10 @@ def test_lab_writes_nothing_outside_build(launcher, monkeypatch, tmp_path):
     command = launcher.lab()
     assert {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*")} == {"build"}
     assert command[-1].endswith("/lab/tree/notebooks/00_start_here.ipynb")
+    (workspace,) = (tmp_path / "build/lab/workspaces").glob("*")
+    closed = json.loads(workspace.read_text())["data"]["layout-restorer:data"]
+    assert closed == {"left": {"collapsed": True}}, "the page has the whole width"
+    workspace.write_text("the reader's own")
+    launcher.lab()
+    assert workspace.read_text() == "the reader's own"
     assert ("--no-browser" in command) == sys.platform.startswith("linux")

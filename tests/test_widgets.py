@@ -1,6 +1,7 @@
 """Figures, scenes and heroes without a browser: controls move their frames in time, jobs end as they say."""
 
 import asyncio
+import base64
 import contextlib
 import copy
 import json
@@ -152,6 +153,7 @@ def test_every_panel_speaks_to_those_who_do_not_see_it(make, student):
     assert frame["panels"] and len(frame["note"]) > 20
     for panel in frame["panels"]:
         assert panel["title"] and len(panel["alt"].split()) >= 4, panel["kind"]
+        assert "None" not in panel["alt"] and "nan" not in panel["alt"].split(), panel["alt"]
         if panel["kind"] == "curves":
             assert panel["xlabel"] and panel["ylabel"]
 
@@ -382,11 +384,15 @@ def test_the_backdrop_is_the_exact_posterior():
     law = data.gaussians()
     scene = PlaneScene(law)
     image = scene.backdrop()
-    assert image["shape"] == [96, 96, 3]
-    share = torch.softmax(
-        law.log_density(torch.zeros(1, 2, 1, 1, dtype=torch.float64)) + law.priors.log(), 1
-    )[0]
-    assert share.sum() == pytest.approx(1)
+    assert image["shape"] == [96, 96, 4]
+    pixels = np.frombuffer(base64.b64decode(image["data"]), np.uint8).reshape(96, 96, 4)
+    row, column = 20, 70
+    at = torch.tensor([(column + 0.5) / 48 - 1, 1 - (row + 0.5) / 48], dtype=torch.float64)
+    density = scene.denoiser.log_density(at.reshape(1, 2, 1, 1), 0.0)
+    share = torch.softmax(density + law.priors.log(), 1)[0].numpy()
+    palette = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figures.COLOURS[: len(share)]]
+    np.testing.assert_allclose(pixels[row, column, :3], share @ np.array(palette), atol=1)
+    assert (pixels[..., 3] == 140).all(), "half clear, so that it suits a dark page as well"
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -525,7 +531,7 @@ def test_a_job_whose_task_is_cancelled_from_outside_is_stopped():
 
 def bar_of(value):
     panel = figures.bars(["a"], [value], title="t", alt="a", colours=["red"])
-    return figures.frame([panel], f"value {value}")
+    return figures.frame([[panel]], f"value {value}")
 
 
 def test_a_figure_that_cannot_be_drawn_says_why_and_the_hero_lives():
@@ -806,6 +812,36 @@ def test_distances_of_a_translation_are_to_the_labels_of_the_network():
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_numbers_its_panels_through_all_rows():
+    a, b, c = (figures.bars(["x"], [1], title=t, alt=t, colours=["red"]) for t in "abc")
+    frame = figures.frame([[a, b], [c]], "note")
+    assert [panel["title"] for panel in frame["panels"]] == ["a", "b", "c"]
+    assert frame["rows"] == [2, 1] and frame["note"] == "note"
+    assert figures.frame([], "note") == dict(panels=[], rows=[], note="note")
+
+
+def test_a_button_stays_with_the_control_before_it():
+    first, second = (widgets.slider(name, 1, 0, 3, 1) for name in "ab")
+    run, stop = (widgets.button(name, "", name) for name in ("run", "stop"))
+    left, right = widgets.row([first, second, run, stop]).children
+    assert left is first and right.children == (second, run, stop)
+    assert "dc-together" in right._dom_classes
+    assert [len(widgets.row([run, stop]).children[0].children)] == [2]
+
+
+def test_the_axis_of_the_attacks_evidence_stands_still_and_shows_the_clean_curves(student):
+    scene = widgets.attack_hero(student, index=12).scene
+    panels = [scene.at(step)["panels"][1] for step in (0, 7, 20)]
+    assert len({tuple(panel["yrange"]) for panel in panels}) == 1
+    drawn = [value for panel in panels for line in panel["series"] for value in line["y"]]
+    low, high = panels[0]["yrange"]
+    assert low <= min(drawn) and max(drawn) <= high
+    dotted = [[line for line in panel["series"] if line["dash"]] for panel in panels]
+    clean = {tuple(line["y"]) for line in panels[0]["series"] if not line["dash"]}
+    for lines in dotted:
+        assert len(lines) == 2 and all(tuple(line["y"]) in clean for line in lines)
 
 
 def test_numbers_that_are_not_finite_are_refused():

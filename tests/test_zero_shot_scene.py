@@ -222,15 +222,15 @@ def heat(values, **changed):
 def test_a_heat_map_has_the_colours_that_it_says():
     panel = heat([[0.0, 2.0, -2.0, math.nan], [1.0, -9.0, 9.0, 0.0]])
     cells = list(base64.b64decode(panel["image"]["data"]))
-    cells = [tuple(cells[i : i + 3]) for i in range(0, len(cells), 3)]
+    cells = [tuple(cells[i : i + 4]) for i in range(0, len(cells), 4)]
     blue, orange, grey = (
-        tuple(int(c[i : i + 2], 16) for i in (1, 3, 5))
+        (*(int(c[i : i + 2], 16) for i in (1, 3, 5)), 255)
         for c in (figures.BEST, figures.WRONG, UNKNOWN)
     )
-    white = (255, 255, 255)
-    assert panel["image"]["shape"] == [2, 4, 3]
-    assert cells[:4] == [white, orange, blue, grey] and cells[5:] == [blue, orange, white]
-    assert white > cells[4] > orange
+    clear = (*orange[:3], 0)
+    assert panel["image"]["shape"] == [2, 4, 4]
+    assert cells[:4] == [clear, orange, blue, grey] and cells[5:] == [blue, orange, clear]
+    assert cells[4] == (*orange[:3], 127)
     with pytest.raises(ValueError, match="finite numbers to draw"):
         heat([[math.inf], [0.0]])
     with pytest.raises(ValueError, match="a label and a colour for each of 2 rows, got 1 and 2"):

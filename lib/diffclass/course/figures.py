@@ -15,6 +15,8 @@ SECOND = "#E69F00"
 OTHER = "#B0B0B0"
 WRONG = "#D55E00"
 UNKNOWN = "#D9D9D9"
+PAGE = 1000  # units that stand side by side
+INK = "currentColor"  # of the page's text: dark on light, light on dark
 
 
 def _finite(values) -> np.ndarray:
@@ -86,7 +88,7 @@ def curves(
     cursor: float | None = None,
     legend: str = "top",
     w: int = 420,
-    h: int = 260,
+    h: int = 250,
 ) -> dict:
     """Lines over one axis. Each series: y, colour, and optionally label, width, dash, opacity, fill (down to `base`).
 
@@ -146,7 +148,7 @@ def bars(
     texts: Sequence[str] | None = None,
     marks=None,
     w: int = 320,
-    h: int = 200,
+    h: int = 190,
 ) -> dict:
     """One bar for each class; `marks` draws a second value as a line across the bar. Shapes: values [K] -> a panel."""
     return dict(
@@ -210,7 +212,7 @@ def heat(
     w: int = 520,
     h: int = 260,
 ) -> dict:
-    """A row of cells for each class: blue below zero, white at zero, orange above, grey for NaN.
+    """A row of cells for each class: blue below zero, clear at zero, orange above, grey for NaN.
 
     Shapes      values [K,N], K labels with K colours; ticks: (share of the width, text); the full colour at +-limit
     Errors      ValueError for infinite values, or labels and colours of another number
@@ -223,8 +225,8 @@ def heat(
     share = np.clip(_finite(np.nan_to_num(array, posinf=np.inf, neginf=-np.inf)) / limit, -1, 1)
     ends = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (BEST, WRONG)]
     towards = np.where(share[..., None] < 0, ends[0], ends[1])
-    cells = 255 + np.abs(share)[..., None] * (towards - 255)
-    cells[np.isnan(array)] = [int(UNKNOWN[i : i + 2], 16) for i in (1, 3, 5)]
+    cells = np.concatenate([towards, 255 * np.abs(share)[..., None]], -1)
+    cells[np.isnan(array)] = [*(int(UNKNOWN[i : i + 2], 16) for i in (1, 3, 5)), 255]
     return dict(
         kind="heat",
         title=title,
@@ -251,7 +253,7 @@ def lamps(
         for row in rows
     ]
     return dict(
-        kind="lamps", title=title, alt=alt, rows=listed, chosen=chosen, w=w, h=30 + 44 * len(listed)
+        kind="lamps", title=title, alt=alt, rows=listed, chosen=chosen, w=w, h=6 + 46 * len(listed)
     )
 
 
@@ -267,7 +269,7 @@ def plane(
     lines=(),
     ring=None,
     limit: float = 1.0,
-    size: int = 300,
+    size: int = 280,
 ) -> dict:
     """The plane of model space, [-limit, limit]^2, with a draggable handle.
 
@@ -280,7 +282,7 @@ def plane(
         alt=alt,
         backdrop=backdrop,
         limit=limit,
-        w=size - 14,
+        w=size,
         h=size,
         handle=None if handle is None else _list(handle),
         dots=[[*_list(d, 4), c] for d, c in zip(dots, dot_colours, strict=True)],
@@ -324,7 +326,7 @@ def radius_axis(
         xlabel=xlabel,
         range=_range((), range),
         w=w,
-        h=70 + 44 * len(drawn),
+        h=54 + 46 * len(drawn),
     )
 
 
@@ -334,17 +336,38 @@ def _segment(start: float, end: float, colour: str, text: str, ink: str) -> dict
 
 
 def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
-    """A picture of who owns the plane: each pixel blends the class colours by their posterior shares.
+    """A picture of who owns the plane: each pixel blends the class colours by their posterior shares, half clear.
 
     Shapes      shares [resolution*resolution, K], row 0 at the top left -> an image for `plane(backdrop=...)`
     """
     palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
     owners = _finite(shares)
     blend = owners @ palette[: owners.shape[1]]
-    faded = 255 - strength * (255 - blend)
-    return picture(faded.reshape(resolution, resolution, 3).astype(np.uint8))
+    faded = np.insert(blend, 3, 255 * strength, axis=1)
+    return picture(faded.reshape(resolution, resolution, 4).astype(np.uint8))
 
 
-def frame(panels: Sequence[dict], note: str = "") -> dict:
-    """What the stage shows: panels, and one line of HTML below them that a screen reader reads out."""
-    return dict(panels=list(panels), note=note)
+def _wrapped(panels: Sequence[dict]) -> list[list[dict]]:
+    """Panels that come as one list, in rows of at most PAGE units."""
+    rows = [[]]
+    for panel in panels:
+        width = sum(
+            one.get("w", one.get("columns", 0) * one.get("size", 0)) for one in [*rows[-1], panel]
+        )
+        if rows[-1] and width > PAGE:
+            rows.append([])
+        rows[-1].append(panel)
+    return rows
+
+
+def frame(rows: Sequence[Sequence[dict]], note: str = "") -> dict:
+    """What the stage shows: rows of panels that belong side by side, and one line of HTML that a screen reader reads out.
+
+    Meaning     a row fills the width, and its panels share it in proportion to their widths; a narrow view breaks rows
+    Shapes      panels, row by row, -> panels: all of them in one list; rows: how many of them are in each row
+    """
+    if rows and isinstance(rows[0], dict):
+        rows = _wrapped(rows)
+    rows = [list(row) for row in rows]
+    panels = [panel for row in rows for panel in row]
+    return dict(panels=panels, rows=[len(row) for row in rows], note=note)

@@ -1,5 +1,6 @@
 // The stage draws what figures.py describes: panels of curves, bars, tiles, planes, radius axes, lamps and heat maps, as SVG and canvas.
 // It holds no mathematics. Three traits go back to Python: `point` (dragged), `cursor` (dragged), `picked` (clicked).
+// Below the panels: how rows of them fill the width (`arranged`), and how one hero fills the whole screen (`projector`).
 
 const NS = "http://www.w3.org/2000/svg";
 const INK = "var(--jp-ui-font-color1, #222)", FAINT = "var(--jp-border-color2, #ccc)", MUTED = "var(--jp-ui-font-color2, #555)";
@@ -36,6 +37,8 @@ function paint(canvas, image) {
     out.data[4 * i + k] = k === 3 ? (c === 4 ? data[4 * i + 3] : 255) : data[c * i + (c === 1 ? 0 : k)];
   canvas.getContext("2d").putImageData(out, 0, 0);
 }
+// A canvas inside a drawing that has a name of its own.
+function hidden() { const canvas = document.createElement("canvas"); canvas.setAttribute("aria-hidden", "true"); return canvas; }
 function pretty(v) {
   const a = Math.abs(v);
   if (v === 0) return "0";
@@ -64,19 +67,28 @@ function scale([low, high], [a, b], log) {
 }
 
 class Panel {
-  constructor(stage, spec) {
+  constructor(stage) {
     this.stage = stage;
     this.box = document.createElement("figure");
     this.box.className = "dc-panel";
-    this.svg = node("svg", { role: "img" }, this.box);
-    this.title = node("text", { class: "dc-title" }, this.svg);
-    this.make(spec);
+    this.head = document.createElement("figcaption");
+    this.head.className = "dc-head";
+    this.box.append(this.head);
+    this.body = this.surfaceOf(this.box);
+    this.make();
   }
+  surfaceOf(box) { return this.svg = node("svg", { role: "img" }, box); }
   make() {}
-  update(spec) {
-    this.spec = spec;
-    set(this.svg, { viewBox: `0 0 ${spec.w} ${spec.h}`, width: spec.w, height: spec.h, "aria-label": spec.alt || spec.title || "" });
-    set(this.title, { x: 4, y: 15, text: spec.title || "" });
+  // The size in the drawing's own units; an elastic panel is redrawn in the one that its row gives it.
+  size(w, h) {
+    this.given = { w, h };
+    this.update(this.told);
+  }
+  update(told) {
+    this.told = told;
+    const spec = this.spec = { ...told, ...this.given };
+    if (this.head.textContent !== spec.title) this.head.textContent = spec.title || "";
+    set(this.svg, { viewBox: `0 0 ${spec.w} ${spec.h}`, "aria-label": spec.alt || spec.title || "" });
     this.draw(spec);
   }
   // Where a pointer is, in the units of the drawing.
@@ -97,27 +109,27 @@ class Curves extends Panel {
     this.frame = node("g", {}, this.svg);
     this.bands = node("g", {}, this.svg);
     this.lines = node("g", { fill: "none", "stroke-linejoin": "round" }, this.svg);
-    this.names = node("g", { class: "dc-small" }, this.svg);
+    this.names = node("g", { class: "dc-small dc-halo" }, this.svg); this.samples = node("g", {}, this.svg);
     this.bar = node("line", { stroke: INK, "stroke-width": 1.5, "stroke-dasharray": "4 3" }, this.svg);
     this.knob = node("circle", { r: 5, fill: INK }, this.svg);
     this.surface = node("rect", { fill: "transparent" }, this.svg);
     this.draggable(this.surface, ([px]) => { if (this.spec.cursor !== undefined && this.spec.cursor !== null) this.stage.send("cursor", Math.min(this.spec.xrange[1], Math.max(this.spec.xrange[0], this.x.back(px)))); });
   }
   draw(s) {
-    const left = 52, right = s.w - 14, top = 24, bottom = s.h - 34;
-    const x = this.x = scale(s.xrange, [left, right], s.xlog), y = scale(s.yrange, [bottom, top], s.ylog);
     const xt = ticks(s.xrange, s.xlog), yt = ticks(s.yrange, s.ylog);
+    const left = Math.max(52, 30 + 7.4 * Math.max(...yt.map(v => pretty(v).length))), right = s.w - 18, top = 8, bottom = s.h - 42;
+    const x = this.x = scale(s.xrange, [left, right], s.xlog), y = scale(s.yrange, [bottom, top], s.ylog);
     const key = JSON.stringify([s.xrange, s.yrange, s.xlabel, s.ylabel, s.w, s.h]);
     if (key !== this.key) {
       this.key = key;
       this.frame.replaceChildren();
       for (const v of yt) { node("line", { x1: left, x2: right, y1: y(v), y2: y(v), stroke: FAINT, "stroke-width": 0.7 }, this.frame);
-        node("text", { class: "dc-small", x: left - 5, y: y(v) + 3.5, "text-anchor": "end", text: pretty(v) }, this.frame); }
+        node("text", { class: "dc-small", x: left - 5, y: y(v) + 4.5, "text-anchor": "end", text: pretty(v) }, this.frame); }
       for (const v of xt) { node("line", { x1: x(v), x2: x(v), y1: bottom, y2: bottom + 4, stroke: MUTED }, this.frame);
-        node("text", { class: "dc-small", x: x(v), y: bottom + 15, "text-anchor": "middle", text: pretty(v) }, this.frame); }
+        node("text", { class: "dc-small", x: x(v), y: bottom + 17, "text-anchor": "middle", text: pretty(v) }, this.frame); }
       node("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: MUTED }, this.frame);
-      node("text", { class: "dc-small", x: (left + right) / 2, y: s.h - 4, "text-anchor": "middle", text: s.xlabel || "" }, this.frame);
-      node("text", { class: "dc-small", transform: `translate(${left - 36},${(top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle", text: s.ylabel || "" }, this.frame);
+      node("text", { class: "dc-small", x: (left + right) / 2, y: s.h - 6, "text-anchor": "middle", text: s.xlabel || "" }, this.frame);
+      node("text", { class: "dc-small", transform: `translate(13,${(top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle", text: s.ylabel || "" }, this.frame);
     }
     const inside = v => Math.min(bottom + 2, Math.max(top - 2, v));
     const shapes = pool(this.bands, "path", s.series.filter(c => c.fill).length);
@@ -126,9 +138,13 @@ class Curves extends Panel {
     const paths = pool(this.lines, "path", s.series.length), labelled = s.series.filter(c => c.label);
     s.series.forEach((c, i) => { const xs = c.x || s.x; set(paths[i], { stroke: c.color, "stroke-width": c.width || 1.5, opacity: c.opacity ?? 1,
       "stroke-dasharray": c.dash || null, d: "M" + c.y.map((v, j) => `${x(xs[j]).toFixed(1)} ${inside(y(v)).toFixed(1)}`).join("L") }); });
-    const texts = pool(this.names, "text", labelled.length);
-    const first = s.legend === "bottom" ? bottom - 8 - 13 * (labelled.length - 1) : top + 10;
-    labelled.forEach((c, i) => set(texts[i], { x: right - 2, y: first + 13 * i, "text-anchor": "end", fill: c.color, text: c.label }));
+    const texts = pool(this.names, "text", labelled.length), samples = pool(this.samples, "line", labelled.length);
+    const first = s.legend === "bottom" ? bottom - 10 - 16 * (labelled.length - 1) : top + 12;
+    labelled.forEach((c, i) => {
+      const y = first + 16 * i;
+      set(texts[i], { x: right - 26, y, "text-anchor": "end", text: c.label });
+      set(samples[i], { x1: right - 20, x2: right - 2, y1: y - 4.5, y2: y - 4.5, stroke: c.color, "stroke-width": Math.max(2, c.width || 0), "stroke-dasharray": c.dash || null });
+    });
     const on = s.cursor !== undefined && s.cursor !== null, cx = on ? x(s.cursor) : 0;
     for (const item of [this.bar, this.knob]) set(item, { visibility: on ? "visible" : "hidden" });
     set(this.bar, { x1: cx, x2: cx, y1: top, y2: bottom });
@@ -142,45 +158,48 @@ class Bars extends Panel {
     this.names = node("g", { class: "dc-small", "text-anchor": "middle" }, this.svg); this.values = node("g", { class: "dc-tiny", "text-anchor": "middle" }, this.svg);
     this.base = node("line", { stroke: MUTED }, this.svg); this.caption = node("text", { class: "dc-small", "text-anchor": "middle" }, this.svg); }
   draw(s) {
-    const n = s.values.length, left = 8, right = s.w - 8, top = 34, bottom = s.h - 34, step = (right - left) / n;
+    const n = s.values.length, left = 8, right = s.w - 8, top = 20, bottom = s.h - (s.xlabel ? 42 : 24), step = (right - left) / n;
+    const letters = Math.max(...s.labels.map(label => label.length)), fits = step / (0.6 * (letters + 0.5));
+    const every = fits < 10 ? Math.ceil(10 / fits) : 1;  // where there are too many for their names, every second, third, ...
     const y = scale(s.range, [bottom, top], false), zero = y(Math.max(s.range[0], Math.min(s.range[1], 0)));
     const rects = pool(this.rects, "rect", n), names = pool(this.names, "text", n), values = pool(this.values, "text", n);
     s.values.forEach((v, i) => {
       const at = Math.min(bottom, Math.max(top, y(v))), mid = left + step * (i + 0.5);
       set(rects[i], { x: mid - step * 0.36, width: step * 0.72, y: Math.min(at, zero), height: Math.max(0.5, Math.abs(at - zero)), fill: s.colors[i] });
-      set(names[i], { x: mid, y: bottom + 15, text: s.labels[i] });
-      set(values[i], { x: mid, y: Math.min(at, zero) - 4, text: s.texts ? s.texts[i] : pretty(v) });
+      set(names[i], { x: mid, y: bottom + 17, text: i % every ? "" : s.labels[i], style: every === 1 && fits < 13 ? `font-size:${fits.toFixed(1)}px` : null });
+      set(values[i], { x: mid, y: Math.min(at, zero) - 5, text: i % every ? "" : s.texts ? s.texts[i] : pretty(v) });
     });
     const marks = pool(this.marks, "line", s.marks ? n : 0);
     if (s.marks) s.marks.forEach((v, i) => { const mid = left + step * (i + 0.5), at = Math.min(bottom, Math.max(top, y(v)));
       set(marks[i], { x1: mid - step * 0.45, x2: mid + step * 0.45, y1: at, y2: at }); });
     set(this.base, { x1: left, x2: right, y1: zero, y2: zero });
-    set(this.caption, { x: s.w / 2, y: s.h - 4, text: s.xlabel || "" });
+    set(this.caption, { x: s.w / 2, y: s.h - 6, text: s.xlabel || "" });
   }
 }
 
 class Tiles extends Panel {
-  make() { this.grid = document.createElement("div"); this.grid.className = "dc-tiles"; this.svg.remove();
-    this.head = document.createElement("figcaption"); this.head.className = "dc-head"; this.box.append(this.head, this.grid); }
+  // In fewer columns than told, where the view is narrow.
+  fold(columns) {
+    if (this.columns !== columns) { this.columns = columns; this.update(this.told); }
+  }
+  surfaceOf(box) { const grid = document.createElement("div"); grid.className = "dc-tiles"; box.append(grid); box.setAttribute("role", "group"); return grid; }
   update(s) {
-    this.spec = s;
-    this.box.setAttribute("role", "group"); this.box.setAttribute("aria-label", s.alt || s.title || "");
+    this.told = s;
+    set(this.box, { "aria-label": s.alt || s.title || "" });
     if (this.head.textContent !== s.title) this.head.textContent = s.title || "";
-    this.grid.style.gridTemplateColumns = `repeat(${s.columns}, ${s.size}px)`;
-    while (this.grid.childNodes.length > s.images.length) this.grid.lastChild.remove();
-    while (this.grid.childNodes.length < s.images.length) {
-      const cell = document.createElement(s.pick ? "button" : "div"), index = this.grid.childNodes.length;
+    set(this.body, { style: `--dc-columns:${this.columns || s.columns};--dc-tile:${s.size}px` });
+    while (this.body.childNodes.length > s.images.length) this.body.lastChild.remove();
+    while (this.body.childNodes.length < s.images.length) {
+      const cell = document.createElement(s.pick ? "button" : "div"), index = this.body.childNodes.length;
       cell.className = "dc-tile";
       cell.append(document.createElement("canvas"), document.createElement("span"));
       if (s.pick) cell.addEventListener("click", () => this.stage.send("picked", index));
-      this.grid.append(cell);
+      this.body.append(cell);
     }
     s.images.forEach((image, i) => {
-      const [canvas, span] = this.grid.childNodes[i].childNodes;
-      canvas.style.width = `${s.size - 6}px`; canvas.style.height = `${(s.size - 6) * image.shape[0] / image.shape[1]}px`;
+      const [canvas, span] = this.body.childNodes[i].childNodes, caption = s.captions ? s.captions[i] : "";
       paint(canvas, image);
-      canvas.style.outline = s.borders && s.borders[i] ? `3px solid ${s.borders[i]}` : `1px solid ${FAINT}`;
-      const caption = s.captions ? s.captions[i] : "";
+      set(canvas, { role: "img", "aria-label": caption || s.title, style: `outline:${s.borders && s.borders[i] ? `3px solid ${s.borders[i]}` : `1px solid ${FAINT}`}` });
       if (span.textContent !== caption) span.textContent = caption;
     });
   }
@@ -188,12 +207,12 @@ class Tiles extends Panel {
 
 class Plane extends Panel {
   make() {
-    this.holder = node("foreignObject", {}, this.svg); this.canvas = document.createElement("canvas"); this.holder.append(this.canvas);
-    this.dots = node("g", {}, this.svg); this.lines = node("g", { "stroke-linecap": "round" }, this.svg); this.ring = node("circle", { fill: "none", stroke: INK, "stroke-dasharray": "3 3" }, this.svg);
+    this.holder = node("foreignObject", {}, this.svg); this.canvas = hidden(); this.holder.append(this.canvas);
+    this.dots = node("g", { class: "dc-dots" }, this.svg); this.lines = node("g", { "stroke-linecap": "round" }, this.svg); this.ring = node("circle", { fill: "none", stroke: INK, "stroke-dasharray": "3 3" }, this.svg);
     this.edge = node("rect", { fill: "none", stroke: MUTED }, this.svg);
     this.surface = node("rect", { fill: "transparent" }, this.svg);
     this.handle = node("circle", { r: 8, fill: "white", stroke: "black", "stroke-width": 2.5, tabindex: 0, role: "slider", "aria-label": "the point; arrow keys move it", style: "cursor:grab" }, this.svg);
-    this.stars = node("g", { "pointer-events": "none" }, this.svg); this.names = node("g", { class: "dc-small", "pointer-events": "none" }, this.svg);
+    this.stars = node("g", { "pointer-events": "none" }, this.svg); this.names = node("g", { class: "dc-small dc-halo", "pointer-events": "none" }, this.svg);
     const move = ([px, py]) => this.go(this.x.back(px), this.y.back(py));
     this.draggable(this.surface, move); this.draggable(this.handle, move);
     this.handle.addEventListener("keydown", event => { const d = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
@@ -201,14 +220,15 @@ class Plane extends Panel {
   }
   go(a, b) { const edge = v => Math.min(this.spec.limit ?? 1, Math.max(-(this.spec.limit ?? 1), v)); if (this.spec.handle) this.stage.send("point", [edge(a), edge(b)]); }
   draw(s) {
-    const side = s.h - 26, left = 6, top = 22, limit = s.limit ?? 1;
+    const side = s.h - 8, left = 4, top = 4, limit = s.limit ?? 1;
+    set(this.svg, { role: s.handle ? "group" : "img" });
     const x = this.x = scale([-limit, limit], [left, left + side], false), y = this.y = scale([-limit, limit], [top + side, top], false);
     for (const item of [this.holder, this.edge, this.surface]) set(item, { x: left, y: top, width: side, height: side });
     const backdrop = s.backdrop && this.stage.backdrop(s.backdrop);
     if (backdrop && this.shown !== s.backdrop) { paint(this.canvas, backdrop); this.shown = s.backdrop; }
     this.canvas.style.cssText = `width:${side}px;height:${side}px;display:${backdrop ? "block" : "none"}`;
     const dots = pool(this.dots, "circle", (s.dots || []).length);
-    (s.dots || []).forEach((d, i) => set(dots[i], { cx: x(d[0]).toFixed(1), cy: y(d[1]).toFixed(1), r: 2.2, fill: d[2], opacity: 0.75 }));
+    (s.dots || []).forEach((d, i) => set(dots[i], { cx: x(d[0]).toFixed(1), cy: y(d[1]).toFixed(1), r: 2.2, fill: d[2], opacity: 0.85 }));
     const lines = pool(this.lines, "line", (s.lines || []).length);
     (s.lines || []).forEach((l, i) => set(lines[i], { x1: x(l[0]), y1: y(l[1]), x2: x(l[2]), y2: y(l[3]), stroke: l[4], "stroke-width": l[5] || 2 }));
     const stars = pool(this.stars, "circle", (s.markers || []).length), names = pool(this.names, "text", (s.markers || []).length);
@@ -217,39 +237,42 @@ class Plane extends Panel {
     set(this.ring, { visibility: s.ring ? "visible" : "hidden" });
     if (s.ring) set(this.ring, { cx: x(s.ring[0]), cy: y(s.ring[1]), r: Math.abs(x(s.ring[2]) - x(0)) });
     set(this.handle, { visibility: s.handle ? "visible" : "hidden" });
-    if (s.handle) set(this.handle, { cx: x(s.handle[0]), cy: y(s.handle[1]), "aria-valuetext": s.handle.map(v => v.toFixed(2)).join(", ") });
+    if (s.handle) set(this.handle, { cx: x(s.handle[0]), cy: y(s.handle[1]), "aria-valuenow": s.handle[0], "aria-valuemin": -limit, "aria-valuemax": limit, "aria-valuetext": s.handle.map(v => v.toFixed(2)).join(", ") });
   }
 }
 
 class Radius extends Panel {
   make() { this.axis = node("g", {}, this.svg); this.spans = node("g", {}, this.svg); this.texts = node("g", { class: "dc-small" }, this.svg); this.marks = node("g", { stroke: INK, "stroke-width": 3 }, this.svg); }
   draw(s) {
-    const left = 150, right = s.w - 20, top = 42, height = 26, gap = 44, x = scale(s.range, [left, right], false), bottom = top + gap * s.rows.length;
+    const left = 150, right = s.w - 20, top = 22, height = 26, gap = 46, x = scale(s.range, [left, right], false), bottom = top + gap * s.rows.length;
     this.axis.replaceChildren();
     for (const v of ticks(s.range, false, 8)) { node("line", { x1: x(v), x2: x(v), y1: top - 4, y2: bottom - 8, stroke: FAINT }, this.axis);
-      node("text", { class: "dc-small", x: x(v), y: bottom + 6, "text-anchor": "middle", text: pretty(v) }, this.axis); }
-    node("text", { class: "dc-small", x: (left + right) / 2, y: bottom + 22, "text-anchor": "middle", text: s.xlabel || "" }, this.axis);
+      node("text", { class: "dc-small", x: x(v), y: bottom + 8, "text-anchor": "middle", text: pretty(v) }, this.axis); }
+    node("text", { class: "dc-small", x: (left + right) / 2, y: bottom + 25, "text-anchor": "middle", text: s.xlabel || "" }, this.axis);
     s.rows.forEach((row, r) => node("text", { class: "dc-small", x: left - 8, y: top + gap * r + 17, "text-anchor": "end", text: row.label }, this.axis));
     const spans = s.rows.flatMap((row, r) => row.segments.map(g => [r, g])), marks = s.rows.flatMap((row, r) => row.marks.map(m => [r, m]));
     const rects = pool(this.spans, "rect", spans.length), texts = pool(this.texts, "text", spans.length + marks.length);
     spans.forEach(([r, g], i) => { const a = x(Math.max(s.range[0], g.from)), b = x(Math.min(s.range[1], g.to));
       set(rects[i], { x: a, y: top + gap * r, width: Math.max(0, b - a), height, fill: g.color, opacity: g.opacity ?? 1 });
-      set(texts[i], { x: (a + b) / 2, y: top + gap * r + 17, "text-anchor": "middle", fill: g.ink || INK, text: b - a > 7 * g.text.length ? g.text : "" }); });
+      set(texts[i], { x: (a + b) / 2, y: top + gap * r + 17, "text-anchor": "middle", fill: g.ink || INK, text: b - a > 7.5 * g.text.length ? g.text : "" }); });
     const lines = pool(this.marks, "line", marks.length);
     marks.forEach(([r, m], i) => { set(lines[i], { x1: x(m.at), x2: x(m.at), y1: top + gap * r - 3, y2: top + gap * r + height + 3, stroke: m.color || INK });
-      set(texts[spans.length + i], { x: x(m.at), y: top + gap * r - 6, "text-anchor": "middle", fill: INK, text: m.text }); });
+      const near = marks.find(([q, other]) => q === r && other !== m && Math.abs(x(other.at) - x(m.at)) < 36);  // then their numbers stand apart
+      const anchor = !near ? "middle" : near[1].at > m.at || (near[1].at === m.at && marks.indexOf(near) > i) ? "end" : "start";
+      set(texts[spans.length + i], { x: x(m.at), y: top + gap * r - 7, "text-anchor": anchor, fill: INK, text: m.text }); });
   }
 }
 
 class Lamps extends Panel {
   make() {
+    set(this.svg, { role: "group" });
     this.labels = node("g", { class: "dc-small" }, this.svg); this.discs = node("g", {}, this.svg);
     this.signs = node("g", { class: "dc-sign", "text-anchor": "middle", "pointer-events": "none" }, this.svg);
     this.names = node("g", { class: "dc-tiny", "text-anchor": "middle" }, this.svg);
     this.ring = node("circle", { r: 15, fill: "none", stroke: INK, "stroke-width": 3, "pointer-events": "none" }, this.svg);
   }
   draw(s) {
-    const left = 110, top = 42, step = (s.w - left) / Math.max(...s.rows.map(row => row.lamps.length)), gap = 44;
+    const left = 120, top = 18, step = (s.w - left) / Math.max(...s.rows.map(row => row.lamps.length)), gap = (s.h - 6) / s.rows.length;
     const all = s.rows.flatMap((row, r) => row.lamps.map((lamp, c) => [left + step * (c + 0.5), top + gap * r, ...lamp]));
     const labels = pool(this.labels, "text", s.rows.length), discs = pool(this.discs, "circle", all.length);
     const signs = pool(this.signs, "text", all.length), names = pool(this.names, "text", all.length);
@@ -257,7 +280,7 @@ class Lamps extends Panel {
     all.forEach(([x, y, name, sign, fill], i) => {
       set(discs[i], { cx: x, cy: y, r: 12, fill, tabindex: 0, role: "button", "aria-label": `${name} ${sign}`, style: "cursor:pointer" });
       set(signs[i], { x, y: y + 5, text: sign });
-      set(names[i], { x, y: y + 24, text: name });
+      set(names[i], { x, y: y + 25, text: name });
       discs[i].onclick = () => this.stage.send("picked", i);
       discs[i].onkeydown = event => { if (event.key === "Enter" || event.key === " ") { this.stage.send("picked", i); event.preventDefault(); event.stopPropagation(); } };
     });
@@ -268,21 +291,24 @@ class Lamps extends Panel {
 
 class Heat extends Panel {
   make() {
-    this.holder = node("foreignObject", {}, this.svg); this.canvas = document.createElement("canvas"); this.holder.append(this.canvas);
+    this.holder = node("foreignObject", {}, this.svg); this.canvas = hidden(); this.holder.append(this.canvas);
     this.edge = node("rect", { fill: "none", stroke: MUTED }, this.svg);
-    this.names = node("g", { class: "dc-tiny", "text-anchor": "end" }, this.svg);
+    this.names = node("g", { class: "dc-tiny", "text-anchor": "end" }, this.svg); this.marks = node("g", {}, this.svg);
     this.places = node("g", { class: "dc-small", "text-anchor": "middle" }, this.svg);
     this.caption = node("text", { class: "dc-small", "text-anchor": "middle" }, this.svg);
   }
   draw(s) {
-    const left = 120, right = s.w - 12, top = 24, bottom = s.h - 34, width = right - left, height = bottom - top, step = height / s.labels.length;
+    const left = 26 + 6.4 * Math.max(...s.labels.map(label => label.length)), right = s.w - 20, top = 6, bottom = s.h - 42, width = right - left, height = bottom - top, step = height / s.labels.length;
     for (const item of [this.holder, this.edge]) set(item, { x: left, y: top, width, height });
     paint(this.canvas, s.image);
     this.canvas.style.cssText = `width:${width}px;height:${height}px;display:block;image-rendering:pixelated`;
-    const names = pool(this.names, "text", s.labels.length), places = pool(this.places, "text", s.ticks.length);
-    s.labels.forEach((label, k) => set(names[k], { x: left - 5, y: top + step * (k + 0.5) + 3.5, text: label, fill: s.colors[k] }));
-    s.ticks.forEach(([at, text], i) => set(places[i], { x: left + at * width, y: bottom + 15, text }));
-    set(this.caption, { x: (left + right) / 2, y: s.h - 4, text: s.xlabel || "" });
+    const names = pool(this.names, "text", s.labels.length), marks = pool(this.marks, "rect", s.labels.length), places = pool(this.places, "text", s.ticks.length);
+    s.labels.forEach((label, k) => {
+      set(names[k], { x: left - 17, y: top + step * (k + 0.5) + 4, text: label });
+      set(marks[k], { x: left - 12, y: top + step * (k + 0.5) - 4, width: 8, height: 8, fill: s.colors[k] });
+    });
+    s.ticks.forEach(([at, text], i) => set(places[i], { x: left + at * width, y: bottom + 17, text }));
+    set(this.caption, { x: (left + right) / 2, y: s.h - 6, text: s.xlabel || "" });
   }
 }
 
@@ -290,18 +316,135 @@ class Heat extends Panel {
 class Words extends Panel {
   make() { this.holder = node("foreignObject", {}, this.svg); this.text = document.createElement("div"); this.text.className = "dc-words"; this.holder.append(this.text); }
   draw(s) {
-    set(this.holder, { x: 4, y: 26, width: s.w - 8, height: s.h - 34 });
+    set(this.holder, { x: 2, y: 2, width: s.w - 4, height: s.h - 4 });
     if (this.text.textContent !== s.text) this.text.textContent = s.text;
   }
 }
 
 const KINDS = { curves: Curves, bars: Bars, tiles: Tiles, plane: Plane, radius: Radius, lamps: Lamps, heat: Heat, words: Words };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The arrangement: rows of panels that fill the width, in one size of type.
+//
+// Each row's panels share its width in proportion to their natural widths. Tiles and planes keep their shape; the others
+// are elastic: they take the width that is left, and the height of the tallest panel of their row.
+
+const RIGID = ["tiles", "plane"];
+const PAGE = 1000, GAP = 18, LEAST = 0.84, SMALLEST = 0.78, MOST = 1.5, NOTE = 62, COLUMNS = 6, SHRUNK = 0.75;
+
+const wide = row => row.reduce((sum, cell) => sum + cell.w, GAP * (row.length - 1));
+const natural = (spec, columns = spec.columns) => spec.kind === "tiles" ? columns * (spec.size + 4) : spec.w;
+
+// A row in the fewest parts that fit into `room`, where possible with something elastic in each, and of like widths.
+function broken(row, room) {
+  const least = part => part.reduce((sum, cell) => sum + (cell.elastic ? SHRUNK : 1) * cell.w, GAP * (part.length - 1));
+  let best = null;
+  function deal(i, parts) {
+    if (i === row.length) {
+      const stiff = parts.filter(part => part.every(cell => !cell.elastic)).length;
+      const cost = 4 * room * parts.length + room * stiff + Math.max(...parts.map(wide));
+      if (!best || cost < best.cost) best = { cost, parts };
+      return;
+    }
+    parts.forEach((part, k) => { if (least([...part, row[i]]) <= room) deal(i + 1, parts.map((one, m) => m === k ? [...one, row[i]] : one)); });
+    deal(i + 1, [...parts, [row[i]]]);
+  }
+  deal(0, []);
+  return best.parts;
+}
+function fitted(row, width, size, taller) {
+  const spare = width / size - wide(row), elastic = row.filter(cell => cell.elastic), total = elastic.reduce((sum, cell) => sum + cell.w, 0);
+  const share = row.map(cell => cell.w + (cell.elastic ? spare * cell.w / total : 0));
+  row[0].panel.box.parentNode.style.gridTemplateColumns = share.map(w => `minmax(0, ${w.toFixed(2)}fr)`).join(" ");
+  const tall = Math.max(...row.map(cell => cell.elastic ? taller * cell.spec.h : cell.panel.body.getBoundingClientRect().height / size));
+  row.forEach((cell, i) => { if (cell.elastic) cell.panel.size(+share[i].toFixed(1), +tall.toFixed(1)); });
+}
+// The size of a drawing unit in pixels: the panels fill `width`, and are no taller than `height` where they can help it.
+function arranged(root, panels, counts, width, height, most) {
+  const cells = panels.map(panel => ({ panel, spec: panel.told, w: natural(panel.told), elastic: !RIGID.includes(panel.kind) }));
+  let rows = counts.map(count => cells.splice(0, count)).filter(row => row.length);
+  if (!rows.length) { root.replaceChildren(); return 1; }
+  let size = Math.min(most, width / Math.max(PAGE, ...rows.map(wide)));
+  const narrow = size < LEAST;
+  for (const { panel, spec } of rows.flat()) if (spec.kind === "tiles") panel.fold(narrow && spec.columns > COLUMNS ? Math.ceil(spec.columns / 2) : spec.columns);
+  if (narrow) {
+    for (const cell of rows.flat()) if (!cell.elastic) cell.w = natural(cell.spec, cell.panel.columns);
+    size = Math.min(1, ...rows.flat().map(cell => cell.elastic ? 1 : width / cell.w));
+    for (const cell of rows.flat()) cell.w = Math.min(cell.w, width / size);
+    rows = rows.flatMap(row => broken(row, width / size));
+  }
+  root.replaceChildren(...rows.map(row => {
+    const line = document.createElement("div");
+    line.className = "dc-row";
+    line.append(...row.map(cell => cell.panel.box));
+    return line;
+  }));
+  for (let pass = 0; pass < 4; pass++) {
+    root.style.setProperty("--dc-size", size);
+    for (const row of rows) fitted(row, width, size, 1);
+    const over = root.offsetHeight / height;
+    if (most > MOST && over < 1) for (const row of rows) fitted(row, width, size, Math.min(1.3, 1 / over));
+    if (narrow || over <= 1 || size <= SMALLEST) break;
+    size = Math.max(SMALLEST, size / over);
+  }
+  return size;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The projector: one hero alone on the whole screen, above everything else.
+
+function projector(hero, button, changed) {
+  const on = () => hero.classList.contains("dc-projector");
+  function enter() {
+    hero.classList.add("dc-projector");
+    button.setAttribute("aria-pressed", "true");
+    const asked = hero.requestFullscreen ? hero.requestFullscreen() : Promise.reject();
+    asked.catch(() => { if (on() && hero.showPopover) { hero.popover = "manual"; hero.showPopover(); } }).finally(changed);
+  }
+  function leave() {
+    hero.classList.remove("dc-projector");
+    button.setAttribute("aria-pressed", "false");
+    if (document.fullscreenElement === hero) document.exitFullscreen();
+    if (hero.popover) { hero.hidePopover(); hero.removeAttribute("popover"); }
+    changed();
+  }
+  const typing = target => target.isContentEditable || ["INPUT", "SELECT", "TEXTAREA"].includes(target.tagName);
+  function key(event) {
+    const inside = hero.contains(event.target) && !typing(event.target) && !(event.ctrlKey || event.metaKey || event.altKey);
+    if (event.key === "Escape" && on()) leave();
+    else if (event.key === "p" && inside) on() ? leave() : enter();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+  const left = () => { if (on() && !document.fullscreenElement && !hero.popover) leave(); };
+  button.addEventListener("click", () => on() ? leave() : enter());
+  document.addEventListener("keydown", key, true);
+  document.addEventListener("fullscreenchange", left);
+  return { on, off() { document.removeEventListener("keydown", key, true); document.removeEventListener("fullscreenchange", left); } };
+}
+// ipywidgets labels a slider for the eye alone; a screen reader needs the name on the handle and on the number beside it.
+function named(hero) {
+  for (const control of hero.querySelectorAll(":has(> .widget-label)")) {
+    const label = control.querySelector(".widget-label").textContent;
+    const handles = control.querySelectorAll(".noUi-handle");
+    handles.forEach((handle, i) => set(handle, { "aria-label": handles.length > 1 ? `${label}, ${i ? "to" : "from"}` : label }));
+    for (const number of control.querySelectorAll(".widget-readout[contenteditable=true]")) set(number, { role: "textbox", "aria-label": label });
+  }
+}
+
 function render({ model, el }) {
-  const root = document.createElement("div"), note = document.createElement("div");
-  root.className = "dc-stage"; note.className = "dc-note"; note.setAttribute("aria-live", "polite");
-  el.append(root, note);
+  const root = document.createElement("div"), foot = document.createElement("div"), note = document.createElement("div"), button = document.createElement("button");
+  root.className = "dc-stage"; foot.className = "dc-foot";
+  note.className = "dc-note"; note.setAttribute("aria-live", "polite");
+  button.className = "dc-project";
+  node("path", { d: "M1 6V1h5M12 1h5v5M17 12v5h-5M6 17H1v-5", fill: "none", stroke: "currentColor", "stroke-width": 1.6 }, node("svg", { viewBox: "0 0 18 18", width: 16, height: 16, "aria-hidden": "true" }, button));
+  set(button, { type: "button", "aria-label": "Show this figure alone on the whole screen", "aria-pressed": "false", title: "whole screen (p); Escape leaves" });
+  foot.append(note, button);
+  el.append(root, foot);
+  el.classList.add("dc-view");
   const waiting = {}, panels = [];
+  let hero = null, screen = null, shape = "", place = "", across = 0;
   const stage = {
     backdrop: name => model.get("backdrops")[name],
     // At most one message a frame and trait: the last position wins, none queues up behind a slow kernel.
@@ -311,22 +454,48 @@ function render({ model, el }) {
     },
   };
   function draw() {
-    const { panels: specs = [], note: text = "" } = model.get("frame");
+    const { panels: specs = [], rows = [], note: text = "" } = model.get("frame");
     specs.forEach((spec, i) => {
       if (!panels[i] || panels[i].kind !== spec.kind) {
-        const made = new KINDS[spec.kind](stage, spec);
+        const made = new KINDS[spec.kind](stage);
         made.kind = spec.kind;
-        if (panels[i]) panels[i].box.replaceWith(made.box); else root.append(made.box);
+        if (panels[i]) panels[i].box.remove();
         panels[i] = made;
       }
       panels[i].update(spec);
     });
     while (panels.length > specs.length) panels.pop().box.remove();
     if (note.innerHTML !== text) note.innerHTML = text;
+    const now = JSON.stringify([rows, specs.map(spec => [spec.kind, natural(spec), spec.h, spec.images?.length, spec.images?.[0].shape])]);
+    if (now !== shape) { shape = now; place = ""; arrange(); }
   }
+  // Anew only where the panels, the width or the height of the window are others: not at every frame.
+  function arrange() {
+    const width = root.clientWidth || 1000, view = el.closest(".jp-WindowedPanel-outer");
+    const whole = screen?.on(), height = whole || !view ? window.innerHeight : view.clientHeight;
+    const above = hero ? el.getBoundingClientRect().top - hero.getBoundingClientRect().top : 0;
+    const now = [width, height, Math.round(above), whole].join();
+    if (now === place) return;
+    place = now;
+    const size = arranged(root, panels, model.get("frame").rows || [], width, height - above - NOTE - (whole ? 60 : 24), whole ? 3 : MOST);
+    el.style.setProperty("--dc-size", size);
+  }
+  const watch = new ResizeObserver(() => {
+    if (!hero && el.isConnected) {
+      hero = el.closest(".dc-hero") || el;
+      screen = projector(hero, button, arrange);
+      watch.observe(hero);
+    }
+    if (hero) named(hero);
+    // Plotly asks for its width only when the window changes, not when a sidebar does.
+    if (hero?.clientWidth !== across && hero?.querySelector(".js-plotly-plot")) { across = hero.clientWidth; window.dispatchEvent(new Event("resize")); }
+    arrange();
+  });
+  watch.observe(root);
+  window.addEventListener("resize", arrange);
   model.on("change:frame", draw);
   model.on("change:backdrops", () => { for (const p of panels) p.shown = null; draw(); });
   draw();
-  return () => model.off("change:frame", draw);
+  return () => { model.off("change:frame", draw); watch.disconnect(); window.removeEventListener("resize", arrange); screen?.off(); };
 }
 export default { render };

@@ -87,6 +87,7 @@ class Staged(W.VBox):
         self.message = ""  # what the hero itself has to say, before the figure's note
         self._logged = ""
         super().__init__()
+        self.add_class("dc-hero")  # what the stage shows alone on a projector
 
     def frame(self) -> dict:
         """The frame of the present state; the heroes say how."""
@@ -194,12 +195,37 @@ def drag_moves(stage: Stage, control: W.Widget, step: int | None = None) -> None
 
 
 def row(controls: Iterable[W.Widget]) -> W.HBox:
-    """Controls side by side, wrapped where the page is narrow."""
-    return W.HBox(list(controls), layout=W.Layout(flex_flow="row wrap"))
+    """Controls side by side; where the page is narrow they go on in the next line.
+
+    Why         a button or a bar stays with the control before it, so that none stands on a line of its own
+    """
+    kept = []
+    for control in controls:
+        if kept and isinstance(control, (W.Button, W.FloatProgress)):
+            kept[-1].append(control)
+        else:
+            kept.append([control])
+    parts = [
+        _classed(W.HBox(group), "dc-together") if len(group) > 1 else group[0] for group in kept
+    ]
+    return _classed(W.HBox(parts), "dc-controls")
+
+
+def _classed(widget: W.Widget, name: str) -> W.Widget:
+    """A widget with one more class for stage.css."""
+    widget.add_class(name)
+    return widget
+
+
+def _room(width: int) -> W.Layout:
+    """The place of a control: `width` pixels where there is no more room, and somewhat more where there is."""
+    return W.Layout(
+        width="auto", flex=f"1 1 {width}px", max_width=f"{width + 140}px", min_width="0"
+    )
 
 
 def slider(
-    label: str, value, low, high, step, *, log: bool = False, width: int = 340, **more
+    label: str, value, low, high, step, *, log: bool = False, width: int = 300, **more
 ) -> W.Widget:
     """A slider with room for its label; `log` makes low and high powers of ten."""
     options = dict(
@@ -209,7 +235,7 @@ def slider(
         step=step,
         description=label,
         style=WHOLE_LABEL,
-        layout=W.Layout(width=f"{width}px"),
+        layout=_room(width),
         **more,
     )
     if log:
@@ -224,7 +250,7 @@ def digit_slider(scene, index: int, **more) -> W.Widget:
     return slider("test digit", index, 0, len(scene.world.test_images) - 1, 1, **more)
 
 
-def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
+def choice(label: str, options, value=None, width: int = 240) -> W.Dropdown:
     """A dropdown with room for its label."""
     options = list(options)
     return W.Dropdown(
@@ -232,14 +258,17 @@ def choice(label: str, options, value=None, width: int = 300) -> W.Dropdown:
         value=value or options[0],
         description=label,
         style=WHOLE_LABEL,
-        layout=W.Layout(width=f"{width}px"),
+        layout=_room(width),
     )
 
 
 def button(label: str, kind: str, tooltip: str) -> W.Button:
     """A button; `kind` is its colour's name in ipywidgets."""
     return W.Button(
-        description=label, button_style=kind, tooltip=tooltip, layout=W.Layout(width="130px")
+        description=label,
+        button_style=kind,
+        tooltip=tooltip,
+        layout=W.Layout(width="auto", flex="none"),
     )
 
 
@@ -358,7 +387,7 @@ def photo_hero(images: Tensor, losses: Losses) -> Hero:
         min=0,
         max=last,
         description="levels used",
-        layout=W.Layout(width="300px"),
+        layout=_room(300),
         style=WHOLE_LABEL,
     )
     controls = dict(
@@ -436,9 +465,10 @@ def scoreboard_hero(world: str = "digits", n: int = 64) -> Hero:
     """
     scene = ScoreboardScene(world)
     figure = go.FigureWidget(plots.forest(scene.at(n).series, ""))
+    figure._config = plots.OFFLINE
     # Margins that plotly would fit to the labels cost a second drawing at every step.
     fixed = dict(automargin=False)
-    figure.update_layout(width=1000, height=600, margin=dict(t=40, l=270), yaxis=fixed)
+    figure.update_layout(autosize=True, height=480, margin=dict(t=30, b=40, l=270), yaxis=fixed)
 
     def show(n: int, group: str, by: str, point, picked) -> dict:
         board = scene.at(n, group, by)
@@ -480,7 +510,10 @@ class Worker(Staged):
         self.work: Job | None = None  # the job that may draw and end
         self.what = ""
         self.progress = W.FloatProgress(
-            min=0, max=1, description="idle", layout=W.Layout(width="230px")
+            min=0,
+            max=1,
+            description="idle",
+            layout=W.Layout(width="auto", flex="1 1 180px", min_width="150px"),
         )
         self.stop = button("Stop", "", "stop the running job; its results so far stay")
         self.stop.on_click(lambda _: self.halt())
@@ -608,7 +641,7 @@ class Filmed(Worker):
         for control in shooting.values():
             control.observe(lambda _: self.shoot(), "value")
         self.children = [
-            row([*scrubbing.values(), self.progress, self.stop]),
+            row([*scrubbing.values(), self.stop, self.progress]),
             row(shooting.values()),
             self.stage,
         ]
@@ -667,8 +700,8 @@ def attack_hero(denoiser: Denoiser, index: int = 12) -> Filmed:
     """One digit attacked by PGD: picture, change, losses and posterior at every step (notebook 08)."""
     digits = DigitScene(denoiser)
     scene = AttackScene(digits.classifier, digits.world.test_images, digits.world.test_labels)
-    which = digit_slider(digits, index, width=290, continuous_update=False)
-    budget = slider("budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=290, continuous_update=False)
+    which = digit_slider(digits, index, width=270, continuous_update=False)
+    budget = slider("budget ε (pixels)", 0.1, 0.0, 0.3, 0.005, width=270, continuous_update=False)
     return _attacked(scene, which, budget)
 
 
@@ -677,14 +710,14 @@ def photo_attack_hero(
 ) -> Filmed:
     """One photograph attacked by PGD of ten steps: picture, change, losses and posterior at each (notebook 08)."""
     scene = AttackScene(classifier, images, labels, names, **{"steps": 10, **more})
-    which = slider("picture", 0, 0, len(images) - 1, 1, width=290, continuous_update=False)
+    which = slider("picture", 0, 0, len(images) - 1, 1, width=270, continuous_update=False)
     budget = W.SelectionSlider(
         options=[(f"{k}/255", k / 255) for k in range(17)],
         value=8 / 255,
         description="budget ε (pixels)",
         continuous_update=False,
         style=WHOLE_LABEL,
-        layout=W.Layout(width="290px"),
+        layout=_room(280),
     )
     return _attacked(scene, which, budget)
 
@@ -694,7 +727,7 @@ def _attacked(scene: AttackScene, which: W.Widget, budget: W.Widget) -> Filmed:
     return Filmed(
         scene,
         "attacking",
-        dict(step=slider("film: PGD step", scene.steps, 0, scene.steps, 1, width=290)),
+        dict(step=slider("film: PGD step", scene.steps, 0, scene.steps, 1, width=270)),
         dict(
             index=which,
             epsilon=budget,
@@ -710,9 +743,9 @@ def maximisation_hero(denoiser: Denoiser, index: int = 17) -> Filmed:
     return Filmed(
         scene,
         "attacking, then walking",
-        dict(step=slider("film: step", 5, 0, 20, 1, width=290)),
+        dict(step=slider("film: step", 5, 0, 20, 1, width=270)),
         dict(
-            index=digit_slider(scene, index, width=290, continuous_update=False),
+            index=digit_slider(scene, index, width=270, continuous_update=False),
             budget=slider(
                 "its L∞ limit (pixels)", 0.1, 0.0, 0.3, 0.005, width=310, continuous_update=False
             ),
@@ -731,15 +764,15 @@ def zero_shot_hero(index: int = 0) -> Filmed:
         description="budget (evaluations)",
         continuous_update=False,
         style=WHOLE_LABEL,
-        layout=W.Layout(width="290px"),
+        layout=_room(280),
     )
     return Filmed(
         scene,
         "asking",
-        dict(share=slider("film: % of the bill", 60, 1, 100, 1, width=290)),
+        dict(share=slider("film: % of the bill", 60, 1, 100, 1, width=270)),
         dict(
             index=slider(
-                "picture", index, 0, len(scene.images) - 1, 1, width=290, continuous_update=False
+                "picture", index, 0, len(scene.images) - 1, 1, width=270, continuous_update=False
             ),
             budget=budget,
             weighting=choice("weight", scene.WEIGHTINGS, width=260),
@@ -758,10 +791,10 @@ class Certifier(Worker):
         super().__init__()
         self.scene = CertifyingScene(denoiser)
         self.controls = dict(
-            shown=slider("votes shown", MOST, TOGETHER, MOST, TOGETHER, width=290),
-            index=digit_slider(self.scene, index, width=290),
-            sigma=slider("smoothing σ (pixels)", 0.25, 0.05, 0.5, 0.05, width=290),
-            alpha=slider("wrong at most α", 1e-3, -5, -1, 0.25, log=True, width=290),
+            shown=slider("votes shown", MOST, TOGETHER, MOST, TOGETHER, width=270),
+            index=digit_slider(self.scene, index, width=270),
+            sigma=slider("smoothing σ (pixels)", 0.25, 0.05, 0.5, 0.05, width=270),
+            alpha=slider("wrong at most α", 1e-3, -5, -1, 0.25, log=True, width=270),
         )
         self.run_vote = button("Vote", "success", "1000 noised copies more; press again to go on")
         self.run_attack = button(

@@ -132,14 +132,13 @@ class AdapterScene:
                 title="Loss above the smallest",
                 xlabel="class (line: without the adapter)",
                 w=290,
-                h=240,
                 alt=f"Loss of every class above the smallest; the truth {label} is at "
                 f"{float(after[label] - after.min()):.1f} nats.",
             ),
             self._losses(recipe, step),
             self._threats(recipe, step),
         ]
-        return figures.frame(panels, self._note(label, said, gap, before, step, rank, threat))
+        return figures.frame([panels], self._note(label, said, gap, before, step, rank, threat))
 
     def _losses(self, recipe: str, step: int) -> dict:
         """How the truth and its best rival fare along the training, both from where they began."""

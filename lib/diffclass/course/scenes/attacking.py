@@ -12,7 +12,7 @@ from diffclass.attacks.search import AttackStep
 from diffclass.classifiers.base import Held, decided
 from diffclass.course import figures
 from diffclass.course.figures import COLOURS
-from diffclass.course.scenes.digits import excess_curves, posterior_bars
+from diffclass.course.scenes.digits import excess_curves, excess_of, posterior_bars
 from diffclass.course.scenes.results import AttackFilm, recorded
 
 STEPS = 20
@@ -35,6 +35,15 @@ class PictureFilm(AttackFilm):
     x: Tensor
     y: Tensor
     losses: list[Tensor] = field(default_factory=list)
+
+    def excess(self, step: int, sigmas: Tensor) -> Tensor:
+        """The losses of a step over those of the class that it is taken for. Shapes: sigmas [T] -> [K,T]."""
+        return excess_of(self.losses[step], int(decided(self.frames[step].logits)), sigmas)
+
+    def scale(self, sigmas: Tensor) -> tuple[float, float]:
+        """The range that holds every step there is, so that the axis stands still while the film is scrubbed."""
+        every = torch.stack([self.excess(step, sigmas) for step in range(len(self.losses))])
+        return float(every.min()), max(1.05 * float(every.max()), 1e-3)
 
 
 class AttackScene:
@@ -145,6 +154,7 @@ class AttackScene:
         colours = figures.emphasis(logits)
         share = torch.softmax(logits, 0)
         delta = now.x - x
+        sigmas = self.bayes_classifier.levels.to(losses).sigma
         if best != label:  # then the label is what to look at, wherever it has fallen to
             colours = [figures.OTHER] * len(colours)
             colours[best] = figures.WRONG
@@ -155,28 +165,32 @@ class AttackScene:
         wide = len(name) > 1
         return figures.frame(
             [
-                figures.tiles(
-                    [x[0], now.x[0], magnified(delta[0])],
-                    columns=3,
-                    size=104 if wide else 96,
-                    title=f"{self.kind} {index}: {name}",
-                    captions=["clean", caption, f"change × {LOUDER}"],
-                    borders=[None, figures.WRONG if best != label else None, None],
-                    alt=f"A picture of class {name}, its perturbed copy at {caption}, and the change, ten times "
-                    "as strong, on grey.",
-                ),
-                excess_curves(
-                    losses,
-                    best,
-                    colours,
-                    self.bayes_classifier.levels.to(losses).sigma,
-                    None,
-                    names=self.names,
-                    w=380,
-                    h=230,
-                ),
-                posterior_bars(share, colours, names=self.names, w=345 if wide else 300, h=230),
-                self._film_panel(film, now.step),
+                [
+                    figures.tiles(
+                        [x[0], now.x[0], magnified(delta[0])],
+                        columns=3,
+                        size=104,
+                        title=f"{self.kind} {index}: {name}",
+                        captions=["clean", caption, f"change × {LOUDER}"],
+                        borders=[None, figures.WRONG if best != label else None, None],
+                        alt=f"A picture of class {name}, its perturbed copy at {caption}, and the change, ten times "
+                        "as strong, on grey.",
+                    ),
+                    excess_curves(
+                        losses,
+                        best,
+                        colours,
+                        sigmas,
+                        None,
+                        names=self.names,
+                        ghost=film.excess(0, sigmas),
+                        yrange=film.scale(sigmas),
+                        w=380,
+                        h=210,
+                    ),
+                    posterior_bars(share, colours, names=self.names, w=400 if wide else 330, h=210),
+                ],
+                [self._film_panel(film, now.step)],
             ],
             self._note(film, label, best, float(share[best]), sizes),
         )
@@ -191,7 +205,7 @@ class AttackScene:
             steps,
             [dict(y=leads, colour=COLOURS[0], width=2.2), zero],
             w=1000,
-            h=200,
+            h=180,
             title="The film: how far the label leads",
             xlabel="PGD step (drag)",
             ylabel="lead / nats",

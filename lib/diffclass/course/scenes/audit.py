@@ -56,7 +56,7 @@ class AuditScene:
         panels = [self._lamps(name, checks, number, lights)]
         ending = f"In all: {lights} ({html.escape(name)}, {html.escape(self.settings[name])})."
         if chosen is None:
-            return figures.frame(panels, f"This audit has no check <b>{number}</b>. {ending}")
+            return figures.frame([panels], f"This audit has no check <b>{number}</b>. {ending}")
         note = f"<b>{number} {chosen.name}</b> is <b>{chosen.light}</b>: {html.escape(chosen.evidence)}."
         if chosen.light == RED:
             note = f"{note} <b>What to do:</b> {html.escape(chosen.advice)}."
@@ -64,7 +64,7 @@ class AuditScene:
             panels.append(_drawn(chosen))
         else:
             note = f"{note} Some of its numbers are not finite or missing, so they are not drawn."
-        return figures.frame(panels, f"{note} {ending}")
+        return figures.frame([panels], f"{note} {ending}")
 
     def _lamps(self, name: str, checks: dict[int, Check], number: int, lights: str) -> dict:
         shown = self.numbers(name)

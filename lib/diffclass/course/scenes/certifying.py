@@ -233,14 +233,12 @@ class CertifyingScene:
         """What is shown: a digit, its votes up to `shown`, both bounds at every look, and the radius axis."""
         ballot = self.ballot(index, sigma_pixel)
         look = min(max(1, shown // TOGETHER), len(ballot.looks))  # 0 before the first vote
-        panels = [
-            self._tiles(ballot),
-            self._votes(ballot, look),
-            self._shares(ballot, alpha, look),
-            self._radii(ballot, alpha, look),
-            self._axis(ballot, alpha, look),
+        rows = [
+            [self._tiles(ballot), self._votes(ballot, look)],
+            [self._shares(ballot, alpha, look), self._radii(ballot, alpha, look)],
+            [self._axis(ballot, alpha, look)],
         ]
-        return figures.frame(panels, self._note(ballot, alpha, look))
+        return figures.frame(rows, self._note(ballot, alpha, look))
 
     def _tiles(self, ballot: Ballot) -> dict:
         label = int(self.world.test_labels[ballot.index])
@@ -251,7 +249,7 @@ class CertifyingScene:
             size=72,
             low=-0.25,
             high=1.25,
-            title=f"Test digit {ballot.index}, and the first copies with noise σ = {ballot.sigma_pixel:.2f} that vote",
+            title=f"Test digit {ballot.index} and the first noised copies that vote, σ = {ballot.sigma_pixel:.2f}",
             captions=[f"a {label}", *(f"says {int(answer)}" for answer in ballot.answers)],
             borders=[None, *wrong],
             alt=f"A handwritten {label} and {COPIES} noised copies with what each is taken for.",
@@ -269,8 +267,8 @@ class CertifyingScene:
             colours=[BEST if k == ballot.guess else OTHER for k in range(len(counts))],
             texts=[str(int(c)) if c else "" for c in counts],
             xlabel="class (blue: chosen by other votes)",
-            w=330,
-            h=190,
+            w=420,
+            h=110,
             alt=f"{title}; counts: {spoken}.",
         )
 
@@ -300,8 +298,8 @@ class CertifyingScene:
             grid,
             series,
             title="Share of the chosen class, and its lower bounds",
-            w=430,
-            h=230,
+            w=490,
+            h=190,
             xlog=True,
             xlabel="votes n (drag); dashed: a majority",
             ylabel="share",
@@ -337,8 +335,8 @@ class CertifyingScene:
             grid,
             series,
             title="Certified radius, and the ceiling σ Φ⁻¹(α^(1/n))",
-            w=430,
-            h=230,
+            w=490,
+            h=190,
             xlog=True,
             xlabel="votes n (drag)",
             ylabel="radius (L2, pixels)",
@@ -370,7 +368,7 @@ class CertifyingScene:
             title=f"How far this digit can be moved (σ = {ballot.sigma_pixel:.2f}, α = {alpha:.2g})",
             xlabel="L2 length of a change (pixels)",
             range=(0.0, last),
-            w=860,
+            w=1000,
             alt=f"Certified up to {radii['fixed']:.2f} by the bound of fixed n, up to "
             f"{radii['anytime']:.2f} by the bound at every look; {found}.",
         )

@@ -78,30 +78,34 @@ class DigitScene:
         )
         return figures.frame(
             [
-                figures.tiles(
-                    [z, (z_sigma / (1 + sigma))],
-                    columns=2,
-                    size=92,
-                    low=-1,
-                    high=1,
-                    title=f"Test digit {index}",
-                    captions=[f"label {label}", f"noised, σ = {sigma:.2f}"],
-                    alt=f"A handwritten {label} and its noised copy.",
-                ),
-                figures.tiles(
-                    denoised,
-                    columns=10,
-                    size=58,
-                    low=-1,
-                    high=1,
-                    title="Denoised as if it were each class (click one)",
-                    captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)],
-                    pick=True,
-                    borders=[None if c == OTHER else c for c in colours],
-                    alt="The noised digit denoised under each of the ten classes, with squared errors.",
-                ),
-                excess_curves(curve, best, colours, self.curve_bank.sigma, sigma),
-                posterior_bars(share, colours),
+                [
+                    figures.tiles(
+                        [z, (z_sigma / (1 + sigma))],
+                        columns=2,
+                        size=96,
+                        low=-1,
+                        high=1,
+                        title=f"Test digit {index}",
+                        captions=[f"label {label}", f"σ = {sigma:.2f}"],
+                        alt=f"A handwritten {label} and its noised copy.",
+                    ),
+                    figures.tiles(
+                        denoised,
+                        columns=10,
+                        size=72,
+                        low=-1,
+                        high=1,
+                        title="Denoised as if it were each class (click one)",
+                        captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)],
+                        pick=True,
+                        borders=[None if c == OTHER else c for c in colours],
+                        alt="The noised digit denoised under each of the ten classes, with squared errors.",
+                    ),
+                ],
+                [
+                    excess_curves(curve, best, colours, self.curve_bank.sigma, sigma),
+                    posterior_bars(share, colours),
+                ],
             ],
             note,
         )
@@ -146,18 +150,27 @@ def excess_curves(
     sigmas: Tensor,
     cursor: float | None,
     names: Sequence[str] | None = None,
+    ghost: Tensor | None = None,
     **more,
 ) -> dict:
     """Excess loss over the best class, per unit of ln sigma: the area under a curve is nats against that class.
 
-    Shapes      losses [K,T], sigmas [T] -> a panel, with a line to drag where there is a cursor
+    Shapes      losses [K,T], sigmas [T] -> a panel, with a line to drag where there is a cursor; ghost [K,T]: what the
+                coloured curves were before, drawn dotted
     """
     names = digit_names(losses) if names is None else names
-    excess = (losses - losses[best]) / sigmas**2
+    excess = excess_of(losses, best, sigmas)
     top = float(excess.max())
+    before = []
+    if ghost is not None:
+        before = [
+            dict(y=ghost[k], colour=colour, dash="2 3", opacity=0.8)
+            for k, colour in enumerate(colours)
+            if colour != OTHER
+        ]
     return figures.curves(
         sigmas,
-        class_lines(excess, colours, names, filled=SECOND),
+        before + class_lines(excess, colours, names, filled=SECOND),
         title="Evidence against each class (area = nats)",
         cursor=cursor,
         xlog=True,
@@ -165,10 +178,19 @@ def excess_curves(
         if cursor is None
         else "noise level σ (model units; drag)",
         ylabel="excess loss / σ²",
-        yrange=(min(0.0, float(excess.min())), max(top * 1.05, 1e-3)),
         alt=f"Excess loss over class {names[best]} for every class against the noise level.",
-        **{"w": 440, "h": 240, **more},
+        **{
+            "w": 520,
+            "h": 230,
+            "yrange": (min(0.0, float(excess.min())), max(top * 1.05, 1e-3)),
+            **more,
+        },
     )
+
+
+def excess_of(losses: Tensor, best: int, sigmas: Tensor) -> Tensor:
+    """Excess loss over a class, per unit of ln sigma. Shapes: losses [K,T], sigmas [T] -> [K,T]."""
+    return (losses - losses[best]) / sigmas**2
 
 
 def posterior_bars(
@@ -189,7 +211,7 @@ def posterior_bars(
         xlabel="class",
         texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
         alt=f"Posterior; the largest is class {names[best]} with {float(share[best]):.2f}.",
-        **{"w": 330, "h": 240, **more},
+        **{"w": 360, "h": 230, **more},
     )
 
 
@@ -223,11 +245,12 @@ class OptimalDigitsScene:
                 "the trained network": self.denoiser(z_sigma, sigma)[0],
                 "the optimal denoiser": self.optimal(z_sigma, sigma)[0],
             }
+        above, below = pairs
         panels = [
             figures.tiles(
                 [z, z_sigma[0] / (1 + sigma)],
-                columns=2,
-                size=92,
+                columns=1,
+                size=96,
                 low=-1,
                 high=1,
                 title=f"{origin} digit {index}",
@@ -236,23 +259,27 @@ class OptimalDigitsScene:
             )
         ]
         errors = []
-        for name, denoised in pairs.items():
+        captions = []
+        borders = []
+        for denoised in pairs.values():
             error = ((denoised - z) ** 2).flatten(1).sum(1)
             errors.append(float(error[label]))
             best = int(error.argmin())
-            panels.append(
-                figures.tiles(
-                    denoised,
-                    columns=10,
-                    size=58,
-                    low=-1,
-                    high=1,
-                    title=f"Ten classes by {name}",
-                    captions=[f"{k}\n{float(e):.2f}" for k, e in enumerate(error)],
-                    borders=[BEST if k == best else None for k in range(10)],
-                    alt=f"The digit denoised under ten classes by {name}, with squared errors.",
-                )
+            captions += [f"{k}\n{float(e):.2f}" for k, e in enumerate(error)]
+            borders += [BEST if k == best else None for k in range(10)]
+        panels.append(
+            figures.tiles(
+                torch.cat(list(pairs.values())),
+                columns=10,
+                size=76,
+                low=-1,
+                high=1,
+                title=f"Denoised as each class: above by {above}, below by {below}",
+                captions=captions,
+                borders=borders,
+                alt=f"The digit denoised under ten classes by {above} and by {below}, with squared errors.",
             )
+        )
         errors_text = f"network {errors[0]:.2f}, optimal denoiser {errors[1]:.2f}"
         memory = (
             "has this very picture in its memory."
@@ -260,4 +287,4 @@ class OptimalDigitsScene:
             else "has never seen this picture: it can only return mixtures of training digits."
         )
         note = f"Squared error under the true class: {errors_text}. The optimal denoiser {memory}"
-        return figures.frame(panels, note)
+        return figures.frame([panels], note)

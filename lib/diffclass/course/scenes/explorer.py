@@ -5,7 +5,6 @@ the smoothed one, the vote on noised copies, which has a certificate and an atta
 """
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -541,9 +540,7 @@ class ExplorerScene:
         ending = [self._films(step), self._axis(sigma_pixel, n)]
         notes = [self.subject.warning]
         notes += [self._said(lane, step, asked, sigma_pixel, n) for lane in self.lanes]
-        return figures.frame(
-            list(itertools.chain(*rows, ending)), "<br>".join(note for note in notes if note)
-        )
+        return figures.frame([*rows, ending], "<br>".join(note for note in notes if note))
 
     def _row(self, lane: Lane, step: int, sigma: float) -> list[dict]:
         place = self._place(lane, step)

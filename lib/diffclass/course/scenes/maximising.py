@@ -175,42 +175,46 @@ class MaximisationScene:
             colours[best[1]] = figures.WRONG
         return figures.frame(
             [
-                figures.tiles(
-                    [start.x[0], now.x[0], start.x[1], now.x[1], *(0.5 + now.x - start.x)],
-                    columns=6,
-                    size=88,
-                    title=f"Test digit {film.settings['index']}, a {label}, clean and attacked: before, after {step} steps",
-                    captions=[
-                        "clean",
-                        f"now {best[0]}",
-                        "attacked",
-                        f"now {best[1]}",
-                        f"its change\n(clean), {moved[0]:.2f}",
-                        f"its change\n(attacked), {moved[1]:.2f}",
-                    ],
-                    borders=[None, wrong[0], None, wrong[1], None, None],
-                    alt=f"A handwritten {label} and its attacked copy, before and after {step} steps of "
-                    "likelihood maximisation, and what the steps changed.",
-                ),
-                self._curves(
-                    step,
-                    "‖D − u‖²",
-                    "Unconditional loss: what the steps lower",
-                    [moment.loss for moment in film.moments],
-                    w=420,
-                ),
-                self._curves(
-                    step,
-                    "lead / nats",
-                    "How far the label leads",
-                    [
-                        -attacks.margin_loss(moment.logits, torch.tensor([label, label]))
-                        for moment in film.moments
-                    ],
-                    w=570,
-                    zero_is_the_limit=True,
-                ),
-                posterior_bars(share, colours, "Posterior of the attacked digit", w=410, h=220),
+                [
+                    figures.tiles(
+                        [start.x[0], now.x[0], start.x[1], now.x[1], *(0.5 + now.x - start.x)],
+                        columns=6,
+                        size=88,
+                        title=f"Test digit {film.settings['index']}, a {label}, clean and attacked: before, after {step} steps",
+                        captions=[
+                            "clean",
+                            f"now {best[0]}",
+                            "attacked",
+                            f"now {best[1]}",
+                            f"its change\n(clean), {moved[0]:.2f}",
+                            f"its change\n(attacked), {moved[1]:.2f}",
+                        ],
+                        borders=[None, wrong[0], None, wrong[1], None, None],
+                        alt=f"A handwritten {label} and its attacked copy, before and after {step} steps of "
+                        "likelihood maximisation, and what the steps changed.",
+                    ),
+                    posterior_bars(share, colours, "Posterior of the attacked digit", w=400, h=130),
+                ],
+                [
+                    self._curves(
+                        step,
+                        "‖D − u‖²",
+                        "Unconditional loss: what the steps lower",
+                        [moment.loss for moment in film.moments],
+                        w=480,
+                    ),
+                    self._curves(
+                        step,
+                        "lead / nats",
+                        "How far the label leads",
+                        [
+                            -attacks.margin_loss(moment.logits, torch.tensor([label, label]))
+                            for moment in film.moments
+                        ],
+                        w=480,
+                        zero_is_the_limit=True,
+                    ),
+                ],
             ],
             self._note(film, step, best, share, moved),
         )
@@ -242,7 +246,7 @@ class MaximisationScene:
             xlabel="step (drag)",
             ylabel=ylabel,
             w=w,
-            h=220,
+            h=210,
             xrange=(0, STEPS),
             cursor=step,
             alt=f"{alt}.",

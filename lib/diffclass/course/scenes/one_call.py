@@ -117,50 +117,57 @@ class OneCallScene:
         )
         return figures.frame(
             [
-                figures.tiles(
-                    [z, noised / (1 + sigma)],
-                    columns=1,
-                    size=118,
-                    low=-1,
-                    high=1,
-                    title=f"{self.kind} {index}",
-                    captions=[self.names[label], f"noised, σ = {sigma:.2f}"],
-                    alt=f"A picture of class {self.names[label]} and its noised copy.",
-                ),
-                figures.tiles(
-                    [*heads[0], null[0]],
-                    columns=6,
-                    size=72,
-                    low=-1,
-                    high=1,
-                    title="Denoised as each class, and without one; below: distance from the latter",
-                    captions=[
-                        *(f"{n}\n{float(d):.2f}" for n, d in zip(self.names, away, strict=True)),
-                        "no class",
-                    ],
-                    borders=[*(None if c == OTHER else c for c in colours), figures.COLOURS[2]],
-                    alt="The noised picture denoised under each class and without one, with distances.",
-                ),
-                excess_curves(
-                    losses,
-                    best,
-                    colours,
-                    shown,
-                    sigma,
-                    names=self.names,
-                ),
-                figures.bars(
-                    self.names,
-                    share,
-                    colours=colours,
-                    marks=by_losses,
-                    title="Posterior from one call (line: from the losses)",
-                    xlabel="class",
-                    texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
-                    alt=f"Posterior from one call; the largest is {self.names[best]} with {float(share[best]):.2f}.",
-                    w=420,
-                    h=240,
-                ),
+                [
+                    figures.tiles(
+                        [z, noised / (1 + sigma)],
+                        columns=2,
+                        size=100,
+                        low=-1,
+                        high=1,
+                        title=f"{self.kind} {index}",
+                        captions=[self.names[label], f"σ = {sigma:.2f}"],
+                        alt=f"A picture of class {self.names[label]} and its noised copy.",
+                    ),
+                    figures.tiles(
+                        [*heads[0], null[0]],
+                        columns=11,
+                        size=64,
+                        low=-1,
+                        high=1,
+                        title="Denoised as each class and without one, with the distance from the latter",
+                        captions=[
+                            *(
+                                f"{n}\n{float(d):.2f}"
+                                for n, d in zip(self.names, away, strict=True)
+                            ),
+                            "no class",
+                        ],
+                        borders=[*(None if c == OTHER else c for c in colours), figures.COLOURS[2]],
+                        alt="The noised picture denoised under each class and without one, with distances.",
+                    ),
+                ],
+                [
+                    excess_curves(
+                        losses,
+                        best,
+                        colours,
+                        shown,
+                        sigma,
+                        names=self.names,
+                    ),
+                    figures.bars(
+                        self.names,
+                        share,
+                        colours=colours,
+                        marks=by_losses,
+                        title="Posterior from one call (line: from the losses)",
+                        xlabel="class",
+                        texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
+                        alt=f"Posterior from one call; the largest is {self.names[best]} with {float(share[best]):.2f}.",
+                        w=470,
+                        h=230,
+                    ),
+                ],
             ],
             note,
         )

@@ -61,37 +61,41 @@ class PhotoScene:
         used = f"{named(weighting)} weighting, {len(levels.sigma)} levels from σ {first:.2g} to {last:.2g}"
         return figures.frame(
             [
-                figures.tiles(
-                    [self.images[index]],
-                    columns=1,
-                    size=176,
-                    title=f"{self.kind} {number}: {self.names[label]}",
-                    captions=[f"read as {self.names[best]}"],
-                    borders=[None if best == label else figures.WRONG],
-                    alt=f"A picture of class {self.names[label]}.",
-                ),
-                excess_curves(
-                    losses, best, colours, levels.sigma, None, names=self.names, w=430, h=250
-                ),
-                posterior_bars(
-                    share,
-                    colours,
-                    f"Posterior ({named(weighting)} weighting)",
-                    names=self.names,
-                    w=430,
-                    h=250,
-                ),
-                figures.bars(
-                    [f"{float(s):.2g}" for s in levels.sigma],
-                    lead,
-                    range=None,
-                    w=1060,
-                    h=170,
-                    colours=[figures.BEST if float(v) >= 0 else figures.WRONG for v in lead],
-                    title=f"Nats for {self.names[label]} against {self.names[rival]}, level by level",
-                    xlabel="noise level σ (model units)",
-                    alt=f"What each level adds to the lead of {self.names[label]} over {self.names[rival]}.",
-                ),
+                [
+                    figures.tiles(
+                        [self.images[index]],
+                        columns=1,
+                        size=176,
+                        title=f"{self.kind} {number}: {self.names[label]}",
+                        captions=[f"read as {self.names[best]}"],
+                        borders=[None if best == label else figures.WRONG],
+                        alt=f"A picture of class {self.names[label]}.",
+                    ),
+                    excess_curves(
+                        losses, best, colours, levels.sigma, None, names=self.names, w=410, h=220
+                    ),
+                    posterior_bars(
+                        share,
+                        colours,
+                        f"Posterior ({named(weighting)} weighting)",
+                        names=self.names,
+                        w=430,
+                        h=220,
+                    ),
+                ],
+                [
+                    figures.bars(
+                        [f"{float(s):.2g}" for s in levels.sigma],
+                        lead,
+                        range=None,
+                        w=1040,
+                        h=160,
+                        colours=[figures.BEST if float(v) >= 0 else figures.WRONG for v in lead],
+                        title=f"Nats for {self.names[label]} against {self.names[rival]}, level by level",
+                        xlabel="noise level σ (model units)",
+                        alt=f"What each level adds to the lead of {self.names[label]} over {self.names[rival]}.",
+                    )
+                ],
             ],
             f"With {used}: true class <b>{self.names[label]}</b>, read as <b>{self.names[best]}</b> with posterior "
             f"{float(share[best]):.3f}; {self.names[second]} is {float(logits[best] - logits[second]):.1f} "

@@ -77,7 +77,7 @@ class PlaneScene:
             ylabel=ylabel,
             alt=alt,
             xlog=True,
-            **{"h": 300, **more},
+            **{"h": 280, **more},
         )
 
     def posterior_bars(self, share: Tensor, exact: Tensor, title: str) -> dict:
@@ -89,8 +89,8 @@ class PlaneScene:
             colours=self.colours,
             marks=exact,
             texts=[f"{float(p):.2f}" for p in share],
-            xlabel="class (black line: exact)",
-            h=300,
+            xlabel="class (line: exact)",
+            h=280,
             w=280,
             alt=f"Posterior bars; the exact posterior is {_spoken(self.names, exact)}.",
         )
@@ -131,14 +131,16 @@ class PlaneScene:
         )
         return figures.frame(
             [
-                self.plane(xy, "Drag the point"),
-                self.curves(
-                    density - density[best],
-                    f"Evidence against each class (best: {self.names[best]})",
-                    "nats per unit of ln σ",
-                    "Excess weighted loss of each class over the best, against sigma.",
-                ),
-                self.posterior_bars(share, exact, "Posterior"),
+                [
+                    self.plane(xy, "Drag the point"),
+                    self.curves(
+                        density - density[best],
+                        f"Evidence against each class (best: {self.names[best]})",
+                        "nats per unit of ln σ",
+                        "Excess weighted loss of each class over the best, against sigma.",
+                    ),
+                    self.posterior_bars(share, exact, "Posterior"),
+                ]
             ],
             note,
         )
@@ -170,8 +172,8 @@ class PlaneScene:
             xrange=(FIRST, LAST),
             yrange=(0, max(1.0, float(kl.max()) * 1.05)),
             alt="KL term of every step of the chain, one curve for each class.",
-            w=310,
-            h=300,
+            w=300,
+            h=280,
         )
         gap_line = dict(
             y=gaps, colour=self.colours[best], label=f"class {self.names[best]}", width=2
@@ -186,28 +188,29 @@ class PlaneScene:
             ylog=True,
             yrange=(1e-2, 100),
             cursor=steps,
-            w=260,
-            h=300,
+            w=270,
+            h=280,
             alt="The gap between exact log-likelihood and bound falls like one over T.",
         )
         bars = figures.bars(
             self.names,
             bound,
-            title="ELBO (black: truth)",
+            title="ELBO (line: exact)",
             colours=self.colours,
             marks=exact,
             range=(low, max(0.0, float(exact.max()) + 1)),
             texts=[f"{float(v):.2f}" for v in bound],
             xlabel="nats",
             w=190,
-            h=300,
+            h=280,
             alt=f"ELBO {_spoken(self.names, bound)}; exact {_spoken(self.names, exact)}.",
         )
         note = (
             f"With {steps} steps the bound on the model's log p_k(x), k = {self.names[best]}, is "
             f"{float(bound[best]):.3f} nats, the exact E log p_k at σ = {FIRST:g} is {float(exact[best]):.3f}: a gap of {here:.3f}."
         )
-        return figures.frame([self.plane(xy, "Drag the point"), kl_panel, bars, gap_panel], note)
+        panels = [self.plane(xy, "Drag the point"), kl_panel, bars, gap_panel]
+        return figures.frame([panels], note)
 
     def _bound(self, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """KL terms [K,T], the bound in absolute nats [K], and the levels [T] of a geometric chain."""
@@ -250,33 +253,35 @@ class PlaneScene:
         )
         return figures.frame(
             [
-                self.plane(
-                    xy,
-                    f"Denoised at σ = {sigma:.2f}",
-                    markers=markers,
-                    lines=lines,
-                    ring=(*xy, sigma),
-                ),
-                self.curves(
-                    noise_errors,
-                    "Noise error of each class, were the point clean",
-                    "loss / σ²",
-                    cursor=sigma,
-                    w=430,
-                    alt="Loss of the point under each class against sigma.",
-                    yrange=(0, float(noise_errors.max()) * 1.05),
-                ),
-                figures.bars(
-                    self.names,
-                    share,
-                    title=f"p(class | x_σ) at σ = {sigma:.2f}",
-                    colours=self.colours,
-                    h=300,
-                    w=250,
-                    texts=[f"{float(p):.2f}" for p in share],
-                    xlabel="class",
-                    alt=f"Posterior {_spoken(self.names, share)}.",
-                ),
+                [
+                    self.plane(
+                        xy,
+                        f"Denoised at σ = {sigma:.2f}",
+                        markers=markers,
+                        lines=lines,
+                        ring=(*xy, sigma),
+                    ),
+                    self.curves(
+                        noise_errors,
+                        "Noise error of each class, were the point clean",
+                        "loss / σ²",
+                        cursor=sigma,
+                        w=430,
+                        alt="Loss of the point under each class against sigma.",
+                        yrange=(0, float(noise_errors.max()) * 1.05),
+                    ),
+                    figures.bars(
+                        self.names,
+                        share,
+                        title=f"p(class | x_σ) at σ = {sigma:.2f}",
+                        colours=self.colours,
+                        h=280,
+                        w=250,
+                        texts=[f"{float(p):.2f}" for p in share],
+                        xlabel="class",
+                        alt=f"Posterior {_spoken(self.names, share)}.",
+                    ),
+                ]
             ],
             note,
         )
@@ -334,35 +339,38 @@ class ForwardScene:
         )
         return figures.frame(
             [
-                figures.plane(
-                    title=f"The plane at t = {t} (VP)",
-                    dots=z_t.numpy(),
-                    dot_colours=self.colours,
-                    limit=3.0,
-                    alt=f"Points of the classes, shrunk by {float(signal):.2f}, blurred by {float(spread):.2f}.",
-                ),
-                figures.curves(
-                    steps,
-                    series,
-                    title="Signal-to-noise ratio",
-                    xlabel="timestep t (drag)",
-                    ylabel="SNR",
-                    ylog=True,
-                    yrange=(1e-5, 1e4),
-                    cursor=t,
-                    h=300,
-                    alt="SNR of three schedules against the timestep.",
-                ),
-                figures.tiles(
-                    [self.digit, vp, units.to_model((ve / reach + 1) / 2)],
-                    columns=3,
-                    size=104,
-                    low=-1,
-                    high=1,
-                    title="A digit",
-                    captions=["clean", "VP: z_t", "VE: x_σ, rescaled"],
-                    alt="A digit, its VP noised form and its VE noised form, rescaled to be visible.",
-                ),
+                [
+                    figures.plane(
+                        title=f"The plane at t = {t} (VP)",
+                        dots=z_t.numpy(),
+                        dot_colours=self.colours,
+                        limit=3.0,
+                        alt=f"Points of the classes, shrunk by {float(signal):.2f}, blurred by {float(spread):.2f}.",
+                    ),
+                    figures.curves(
+                        steps,
+                        series,
+                        title="Signal-to-noise ratio",
+                        xlabel="timestep t (drag)",
+                        ylabel="SNR",
+                        ylog=True,
+                        yrange=(1e-5, 1e4),
+                        cursor=t,
+                        w=470,
+                        h=280,
+                        alt="SNR of three schedules against the timestep.",
+                    ),
+                    figures.tiles(
+                        [self.digit, vp, units.to_model((ve / reach + 1) / 2)],
+                        columns=2,
+                        size=106,
+                        low=-1,
+                        high=1,
+                        title="A digit",
+                        captions=["clean", "VP: z_t", "VE: x_σ, rescaled"],
+                        alt="A digit, its VP noised form and its VE noised form, rescaled to be visible.",
+                    ),
+                ]
             ],
             note,
         )

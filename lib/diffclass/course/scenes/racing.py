@@ -115,10 +115,10 @@ class RaceScene:
                 borders=[WRONG if best != label else None],
             ),
             self._curves(film, now, strategy, scale, colours),
-            posterior_bars(share, colours, "Posterior of the living classes", w=290),
+            posterior_bars(share, colours, "Posterior of the living classes", w=290, h=250),
             self._meter(now, film[-1]),
         ]
-        return figures.frame(panels, self._note(film, now, strategy, scale, share, label))
+        return figures.frame([panels], self._note(film, now, strategy, scale, share, label))
 
     def _curves(
         self, film: list[Moment], now: Moment, strategy: str, scale: float, colours: list[str]
@@ -127,7 +127,7 @@ class RaceScene:
         leads = torch.stack([moment.lead for moment in shown])
         bills = [moment.bill for moment in shown]
         series = class_lines(leads.T, colours)
-        out = dict(colour="black", dash="5 3", label="above this: out")
+        out = dict(colour=figures.INK, dash="5 3", label="above this: out")
         if strategy == RACE:
             draws = torch.arange(1, len(shown) + 1, dtype=torch.float64)
             series.append(dict(y=limit(draws, scale, leads.shape[1]), **out))
@@ -136,7 +136,7 @@ class RaceScene:
         return figures.curves(
             bills,
             series,
-            title="How far behind the leader? (frozen once a class is out)",
+            title="Behind the leader (frozen once out)",
             w=410,
             xlabel="network evaluations, class by class (drag)",
             ylabel="lag / nats",
@@ -154,8 +154,7 @@ class RaceScene:
             colours=[BEST, SECOND, OTHER],
             title="Evaluations, class by class",
             range=(0, self.whole),
-            w=230,
-            h=240,
+            w=240,
             texts=[str(v) for v in values],
             xlabel="",
             alt=f"{now.bill} network evaluations so far, {last.bill} in the end, {self.whole} for all "

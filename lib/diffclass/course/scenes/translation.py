@@ -11,7 +11,7 @@ from diffclass.classifiers.idc import TranslationClassifier, TranslationStep, Tr
 from diffclass.course import figures
 from diffclass.course.scenes.digits import class_lines
 
-SIZE = 54  # of a label on the screen, pixels
+SIZE = 72  # of a label on the screen, pixels
 
 
 def stored(labels: Tensor, low: float) -> Tensor:
@@ -72,45 +72,49 @@ class TranslationScene:
         )
         return figures.frame(
             [
-                figures.tiles(
-                    [picture, state, label],
-                    columns=3,
-                    size=84,
-                    low=-1,
-                    high=1,
-                    title="From picture to label",
-                    captions=[f"digit {index}", f"m = {m:.2f}", f"label {c}"],
-                    alt=f"A handwritten {c}, the bridge at share {m:.2f}, and the label of class {c}.",
-                ),
-                figures.tiles(
-                    labels,
-                    columns=5,
-                    size=SIZE,
-                    captions=[str(k) for k in range(len(labels))],
-                    title=f"Labels: {family}",
-                    alt=f"The ten labels of the family {family}.",
-                ),
-                figures.tiles(
-                    [cosines[None]],
-                    columns=1,
-                    size=150,
-                    low=-1,
-                    high=1,
-                    captions=[spread],
-                    title="Cosines",
-                    alt=f"Gram matrix of the ten labels; between different labels {spread}.",
-                ),
-                self._distances(walk, m, c),
-                figures.tiles(
-                    [step.estimate[0] for step in walk],
-                    columns=len(walk),
-                    size=64,
-                    low=-1,
-                    high=1,
-                    captions=[f"m = {float(self.bridge.shares[step.t]):.2f}" for step in walk],
-                    title="The network's estimated label at each step",
-                    alt=f"The network's estimates of the label; the last is nearest to label {best}.",
-                ),
+                [
+                    figures.tiles(
+                        [picture, state, label],
+                        columns=3,
+                        size=100,
+                        low=-1,
+                        high=1,
+                        title="From picture to label",
+                        captions=[f"digit {index}", f"m = {m:.2f}", f"label {c}"],
+                        alt=f"A handwritten {c}, the bridge at share {m:.2f}, and the label of class {c}.",
+                    ),
+                    figures.tiles(
+                        labels,
+                        columns=5,
+                        size=SIZE,
+                        captions=[str(k) for k in range(len(labels))],
+                        title=f"Labels: {family}",
+                        alt=f"The ten labels of the family {family}.",
+                    ),
+                    figures.tiles(
+                        [cosines[None]],
+                        columns=1,
+                        size=150,
+                        low=-1,
+                        high=1,
+                        captions=[spread],
+                        title="Cosines",
+                        alt=f"Gram matrix of the ten labels; between different labels {spread}.",
+                    ),
+                ],
+                [
+                    self._distances(walk, m, c),
+                    figures.tiles(
+                        [step.estimate[0] for step in walk],
+                        columns=len(walk),
+                        size=84,
+                        low=-1,
+                        high=1,
+                        captions=[f"m = {float(self.bridge.shares[step.t]):.2f}" for step in walk],
+                        title="The network's estimated label at each step",
+                        alt=f"The network's estimates of the label; the last is nearest to label {best}.",
+                    ),
+                ],
             ],
             note,
         )
@@ -125,11 +129,11 @@ class TranslationScene:
             cursor=m,
             xrange=(0, 1),
             yrange=(0, max(0.6, float(distances.max()) * 1.05)),
-            w=400,
-            h=250,
+            w=480,
+            h=200,
             title="Distance to the network's own labels (read right to left)",
             xlabel="share m of the picture (drag)",
-            ylabel="mean absolute difference",
+            ylabel="mean |difference|",
             alt=f"Distances of the estimates of a {label} to the ten labels that the network was trained on, from "
             "picture to label.",
         )

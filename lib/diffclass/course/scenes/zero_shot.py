@@ -192,16 +192,18 @@ class ZeroShotScene:
         if best != film.label:
             colours[best] = WRONG
         truth = self.law.posterior(film.x)[0]
-        panels = [
-            self._pictures(film, best),
-            self._heat(film, now, best, colours),
-            self._curves(film, now, share, colours),
-            posterior_bars(
-                truth, figures.emphasis(truth), "Bayes' rule on the exact law", self.names, w=290
-            ),
-            self._meter(film, now),
+        exactly = figures.emphasis(truth)
+        rows = [
+            [self._pictures(film, best), self._heat(film, now, best, colours)],
+            [
+                self._curves(film, now, share, colours),
+                posterior_bars(
+                    truth, exactly, "Bayes' rule on the exact law", self.names, w=310, h=185
+                ),
+                self._meter(film, now),
+            ],
         ]
-        return figures.frame(panels, self._note(film, now, best, truth))
+        return figures.frame(rows, self._note(film, now, best, truth))
 
     def _pictures(self, film: EliminationFilm, best: int) -> dict:
         z = film.classifier.encode(film.x)[0]
@@ -210,9 +212,9 @@ class ZeroShotScene:
         shown += [0.5 + channel / (2 * limit) for channel in z]
         return figures.tiles(
             shown,
-            columns=5,
-            size=76,
-            title=f"Picture {film.settings['index']}, and what the network sees of it",
+            columns=3,
+            size=72,
+            title=f"Picture {film.settings['index']} and its latents",
             captions=[f"label {film.label}", "sum", "vertical", "horizontal", "diagonal"],
             borders=[WRONG if best != film.label else None, None, None, None, None],
             alt=f"A faint handwritten {film.label} in heavy grain, and its latents: four pictures of half the size.",
@@ -245,6 +247,7 @@ class ZeroShotScene:
             ticks=ticks,
             title="Prompt × timestep: worse (orange) or better (blue) than the leader",
             xlabel="timestep; grey: not asked, ✗: out",
+            h=225,
             alt=f"Weighted loss of every prompt at every timestep, less that of the leading prompt, class {self.names[best]}; "
             f"{int(film.alive[now].sum())} prompts are left.",
         )
@@ -263,13 +266,14 @@ class ZeroShotScene:
         return figures.curves(
             paid,
             class_lines(leads.T, colours, self.names),
-            title="How far behind the leader? (frozen once a class is out)",
+            title="Behind the leader (frozen once out)",
             xlabel=f"% of {bill} evaluations (drag)",
             ylabel="lag / weighted loss",
             xrange=(0, 100),
             yrange=(0.0, top),
             cursor=min(share, 100 * film.bills[-1] / bill),
-            w=410,
+            w=430,
+            h=185,
             alt="Lag of every class behind the leading one against the evaluations spent.",
         )
 
@@ -282,8 +286,8 @@ class ZeroShotScene:
             colours=[BEST, SECOND, OTHER],
             title="Network evaluations",
             range=(0, whole),
-            w=230,
-            h=240,
+            w=240,
+            h=185,
             texts=[str(v) for v in values],
             alt=f"{values[0]} network evaluations so far, {values[1]} in the end, {whole} for all prompts at all levels.",
         )
