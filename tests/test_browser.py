@@ -220,7 +220,7 @@ def test_the_app_plays_a_film_takes_a_drawing_and_opens_its_own_link(page, tmp_p
         assert film.get_attribute("aria-valuenow") == "20.0"
         film.focus()
         film.press("Home")
-        page.get_by_text("clean: 5").or_(page.get_by_text("step 0: 5")).first.wait_for()
+        page.locator(".dc-tile", has_text="step 0").first.wait_for()
         page.locator(".widget-play button").first.click()
         page.wait_for_function(
             "film => film.getAttribute('aria-valuenow') === '20.0'", arg=film.element_handle()

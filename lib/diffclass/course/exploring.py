@@ -454,8 +454,8 @@ class Explorer(Worker):
             self._show_audit()
         if title == "All pictures" and self.of_record.value == NONE:
             name = f"{self.first.value}-linf"
-            if name in self.of_record.options:
-                self.of_record.value = name
+            listed = self.of_record.options
+            self.of_record.value = name if name in listed else listed[-1]
 
     def _keep(self) -> None:
         state = self.state()
@@ -487,6 +487,7 @@ class Explorer(Worker):
     def _show_record(self) -> None:
         """Draw a record's pictures as dots that can be clicked."""
         name = self.of_record.value
+        self.dots.layout.height = 380 if name != NONE else 10
         if name == NONE:
             return
         shown = overview.read(name, overview.stored(self.scene.world)[name])

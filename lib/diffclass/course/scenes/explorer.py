@@ -556,10 +556,18 @@ class ExplorerScene:
         clean = lane.look(None, self.subject.x)
         now = lane.look(place, x)
         colours = self._colours(clean, now)
+        made = lane.made(place, x, sigma, self.class_names)
+        if isinstance(made, str) and now.lines is None:
+            words = f"{lane.title} {made}."
+            inside = [figures.words(words, title="Between picture and answer", w=640, h=190)]
+        else:
+            inside = [
+                self._made(lane, made, colours),
+                self._lines(lane, clean, now, colours, sigma),
+            ]
         return [
             self._tiles(lane, step, x, now),
-            self._made(lane, place, x, sigma, colours),
-            self._lines(lane, clean, now, colours, sigma),
+            *inside,
             self._posterior(lane, clean, now, colours),
         ]
 
@@ -588,7 +596,7 @@ class ExplorerScene:
                 border = WRONG
         at = "clean" if place is None else f"step {place[1]}"
         images = [x[0], shown]
-        captions = [f"{at}: {said}", f"change, L2 {size:.2f}"]
+        captions = [f"{at}\n{said}", f"L2 {size:.2f}"]
         borders = [border, None]
         if now is not None and now.seen is not None:
             images.insert(1, now.seen[0])
@@ -598,18 +606,15 @@ class ExplorerScene:
             images,
             columns=1,
             size=78 if len(images) == 2 else 62,
-            title=lane.title if len(self.lanes) > 1 else self.subject.title,
+            title=lane.name if len(self.lanes) > 1 else self.subject.title,
             captions=captions,
             borders=borders,
             alt=f"{self.subject.title}, {at}, for {lane.title}: it says {said}. The change has L2 length {size:.2f}.",
         )
 
-    def _made(self, lane: Lane, place, x: Tensor, sigma: float, colours: list[str]) -> dict:
-        made = lane.made(place, x, sigma, self.class_names)
+    def _made(self, lane: Lane, made: Made | str, colours: list[str]) -> dict:
         if isinstance(made, str):
-            return figures.words(
-                f"{lane.title} {made}.", title="What it makes of the picture", w=300, h=190
-            )
+            return figures.words(f"{lane.title} {made}.", title="Pictures", w=300, h=190)
         return figures.tiles(
             made.images,
             columns=5,
@@ -655,7 +660,7 @@ class ExplorerScene:
             ]
         series += class_lines(excess, colours, self.class_names, filled=SECOND)
         low = min(0.0, float(ghost.min()))
-        high = 1.15 * float(ghost.max()) + 1e-6
+        high = 1.1 * max(float(ghost.max()), self._highest(lane, lines.log)) + 1e-6
         return figures.curves(
             lines.places,
             series,
@@ -671,6 +676,20 @@ class ExplorerScene:
             + (" Dashed: those of the clean picture." if now is not clean else ""),
             **size,
         )
+
+    def _highest(self, lane: Lane, excess: bool) -> float:
+        """The highest line on the last picture of a film, so that the scale stays the same all through it."""
+        if lane.film is None or not lane.film.frames:
+            return 0.0
+        last = len(lane.film.frames) - 1
+        place = (lane.film, last)
+        if not lane.known(place):
+            return 0.0
+        look = lane.look(place, lane.film.frames[last].x)
+        values = look.lines.values
+        if excess:
+            values = values - values[int(decided(look.logits[None]))]
+        return float(values.max())
 
     def _posterior(self, lane: Lane, clean: Look, now: Look, colours: list[str]) -> dict:
         title, share = shares(lane.classifier, now.logits)
@@ -709,7 +728,7 @@ class ExplorerScene:
                     x=[float(i) for i in range(len(frames))],
                     y=[lead / most for lead in leads],
                     colour=(BEST, COLOURS[3])[number],
-                    label=f"{lane.title} (1 = {most:.3g} {lane.classifier.scale})",
+                    label=f"{lane.title} (1 = {_number(most)} {lane.classifier.scale})",
                     width=2.2,
                 )
             )
@@ -807,6 +826,10 @@ def shares(classifier: Classifier, logits: Tensor) -> tuple[str, Tensor]:
         return "Votes", logits / logits.sum()
     title = "Posterior" if classifier.scale == "nats" else "Softmax of scores, no posterior"
     return title, logits.softmax(0)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _steps_of(asked: Asked) -> int:
