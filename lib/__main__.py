@@ -5,7 +5,7 @@
     python3 -m lib test   [pytest args]     set up, then run all tests and all notebooks
     python3 -m lib bench  [pytest args]     set up, then time the sliders in a real browser
     python3 -m lib twins  [pytest args]     set up, then draw the static twins of the interactive figures anew
-    python3 -m lib html   [nbconvert args]  set up, then write executed copies of the notebooks to build/html
+    python3 -m lib html   [--run ...]       set up, then write the course as pages to read to build/html
 
 The first run installs about 2 GB into .venv (DIFFCLASS_VENV names another folder), which takes 1-2 minutes and the
 download. An activated conda or virtual environment that already holds this checkout is used as it is.
@@ -38,7 +38,8 @@ NETWORK = (
 USABLE = f"import pip, sys; sys.exit(sys.version_info[:2] not in {PYTHONS})"
 INSTALLED = """import importlib.util as u, pathlib, sys; here = u.find_spec("diffclass")
 sys.exit(not (here and pathlib.Path(here.origin).resolve().parents[1] == pathlib.Path(sys.argv[1]) and all(map(
-    u.find_spec, ("torch", "jupyterlab", "voila", "nbconvert", "pytest", "xdist", "nbval", "playwright")))))"""
+    u.find_spec, ("torch", "jupyterlab", "voila", "nbconvert", "latex2mathml", "ziamath", "pytest", "xdist", "nbval",
+    "playwright")))))"""
 CLOSED = '{"data": {"layout-restorer:data": {"left": {"collapsed": true}}}, "metadata": {"id": "default"}}'
 say = functools.partial(print, flush=True)
 
@@ -211,7 +212,6 @@ def lab():
 
 def main(argv):
     job = (argv or [""])[0]
-    books = map(str, sorted(ROOT.glob("notebooks/*.ipynb")))
     jobs = {
         "lab": lab,
         "explore": lambda: ["-m", "diffclass", "explore"],
@@ -222,10 +222,7 @@ def main(argv):
             "browser and not pictures",
         ],
         "twins": lambda: "-m pytest -q -m pictures tests/test_browser.py".split(),
-        "html": lambda: [
-            *"-m nbconvert --to html --execute --embed-images --output-dir build/html".split(),
-            *books,
-        ],
+        "html": lambda: "-m diffclass html".split(),
     }
     if job not in jobs:
         return say(__doc__) or 2 * (job not in ("-h", "--help"))

@@ -45,6 +45,7 @@ COMMANDS = (
     "compare-costs",
     "scoreboard",
     "readme",
+    "html",
 )
 ACCURACY = dict(correct=396, n=400, low=0.975, high=0.997)
 

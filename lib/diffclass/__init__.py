@@ -21,7 +21,8 @@ Rooms, bottom to top:
     training     How the networks in `assets/` are trained.
     audit        An audit of a claimed robustness: 40 checks, each a light with its evidence, and what to do when it is red.
     course       What notebooks use: checks, exercises, figures, widgets. Only notebooks and the command line import it.
-    cli          The command `diffclass`: open the course, look after its files, train, classify, evaluate and list.
+    edition      The course as pages to read: a map of the notebooks, a site that asks nobody, and slides.
+    cli          The command `diffclass`: open the course, look after its files, train, classify, evaluate, list, and write it as pages.
 
 Classifiers, by the names of the registry:
 

@@ -1,8 +1,9 @@
-"""The command `diffclass`: open the course, look after its files, train, classify, evaluate and list."""
+"""The command `diffclass`: open the course, look after its files, train, classify, evaluate, list, and write it as pages."""
 
 from diffclass.cli import (
     auditing,
     certifying,
+    edition,
     evaluation,
     exploring,
     files,
@@ -18,6 +19,7 @@ __all__ = [
     "app",
     "auditing",
     "certifying",
+    "edition",
     "evaluation",
     "exploring",
     "files",

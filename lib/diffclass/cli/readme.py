@@ -1,4 +1,4 @@
-"""The command that keeps the README and the package's docstring in step with the code: readme."""
+"""The command that keeps the README, the package's docstring and the notebooks' links in step with the code: readme."""
 
 import ast
 import re
@@ -86,11 +86,14 @@ def refreshed(text: str, name: str, content: str) -> str:
 
 def written() -> dict[Path, str]:
     """The files that are partly generated, as they should be."""
+    from diffclass.edition import chapters
     from diffclass.evaluation import tables
     from diffclass.zoo import classifiers, noised
 
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
+    listed = chapters.chapters()
+    text = refreshed(text, "map", chapters.map_table(listed))
     text = refreshed(text, "rooms", room_table())
     text = refreshed(text, "classifiers", classifier_table(classifiers.ENTRIES))
     text = refreshed(text, "noised", classifier_table(noised.ENTRIES))
@@ -108,7 +111,8 @@ def written() -> dict[Path, str]:
         package.read_text(encoding="utf-8"),
         flags=re.S,
     )
-    return {readme: text, package: docstring}
+    closed = {chapter.path: chapters.with_closing(chapter, listed) for chapter in listed}
+    return {readme: text, package: docstring, **closed}
 
 
 def _filled(table: list[str], name: str) -> str:
@@ -122,7 +126,10 @@ def _filled(table: list[str], name: str) -> str:
 
 @app.command(epilog=EXIT_CODES)
 def readme(ctx: typer.Context, check: bool = False, json_wanted: Json = False):
-    """Write the generated parts of README.md (rooms, classifiers, results) anew; --check only says whether they differ."""
+    """Write the generated parts anew: README.md (map, rooms, classifiers, results) and the notebooks' last cells.
+
+    --check only says whether they differ.
+    """
     from diffclass.storage import files
 
     answer = ctx.obj
@@ -136,5 +143,7 @@ def readme(ctx: typer.Context, check: bool = False, json_wanted: Json = False):
     for name in names:
         answer.say(f"{name}: {verb}")
     if not names:
-        answer.say("README.md and the package's docstring say what the code says.")
+        answer.say(
+            "README.md, the package's docstring and the notebooks' links say what the code says."
+        )
     raise typer.Exit(PROBLEM if check and names else OK)
