@@ -1,5 +1,6 @@
 """The command that writes the course as pages to read: html."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def html(
     answer = ctx.obj
     listed = chapters.chapters()
     chosen = None if slides is None else chapters.find(slides, listed)
-    execute = running.executed if run else None
+    execute = functools.cache(running.executed) if run else None  # slides ask once more
     answer.content |= dict(command="html", folder=str(to), run=run)
     to.mkdir(parents=True, exist_ok=True)
     written = []

@@ -259,7 +259,7 @@ def _page(up: str = "", contents=(), before=None, after=None, **parts) -> str:
 
 def fingerprint(*parts: bytes) -> str:
     """What a page depends on: the parts, the edition's own files, and the packages that convert."""
-    own = [path.read_bytes() for path in sorted(HERE.iterdir()) if path.is_file()]
+    own = [path.read_bytes() for path in sorted(HERE.iterdir()) if path.suffix in (".py", ".j2")]
     versions = [metadata.version(name).encode() for name in PACKAGES]
     return hashlib.sha256(b"\0".join([*parts, *own, *versions])).hexdigest()
 
