@@ -286,6 +286,7 @@ def build(
     """
     listed = chapters.chapters() if listed is None else listed
     linked = Linked()
+    put_style(folder)
     around = "".join(f"{one.short}{one.question}{one.minutes}" for one in listed).encode()
     for chapter in listed:
         path = folder / f"{chapter.name}.html"
@@ -295,6 +296,7 @@ def build(
         mark = fingerprint(*parts)
         if _is_kept(path, mark):
             _note_links(chapter, linked)
+            put_pictures(folder, linked.pictures)
             yield Written(chapter.name, kept=True)
             continue
         try:
@@ -303,12 +305,14 @@ def build(
         except ValueError as error:
             yield Written(chapter.name, problem=error)
             continue
+        put_pictures(folder, linked.pictures)
         put(path, page, mark)
         yield Written(chapter.name)
     for name, title, _ in chapters.EXTRAS:
         source = chapters.NOTEBOOKS / name
         soup = prepared(markdown(source.read_text(encoding="utf-8")), source, linked)
         page = _page(title=title, body=str(soup), contents=_contents(soup))
+        put_pictures(folder, linked.pictures)
         put(folder / f"{source.stem}.html", page)
         yield Written(source.stem)
     _write_front(folder, listed, linked)
@@ -344,17 +348,24 @@ def _write_front(folder: Path, listed: Sequence[chapters.Chapter], linked: Linke
         mark = fingerprint(path.read_bytes())
         if not _is_kept(folder / _page_of(path), mark):
             put(folder / _page_of(path), _source_page(path), mark)
-    put_beside(folder, {front, *linked.pictures})
+    put_pictures(folder, {front})
 
 
-def put_beside(folder: Path, pictures: set[Path]) -> None:
-    """Write what every page needs, and some pictures."""
-    copies = {folder / "pictures" / path.name: path for path in pictures}
-    copies[folder / "edition.css"] = HERE / "edition.css"
-    copies[folder / "fonts" / formulas.FONT] = formulas.font()
-    for target, path in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.write(target, path.read_bytes())
+def put_style(folder: Path) -> None:
+    """Write what every page needs, before the first page: a site that is stopped half-way can be read."""
+    _copy(HERE / "edition.css", folder / "edition.css")
+    _copy(formulas.font(), folder / "fonts" / formulas.FONT)
+
+
+def put_pictures(folder: Path, pictures: set[Path]) -> None:
+    """Write the pictures that pages show."""
+    for path in sorted(pictures):
+        _copy(path, folder / "pictures" / path.name)
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write(target, path.read_bytes())
 
 
 def _source_page(path: Path) -> str:

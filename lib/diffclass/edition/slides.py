@@ -56,5 +56,6 @@ def write(notebook: dict, chapter: chapters.Chapter, folder: Path) -> Path:
     page = slides(notebook, chapter, linked)
     path = folder / f"{chapter.name}_slides.html"
     pages.put(path, page)
-    pages.put_beside(folder, linked.pictures)
+    pages.put_style(folder)
+    pages.put_pictures(folder, linked.pictures)
     return path
