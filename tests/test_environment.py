@@ -192,3 +192,11 @@ def test_lab_writes_nothing_outside_build(launcher, monkeypatch, tmp_path):
     launcher.lab()
     assert workspace.read_text() == "the reader's own"
     assert ("--no-browser" in command) == sys.platform.startswith("linux")
+
+
+def test_html_is_the_command_of_the_library(launcher, monkeypatch):
+    called = []
+    monkeypatch.setattr(launcher, "ready", lambda: Path("python"))
+    monkeypatch.setattr(launcher.subprocess, "call", lambda command, **_: called.append(command))
+    launcher.main(["html", "--run", "--slides", "03"])
+    assert called == [["python", "-m", "diffclass", "html", "--run", "--slides", "03"]]
