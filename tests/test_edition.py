@@ -323,6 +323,25 @@ def test_a_live_figure_is_a_sentence_and_a_drawn_one_has_words(small):
     assert soup.find("img")["alt"].endswith("in the section: Part")
 
 
+def test_a_plotly_figure_is_drawn_by_a_script_beside_the_page(small):
+    path = make(small, "03_plot", "# Title", ">figure")
+    notebook = json.loads(path.read_text())
+    figure = {"data": [{"type": "bar", "y": [1, 2]}], "layout": {}}
+    output = dict(output_type="display_data", data={pages.PLOT: figure}, metadata={})
+    notebook["cells"][1]["outputs"] = [output]
+
+    def execute(chapter):
+        return notebook if chapter.path == path else chapters.read(chapter.path)
+
+    assert results(small, execute)["03_plot"] == "written"
+    site = small.parent / "site"
+    soup = BeautifulSoup((site / "03_plot.html").read_text(), "html.parser")
+    assert [tag["src"] for tag in soup.find_all("script", src=True)] == [pages.SCRIPT]
+    assert soup.find(id="plot-0") and (site / pages.SCRIPT).stat().st_size > 1e6
+    others = (site / "00_first.html").read_text() + (site / "index.html").read_text()
+    assert "<script" not in others
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 

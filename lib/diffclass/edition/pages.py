@@ -32,6 +32,8 @@ CAPTION = (
     "As the figure stands when the notebook opens. There it is live: drag, choose, press play."
 )
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PLOT = "application/vnd.plotly.v1+json"
+SCRIPT = "plotly.min.js"
 LIVE = '<p class="live">Live in the notebook: <code>python3 -m lib lab</code></p>'
 UNREAD = re.compile(r"\$[^$]+\$|\\[A-Za-z]{2,}")  # a formula that was taken for text
 MARK = "@fingerprint@"  # where a page is given the fingerprint of what it was made from
@@ -111,13 +113,23 @@ def cells(notebook: dict, name: str) -> str:
         )
     )
     read = nbformat.reads(json.dumps(notebook), as_version=4)
-    for cell in read.cells:
-        for output in cell.get("outputs", []):
-            if WIDGET in output.get("data", {}):
-                output.data = {"text/html": LIVE}
+    outputs = [output for cell in read.cells for output in cell.get("outputs", [])]
+    for i, output in enumerate(outputs):
+        data = output.get("data", {})
+        if WIDGET in data:
+            output.data = {"text/html": LIVE}
+        elif PLOT in data:
+            output.data = {"text/html": _plot(data[PLOT], f"plot-{i}")}
     exporter = _Exporter(template_file=str(HERE / "cells.html.j2"), config=config)
     body, _ = exporter.from_notebook_node(read)
     return body
+
+
+def _plot(figure: dict, name: str) -> str:
+    """A plotly figure that can be touched, as HTML that needs `SCRIPT` beside its page."""
+    from plotly import io
+
+    return io.to_html(figure, include_plotlyjs=False, full_html=False, validate=False, div_id=name)
 
 
 def prepared(body: str, path: Path, linked: Linked) -> BeautifulSoup:
@@ -242,6 +254,11 @@ def notebook_page(
     )
 
 
+def script_for(body: str) -> str:
+    """The script that a page needs: plotly's, where it has a figure of it, and else none."""
+    return SCRIPT if "plotly-graph-div" in body else ""
+
+
 def _names(listed: Sequence[chapters.Chapter]) -> dict[str, str]:
     """Numbers of chapters to names of their pages."""
     return {one.number: one.name for one in listed}
@@ -249,7 +266,14 @@ def _names(listed: Sequence[chapters.Chapter]) -> dict[str, str]:
 
 def _page(up: str = "", contents=(), before=None, after=None, **parts) -> str:
     return TEMPLATES.get_template("page.html.j2").render(
-        up=up, contents=contents, before=before, after=after, foot=FOOT, fingerprint=MARK, **parts
+        script=script_for(parts["body"]),
+        up=up,
+        contents=contents,
+        before=before,
+        after=after,
+        foot=FOOT,
+        fingerprint=MARK,
+        **parts,
     )
 
 
@@ -306,6 +330,8 @@ def build(
             yield Written(chapter.name, problem=error)
             continue
         put_pictures(folder, linked.pictures)
+        if script_for(page):
+            put_script(folder)
         put(path, page, mark)
         yield Written(chapter.name)
     for name, title, _ in chapters.EXTRAS:
@@ -355,6 +381,13 @@ def put_style(folder: Path) -> None:
     """Write what every page needs, before the first page: a site that is stopped half-way can be read."""
     _copy(HERE / "edition.css", folder / "edition.css")
     _copy(formulas.font(), folder / "fonts" / formulas.FONT)
+
+
+def put_script(folder: Path) -> None:
+    """Write plotly's script. Its figures are drawn by it, here as in the notebooks."""
+    from plotly import offline
+
+    files.write(folder / SCRIPT, offline.get_plotlyjs())
 
 
 def put_pictures(folder: Path, pictures: set[Path]) -> None:

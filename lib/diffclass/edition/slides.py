@@ -23,7 +23,10 @@ def slides(notebook: dict, chapter: chapters.Chapter, linked: pages.Linked) -> s
         else:
             shown += _cut(block)
     return pages.TEMPLATES.get_template("slides.html.j2").render(
-        title=f"{chapter.number} · {chapter.title}", short=chapter.short, slides=shown
+        title=f"{chapter.number} · {chapter.title}",
+        short=chapter.short,
+        slides=shown,
+        script=pages.script_for("".join(shown)),
     )
 
 
@@ -57,5 +60,7 @@ def write(notebook: dict, chapter: chapters.Chapter, folder: Path) -> Path:
     path = folder / f"{chapter.name}_slides.html"
     pages.put(path, page)
     pages.put_style(folder)
+    if pages.script_for(page):
+        pages.put_script(folder)
     pages.put_pictures(folder, linked.pictures)
     return path
