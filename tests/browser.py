@@ -1,6 +1,7 @@
 """Drive JupyterLab in a real browser: serve, open a notebook, run it, and time a slider to the repainted figure."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = Path(os.environ.get("DIFFCLASS_NOTEBOOKS") or ROOT / "notebooks")
@@ -249,6 +252,32 @@ def serve_app(folder: Path):
                 server.wait(15)
             except subprocess.TimeoutExpired:
                 server.kill()
+
+
+def film(page, hero, label: str, pictures: int, path: Path, width: int = 960) -> None:
+    """Drag the slider of a hero from one end to the other, and write what is seen as an animated WebP file."""
+    one = hero.locator(".widget-slider:visible", has_text=re.compile(rf"^{re.escape(label)}")).first
+    track = one.locator(".noUi-base").bounding_box()
+    middle = track["y"] + track["height"] / 2
+    one.locator(".noUi-handle").hover()
+    page.mouse.down()
+    frames = []
+    for number in range(pictures):
+        page.mouse.move(track["x"] + track["width"] * number / (pictures - 1), middle)
+        page.wait_for_timeout(400)
+        picture = Image.open(io.BytesIO(hero.screenshot())).convert("RGB")
+        frames.append(picture.resize((width, round(picture.height * width / picture.width))))
+    page.mouse.up()
+    height = max(frame.height for frame in frames)  # a note may take another line
+    whole = []
+    for frame in frames:
+        page_of = Image.new("RGB", (width, height), "white")
+        page_of.paste(frame)
+        whole.append(page_of)
+    lasting = [140] * (len(whole) - 1) + [1200]
+    whole[0].save(
+        path, save_all=True, append_images=whole[1:], duration=lasting, loop=0, quality=60, method=4
+    )
 
 
 def watched(page):

@@ -243,12 +243,36 @@ def test_the_app_plays_a_film_takes_a_drawing_and_opens_its_own_link(page, tmp_p
     assert page.offsite == []
 
 
+# The slider that each hero is filmed along, and how many pictures a film has.
+FILMED = {
+    "00": "noise σ",
+    "01": "timestep t",
+    "02": "steps T",
+    "03": "temperature",
+    "04": "noise σ",
+    "05": "picture",
+    "06": "evaluations spent",
+    "06b": "noise σ",
+    "07": "film: step",
+    "08": "film: PGD step",
+    "09": "check",
+    "10": "share m of the picture",
+    "11": "training step",
+    "12": "votes shown",
+    "13": "film: % of the bill",
+    "14": "pictures, at most",
+    "15": "film",
+}
+PICTURES = 18
+
+
 @pytest.mark.pictures
 @pytest.mark.parametrize(
     "path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
 )
-def test_draw_the_static_twin(path, lab, page):
-    """Not a test of anything: writes assets/NN_hero.png, which a reader without a kernel sees in the notebook."""
+def test_draw_the_static_twin_and_its_film(path, lab, page):
+    """Not a test of anything: writes assets/NN_hero.png, which a reader without a kernel sees, and NN_film.webp."""
+    number = path.stem.partition("_")[0]
     browser.open_notebook(page, lab, path.name)
     assert browser.run_all(page) == "done"
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage) > .jupyter-widgets").first
@@ -259,7 +283,10 @@ def test_draw_the_static_twin(path, lab, page):
             page.wait_for_timeout(500)
             hero.get_by_text("done", exact=True).wait_for()
     page.add_style_tag(content=".jp-Toolbar { visibility: hidden }")
-    hero.screenshot(path=browser.ROOT / "assets" / f"{path.stem.partition('_')[0]}_hero.png")
+    hero.screenshot(path=browser.ROOT / "assets" / f"{number}_hero.png")
+    browser.film(
+        page, hero, FILMED[number], PICTURES, browser.ROOT / "assets" / f"{number}_film.webp"
+    )
     browser.close_notebook(page)
 
 

@@ -459,7 +459,8 @@ class Explorer(Worker):
 
     def _keep(self) -> None:
         state = self.state()
-        document = json.dumps(keeping.record(self.scene, state), indent=1, ensure_ascii=False)
+        found = keeping.record(self.scene, state)
+        document = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
         data = base64.b64encode(document.encode()).decode()
         self.kept.value = state.as_json()
         self.files.value = (

@@ -11,6 +11,7 @@ function render({ model, el }) {
   const side = document.createElement("div"), clear = document.createElement("button");
   const label = document.createElement("label"), file = document.createElement("input"), hint = document.createElement("p");
   root.className = "dc-pad";
+  root.dataset.lmSuppressShortcuts = "true"; // keys that are typed here are not the notebook's
   canvas.width = canvas.height = SIDE;
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "img");
@@ -66,7 +67,7 @@ function render({ model, el }) {
     last = to;
   }
   clear.addEventListener("click", wipe);
-  file.addEventListener("change", () => take(file.files[0]));
+  file.addEventListener("change", () => { take(file.files[0]); file.value = ""; }); // so that the same one can be chosen again
   root.addEventListener("dragover", event => event.preventDefault());
   root.addEventListener("drop", event => { event.preventDefault(); event.stopPropagation(); take(event.dataTransfer.files[0]); });
 }
