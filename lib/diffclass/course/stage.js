@@ -473,7 +473,7 @@ function render({ model, el }) {
   function arrange() {
     const width = root.clientWidth || 1000, view = el.closest(".jp-WindowedPanel-outer");
     const whole = screen?.on(), height = whole || !view ? window.innerHeight : view.clientHeight;
-    const above = hero ? el.getBoundingClientRect().top - hero.getBoundingClientRect().top : 0;
+    const above = hero ? el.getBoundingClientRect().top - (hero === el ? el : hero.firstElementChild).getBoundingClientRect().top : 0;
     const now = [width, height, Math.round(above), whole].join();
     if (now === place) return;
     place = now;

@@ -156,13 +156,17 @@ def excess_curves(
     """Excess loss over the best class, per unit of ln sigma: the area under a curve is nats against that class.
 
     Shapes      losses [K,T], sigmas [T] -> a panel, with a line to drag where there is a cursor; ghost [K,T]: what the
-                coloured curves were before, drawn dotted
+                coloured curves are of the clean picture, drawn dotted
     """
     names = digit_names(losses) if names is None else names
     excess = excess_of(losses, best, sigmas)
     top = float(excess.max())
+    xlabel = "noise level σ (model units)"
     before = []
+    if cursor is not None:
+        xlabel = "noise level σ (model units; drag)"
     if ghost is not None:
+        xlabel = f"{xlabel}; dotted: clean"
         before = [
             dict(y=ghost[k], colour=colour, dash="2 3", opacity=0.8)
             for k, colour in enumerate(colours)
@@ -174,9 +178,7 @@ def excess_curves(
         title="Evidence against each class (area = nats)",
         cursor=cursor,
         xlog=True,
-        xlabel="noise level σ (model units)"
-        if cursor is None
-        else "noise level σ (model units; drag)",
+        xlabel=xlabel,
         ylabel="excess loss / σ²",
         alt=f"Excess loss over class {names[best]} for every class against the noise level.",
         **{
