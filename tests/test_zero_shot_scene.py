@@ -230,7 +230,7 @@ def test_a_heat_map_has_the_colours_that_it_says():
     clear = (*orange[:3], 0)
     assert panel["image"]["shape"] == [2, 4, 4]
     assert cells[:4] == [clear, orange, blue, grey] and cells[5:] == [blue, orange, clear]
-    assert cells[4] == (*orange[:3], 127)
+    assert cells[4] == (*orange[:3], 128)
     with pytest.raises(ValueError, match="finite numbers to draw"):
         heat([[math.inf], [0.0]])
     with pytest.raises(ValueError, match="a label and a colour for each of 2 rows, got 1 and 2"):
