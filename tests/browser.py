@@ -95,6 +95,7 @@ PRESS = """async ([selector, index, timeout]) => {
 FAULTS = """() => {
   const view = document.querySelector('.jp-WindowedPanel-outer'), width = view.getBoundingClientRect(), faults = [];
   const meet = (a, b, by) => a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - by && b.top < a.bottom - by;
+  const words_at = text => { const all = document.createRange(); all.selectNodeContents(text); return all.getBoundingClientRect(); };
   const out = (a, b, by) => a.left < b.left - by || a.right > b.right + by || a.top < b.top - by || a.bottom > b.bottom + by;
   if (view.scrollWidth > view.clientWidth + 1) faults.push('the page scrolls sideways');
   [...document.querySelectorAll('.dc-stage')].filter(stage => stage.getClientRects().length).forEach((stage, number) => {
@@ -109,7 +110,7 @@ FAULTS = """() => {
     panels.forEach(([panel, box], i) => {
       if (box.left < width.left || box.right > width.right) faults.push(`${name}: panel ${i} leaves the view`);
       panels.slice(i + 1).forEach(([, other], j) => { if (meet(box, other, 1)) faults.push(`${name}: panels ${i} and ${i + 1 + j} overlap`); });
-      const texts = [...panel.querySelectorAll('text, figcaption, span')].map(text => [text.textContent, text.getBoundingClientRect()]).filter(([, at]) => at.width);
+      const texts = [...panel.querySelectorAll('text, figcaption, span')].map(text => [text.textContent, text.tagName === 'text' ? text.getBoundingClientRect() : words_at(text)]).filter(([, at]) => at.width);
       texts.forEach(([words, at], k) => {
         if (out(at, box, 3)) faults.push(`${name}: "${words}" leaves panel ${i}`);
         texts.slice(k + 1).forEach(([more, there]) => { if (meet(at, there, 5)) faults.push(`${name}: "${words}" lies on "${more}"`); });

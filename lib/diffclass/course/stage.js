@@ -399,7 +399,10 @@ function projector(hero, button, changed) {
     hero.classList.add("dc-projector");
     button.setAttribute("aria-pressed", "true");
     const asked = hero.requestFullscreen ? hero.requestFullscreen() : Promise.reject();
-    asked.catch(() => { if (on() && hero.showPopover) { hero.popover = "manual"; hero.showPopover(); } }).finally(changed);
+    asked.then(
+      () => { if (!on()) document.exitFullscreen(); },
+      () => { if (on() && hero.showPopover) { hero.popover = "manual"; hero.showPopover(); } },
+    ).finally(changed);
   }
   function leave() {
     hero.classList.remove("dc-projector");

@@ -166,7 +166,7 @@ def excess_curves(
     if cursor is not None:
         xlabel = "noise level σ (model units; drag)"
     if ghost is not None:
-        xlabel = f"{xlabel}; dotted: clean"
+        xlabel = "noise level σ; dotted: clean"
         before = [
             dict(y=ghost[k], colour=colour, dash="2 3", opacity=0.8)
             for k, colour in enumerate(colours)

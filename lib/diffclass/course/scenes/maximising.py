@@ -170,6 +170,7 @@ class MaximisationScene:
         share = torch.softmax(now.logits[1], 0)
         wrong = [figures.WRONG if k != label else None for k in best]
         moved = (now.x - start.x).flatten(1).abs().amax(1).tolist()
+        change = 0.5 + now.x - start.x
         colours = figures.emphasis(now.logits[1])
         if best[1] != label:
             colours[best[1]] = figures.WRONG
@@ -177,19 +178,19 @@ class MaximisationScene:
             [
                 [
                     figures.tiles(
-                        [start.x[0], now.x[0], start.x[1], now.x[1], *(0.5 + now.x - start.x)],
+                        [picture for k in (0, 1) for picture in (start.x[k], now.x[k], change[k])],
                         columns=6,
                         size=88,
                         title=f"Test digit {film.settings['index']}, a {label}, clean and attacked: before, after {step} steps",
                         captions=[
                             "clean",
                             f"now {best[0]}",
+                            f"change {moved[0]:.2f}",
                             "attacked",
                             f"now {best[1]}",
-                            f"its change\n(clean), {moved[0]:.2f}",
-                            f"its change\n(attacked), {moved[1]:.2f}",
+                            f"change {moved[1]:.2f}",
                         ],
-                        borders=[None, wrong[0], None, wrong[1], None, None],
+                        borders=[None, wrong[0], None, None, wrong[1], None],
                         alt=f"A handwritten {label} and its attacked copy, before and after {step} steps of "
                         "likelihood maximisation, and what the steps changed.",
                     ),

@@ -367,7 +367,7 @@ class ForwardScene:
                         low=-1,
                         high=1,
                         title="A digit",
-                        captions=["clean", "VP: z_t", "VE: x_σ, rescaled"],
+                        captions=["clean", "VP", "VE, rescaled"],
                         alt="A digit, its VP noised form and its VE noised form, rescaled to be visible.",
                     ),
                 ]
