@@ -225,7 +225,7 @@ def test_the_app_plays_a_film_takes_a_drawing_and_opens_its_own_link(page, tmp_p
         page.wait_for_function(
             "film => film.getAttribute('aria-valuenow') === '20.0'", arg=film.element_handle()
         )
-        page.get_by_role("tab", name="Keep and share").click()
+        page.get_by_role("tab", name="Share").click()
         link = page.get_by_role("link", name="Link").get_attribute("href")
         page.get_by_role("tab", name="Your picture").click()
         page.locator(".dc-pad").scroll_into_view_if_needed()

@@ -31,7 +31,7 @@ def explore(
 ):
     """Open the explorer alone in a browser tab: a picture, two classifiers, an attack as a film, and what votes prove.
 
-    It is the figure of notebook 15, served by voila. A link that the explorer made (Keep and share) opens in the state that
+    It is the figure of notebook 15, served by voila. A link that the explorer made (tab Share) opens in the state that
     it was made in.
     """
     metadata.version("voila")  # raises, in one sentence, if it is missing

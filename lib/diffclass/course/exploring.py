@@ -158,7 +158,7 @@ class Explorer(Worker):
                 row([self.smoothing, self.votes, *self.voters]),
                 self.pad,
                 row([self.kept, W.VBox([self.load, self.files])]),
-                W.VBox([self.of_record, self.dots]),
+                W.VBox([row([self.of_record]), self.dots]),
                 self.audit,
             ],
             titles=(
@@ -166,7 +166,7 @@ class Explorer(Worker):
                 "Attack",
                 "Certificate",
                 "Your picture",
-                "Keep and share",
+                "Share",
                 "All pictures",
                 "Audit",
             ),
@@ -448,7 +448,7 @@ class Explorer(Worker):
     def _opened(self) -> None:
         """Fill a tab when it is opened."""
         title = self.tabs.titles[self.tabs.selected_index or 0]
-        if title == "Keep and share":
+        if title == "Share":
             self._keep()
         if title == "Audit":
             self._show_audit()

@@ -241,7 +241,7 @@ def dots(listed: Sequence[Dot], title: str) -> go.Figure:
     """
     figure = _figure(
         title=title,
-        width=960,
+        autosize=True,
         height=380,
         xaxis_title="lead of the label on the clean picture (as the logits count)",
         yaxis_title="lead on the changed one",

@@ -716,7 +716,7 @@ class ExplorerScene:
                 "Press Attack: the picture is changed within the budget, step by step, until the answer changes or the "
                 "steps are used up. The film can then be played and dragged."
             )
-            return figures.words(words, title="How far the first answer leads", **size)
+            return figures.words(words, title="Lead of the first answer", **size)
         series = []
         for number, lane in enumerate(shown):
             y = torch.tensor([self.predicted(lane)])
@@ -738,7 +738,7 @@ class ExplorerScene:
         return figures.curves(
             grid,
             series,
-            title="How far the first answer leads, of the most; below 0 it has changed",
+            title="Lead of the first answer; below 0 it has changed",
             xlabel=f"step of the attack ({shown[0].film.asked.method}; drag the slider)",
             ylabel="lead",
             xrange=(0.0, float(last)),
