@@ -11,6 +11,7 @@ import browser
 import nbformat
 import pytest
 from diffclass.course import plots
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 BENCH = bool(os.environ.get("DIFFCLASS_BENCH"))
@@ -225,6 +226,11 @@ def test_the_app_plays_a_film_takes_a_drawing_and_opens_its_own_link(page, tmp_p
         page.wait_for_function(
             "film => film.getAttribute('aria-valuenow') === '20.0'", arg=film.element_handle()
         )
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save this figure as a picture").first.click()
+        picture = Image.open(saved.value.path()).convert("L")
+        dark = sum(picture.histogram()[:64])  # letters and digits, not a blank page
+        assert picture.width > 2000 and 0.01 < dark / (picture.width * picture.height) < 0.5
         page.get_by_role("tab", name="Share").click()
         link = page.get_by_role("link", name="Link").get_attribute("href")
         page.get_by_role("tab", name="Your picture").click()

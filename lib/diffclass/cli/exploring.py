@@ -24,7 +24,7 @@ APP = Path(__file__).resolve().parents[1] / "course" / "app"
 def explore(
     port: Annotated[
         int, typer.Option(min=1, max=65_535, help="Where the app is served, on this machine only.")
-    ] = 8866,
+    ] = 8866,  # as `course.exploring.PORT` says, which takes a second to import
     browser: Annotated[
         bool, typer.Option(help="Open a browser tab; --no-browser prints the address alone.")
     ] = True,

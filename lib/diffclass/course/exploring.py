@@ -50,6 +50,7 @@ from diffclass.zoo import noised
 
 NONE = "none"
 FILM_SECONDS = 2.0
+PORT = 8866  # of `diffclass explore`
 STARTS = {
     "digits": State(),
     "cifar10": State(
@@ -463,10 +464,15 @@ class Explorer(Worker):
         document = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
         data = base64.b64encode(document.encode()).decode()
         self.kept.value = state.as_json()
+        # alone, the page's own address; in a notebook, where the command serves it
+        alone = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+        here = "" if alone else f"http://127.0.0.1:{PORT}/"
         self.files.value = (
             f'<a download="explorer-record.json" href="data:application/json;base64,{data}">Save the record</a> '
             "(pictures, perturbations, votes: all that was found)<br>"
-            f'<a href="?state={state.as_link()}">Link</a> for <code>diffclass explore</code>'
+            f'<a href="{here}?state={state.as_link()}" target="_blank">Link</a> that opens all this in '
+            "<code>diffclass explore</code>, wherever that runs. The frame in the figure's corner shows it on the whole "
+            "screen; the arrow beside it saves it as a picture."
         )
 
     def _show_audit(self) -> None:

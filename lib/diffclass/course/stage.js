@@ -436,6 +436,45 @@ function named(hero) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The figure as a picture: the browser draws a copy of it into a canvas, twice as large.
+
+async function picture(el) {
+  const copy = el.cloneNode(true), drawn = el.querySelectorAll("canvas");
+  copy.querySelectorAll("canvas").forEach((canvas, i) => {
+    const image = document.createElement("img");
+    image.src = drawn[i].toDataURL();
+    image.style.cssText = `${canvas.style.cssText};display:block;width:100%;image-rendering:pixelated`;
+    canvas.replaceWith(image);
+  });
+  copy.querySelectorAll("button:not(.dc-tile)").forEach(button => button.remove());
+  const rules = [...document.styleSheets].flatMap(sheet => { try { return [...sheet.cssRules]; } catch { return []; } });
+  const own = rules.map(rule => rule.cssText).filter(text => text.includes(".dc-"));
+  const seen = getComputedStyle(el), names = new Set(own.join(" ").match(/--jp-[a-z0-9-]+/g));
+  const values = [...names].map(name => `${name}:${seen.getPropertyValue(name)}`).join(";");
+  const { width, height } = el.getBoundingClientRect(), style = document.createElement("style"), page = document.createElement("div");
+  style.textContent = own.join("\n");
+  page.style.cssText = `${values};background:${seen.getPropertyValue("--jp-layout-color0") || "white"};width:${width}px;padding:8px;box-sizing:border-box`;
+  page.append(style, copy);
+  const text = new XMLSerializer().serializeToString(page);
+  const whole = `<svg xmlns="${NS}" width="${width}" height="${height + 16}"><foreignObject width="100%" height="100%">${text}</foreignObject></svg>`;
+  const image = new Image();
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(whole)}`;
+  await image.decode();
+  const canvas = document.createElement("canvas");
+  canvas.width = 2 * width;
+  canvas.height = 2 * (height + 16);
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/png");
+}
+async function save(el, note) {
+  const link = document.createElement("a");
+  try { link.href = await picture(el); }
+  catch (reason) { note.textContent = `This browser cannot turn the figure into a picture (${reason.message}); take a screenshot instead.`; return; }
+  link.download = "figure.png";
+  link.click();
+}
+
 function render({ model, el }) {
   const root = document.createElement("div"), foot = document.createElement("div"), note = document.createElement("div"), button = document.createElement("button");
   root.className = "dc-stage"; foot.className = "dc-foot";
@@ -443,7 +482,12 @@ function render({ model, el }) {
   button.className = "dc-project";
   node("path", { d: "M1 6V1h5M12 1h5v5M17 12v5h-5M6 17H1v-5", fill: "none", stroke: "currentColor", "stroke-width": 1.6 }, node("svg", { viewBox: "0 0 18 18", width: 16, height: 16, "aria-hidden": "true" }, button));
   set(button, { type: "button", "aria-label": "Show this figure alone on the whole screen", "aria-pressed": "false", title: "whole screen (p); Escape leaves" });
-  foot.append(note, button);
+  const keep = document.createElement("button");
+  keep.className = "dc-project";
+  node("path", { d: "M9 1v10M5 7.5l4 4 4-4M1 16h16", fill: "none", stroke: "currentColor", "stroke-width": 1.6 }, node("svg", { viewBox: "0 0 18 18", width: 16, height: 16, "aria-hidden": "true" }, keep));
+  set(keep, { type: "button", "aria-label": "Save this figure as a picture", title: "save as a picture" });
+  keep.addEventListener("click", () => save(el, note));
+  foot.append(note, keep, button);
   el.append(root, foot);
   el.classList.add("dc-view");
   const waiting = {}, panels = [];
