@@ -101,12 +101,7 @@ def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
     assert page.offsite == [], f"expected no request to another host, got {page.offsite[:3]}"
     slow = [f"hero {hero}: {p95:.0f} ms" for hero, _, p95, _, _ in rows if p95 > LIMIT_MS]
     assert not slow, f"expected p95 from slider to repaint of at most {LIMIT_MS} ms, got {slow}"
-    # the explorer's panels have no rows of their own yet, and stand taller than the lowest screen
-    faults = [
-        fault
-        for fault in browser.faults(page)
-        if not (path.stem == "15_explorer" and "px tall" in fault)
-    ]
+    faults = browser.faults(page)
     assert not faults, f"expected every stage whole at every size, got {len(faults)}: {faults[:5]}"
     browser.close_notebook(page)
 

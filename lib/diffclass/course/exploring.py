@@ -448,7 +448,7 @@ class Explorer(Worker):
     @in_turn
     def _opened(self) -> None:
         """Fill a tab when it is opened."""
-        title = self.tabs.titles[self.tabs.selected_index or 0]
+        title = self.tabs.titles[self.tabs.selected_index]
         if title == "Share":
             self._keep()
         if title == "Audit":
@@ -488,7 +488,7 @@ class Explorer(Worker):
                     f"{self.scene.world}</code>."
                 )
         said = said or ["40 checks of a claim of robustness each; notebook 09 says what they ask."]
-        self.audit.frame = figures.frame(panels, " ".join(said))
+        self.audit.frame = figures.frame([[panel] for panel in panels], " ".join(said))
 
     @in_turn
     def _show_record(self) -> None:

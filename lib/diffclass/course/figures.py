@@ -15,7 +15,6 @@ SECOND = "#E69F00"
 OTHER = "#B0B0B0"
 WRONG = "#D55E00"
 UNKNOWN = "#D9D9D9"
-PAGE = 1000  # units that stand side by side
 INK = "currentColor"  # of the page's text: dark on light, light on dark
 
 
@@ -347,27 +346,12 @@ def mixture_backdrop(shares, resolution: int, strength: float = 0.55) -> dict:
     return picture(faded.reshape(resolution, resolution, 4).astype(np.uint8))
 
 
-def _wrapped(panels: Sequence[dict]) -> list[list[dict]]:
-    """Panels that come as one list, in rows of at most PAGE units."""
-    rows = [[]]
-    for panel in panels:
-        width = sum(
-            one.get("w", one.get("columns", 0) * one.get("size", 0)) for one in [*rows[-1], panel]
-        )
-        if rows[-1] and width > PAGE:
-            rows.append([])
-        rows[-1].append(panel)
-    return rows
-
-
 def frame(rows: Sequence[Sequence[dict]], note: str = "") -> dict:
     """What the stage shows: rows of panels that belong side by side, and one line of HTML that a screen reader reads out.
 
     Meaning     a row fills the width, and its panels share it in proportion to their widths; a narrow view breaks rows
     Shapes      panels, row by row, -> panels: all of them in one list; rows: how many of them are in each row
     """
-    if rows and isinstance(rows[0], dict):
-        rows = _wrapped(rows)
     rows = [list(row) for row in rows]
     panels = [panel for row in rows for panel in row]
     return dict(panels=panels, rows=[len(row) for row in rows], note=note)

@@ -427,7 +427,10 @@ function projector(hero, button, changed) {
   return { on, off() { document.removeEventListener("keydown", key, true); document.removeEventListener("fullscreenchange", left); } };
 }
 // ipywidgets labels a slider for the eye alone; a screen reader needs the name on the handle and on the number beside it.
+// The buttons of its player have signs only.
 function named(hero) {
+  for (const player of hero.querySelectorAll(".widget-play"))
+    player.querySelectorAll("button").forEach((button, i) => { const name = ["Play", "Stop", "Repeat"][i]; set(button, { "aria-label": `${name} the film`, title: name }); });
   for (const control of hero.querySelectorAll(":has(> .widget-label)")) {
     const label = control.querySelector(".widget-label").textContent;
     const handles = control.querySelectorAll(".noUi-handle");
@@ -521,10 +524,12 @@ function render({ model, el }) {
     const width = root.clientWidth || 1000, view = el.closest(".jp-WindowedPanel-outer");
     const whole = screen?.on(), height = whole || !view ? window.innerHeight : view.clientHeight;
     const above = hero ? el.getBoundingClientRect().top - (hero === el ? el : hero.firstElementChild).getBoundingClientRect().top : 0;
-    const now = [width, height, Math.round(above), whole].join();
+    // What stands below, such as folded tabs, is to be seen too; what is unfolded there may need a scroll.
+    const below = hero ? Math.min(90, hero.getBoundingClientRect().bottom - el.getBoundingClientRect().bottom) : 0;
+    const now = [width, height, Math.round(above), Math.round(below), whole].join();
     if (now === place) return;
     place = now;
-    const size = arranged(root, panels, model.get("frame").rows || [], width, height - above - NOTE - (whole ? 60 : 24), whole ? 3 : MOST);
+    const size = arranged(root, panels, model.get("frame").rows || [], width, height - above - below - NOTE - (whole ? 60 : 24), whole ? 3 : MOST);
     el.style.setProperty("--dc-size", size);
   }
   const watch = new ResizeObserver(() => {
