@@ -151,7 +151,7 @@ def prepared(body: str, path: Path, linked: Linked) -> BeautifulSoup:
     _name_headings(soup)
     for details in soup.find_all("details"):
         if details.find("img", src=re.compile("_hero")):
-            _unfold(soup, details)
+            _unfold(soup, details, linked)
     heading = ""
     for tag in soup.find_all(["h1", "h2", "h3", "img"]):
         if tag.name == "img":
@@ -206,9 +206,23 @@ def _name_headings(soup: BeautifulSoup) -> None:
         tag["id"] = name
 
 
-def _unfold(soup: BeautifulSoup, details) -> None:
-    """The picture of a live figure, which notebooks fold away, as a figure."""
+def _unfold(soup: BeautifulSoup, details, linked: Linked) -> None:
+    """The picture of a live figure, which notebooks fold away, as a figure; where there is one, as a film of it.
+
+    Why         a reader who asked the system for less motion sees the picture
+    """
     picture = details.find("img").extract()
+    film = chapters.ROOT / "assets" / Path(picture["src"]).name.replace("_hero.png", "_film.webp")
+    if film.exists():
+        linked.pictures.add(film)
+        moving = soup.new_tag("picture")
+        where = {
+            "srcset": f"pictures/{film.name}",
+            "type": "image/webp",
+            "media": "(prefers-reduced-motion: no-preference)",
+        }
+        moving.extend([soup.new_tag("source", attrs=where), picture])
+        picture = moving
     figure = soup.new_tag("figure")
     caption = soup.new_tag("figcaption")
     caption.string = CAPTION

@@ -140,6 +140,10 @@ Q_SAMPLE = Exercise(
             lambda x0, abar, eps: abar.sqrt() * x0 + (1 - abar).sqrt() * eps,
             "abar [B] was matched with the last axis, the columns of the image; give it the shape [B,1,1,1]",
         ),
+        Mistake(
+            lambda x0, abar, eps: abar[0].sqrt() * x0 + (1 - abar[0]).sqrt() * eps,
+            "one abar was used for all images; each has its own step t, and so its own abar",
+        ),
     ),
     meaning="One line jumps to any step of the chain; its variance stays 1 when the data have variance 1.",
 )

@@ -39,6 +39,10 @@ DC_LOGITS = Exercise(
             lambda losses, weights: (-(losses * weights).sum(-1)).log_softmax(-1),
             "those are log-probabilities: right for the decision, but the logits lost what the classes share",
         ),
+        Mistake(
+            lambda losses, weights: (-(losses * weights).sum(-1)).softmax(-1),
+            "those are probabilities: an attack needs the logits before the softmax, and so does cross-entropy",
+        ),
     ),
     meaning="A diffusion classifier's forward pass is a table of losses and one weighted sum.",
 )
