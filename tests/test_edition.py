@@ -168,6 +168,9 @@ def test_a_page_has_its_question_its_figure_and_its_folded_hints(site, parsed):
     assert (
         figure.find("img")["src"] == "pictures/06b_hero.png" and len(figure.find("img")["alt"]) > 40
     )
+    film = figure.find("source")
+    assert film["srcset"] == "pictures/06b_film.webp" and (site / film["srcset"]).exists()
+    assert "prefers-reduced-motion" in film["media"]
     assert "Hint" in [summary.get_text() for summary in soup.find_all("summary")]
     assert len(soup.find_all("h1")) == 1 and soup.find("html")["lang"] == "en"
     marks = [tag["id"] for tag in soup.find_all(id=True)]

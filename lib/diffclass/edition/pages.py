@@ -25,7 +25,7 @@ from diffclass.storage import files
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("nbconvert", "latex2mathml", "mistune", "pygments")  # what a page also depends on
-FRONT = "15_hero.png"
+FRONT = "15"  # the notebook whose figure the index shows
 TEMPLATES = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
 FOOT = "Code: Apache-2.0. Text and figures: CC BY 4.0. Formulas are set in STIX Two Math (SIL Open Font License 1.1)."
 CAPTION = (
@@ -375,12 +375,13 @@ def put(path: Path, page: str, mark: str = "") -> None:
 
 def _write_front(folder: Path, listed: Sequence[chapters.Chapter], linked: Linked) -> None:
     """The index, and what the pages refer to."""
-    front = chapters.ROOT / "assets" / FRONT
+    front = [chapters.ROOT / "assets" / f"{FRONT}{end}" for end in ("_hero.png", "_film.webp")]
     body = TEMPLATES.get_template("index.html.j2").render(
         chapters=listed,
         names=_names(listed),
         total=chapters.hours(sum(one.minutes for one in listed)),
-        picture=f"pictures/{FRONT}",
+        picture=f"pictures/{front[0].name}",
+        film=f"pictures/{front[1].name}",
         extras=[(Path(name).stem, title, words) for name, title, words in chapters.EXTRAS],
     )
     put(folder / "index.html", _page(title="Map", body=body))
@@ -388,7 +389,7 @@ def _write_front(folder: Path, listed: Sequence[chapters.Chapter], linked: Linke
         mark = fingerprint(path.read_bytes())
         if not _is_kept(folder / _page_of(path), mark):
             put(folder / _page_of(path), _source_page(path), mark)
-    put_pictures(folder, {front})
+    put_pictures(folder, set(front))
 
 
 def put_style(folder: Path) -> None:
