@@ -134,7 +134,10 @@ def install(python):
     if pip.returncode and any(sign in line for sign in NETWORK for line in lines):
         return "pip could not reach its package index: check the network or the proxy, then run the same command again."
     return "\n".join(
-        [*lines[-15:], "pip could not install this: mend that and try again."]
+        [
+            *lines[-15:],
+            f"pip could not install this: mend that and try again. For another Python, remove {VENV} first.",
+        ]
         * bool(pip.returncode)
     )
 
@@ -184,6 +187,12 @@ def lab():
     folder.mkdir(parents=True, exist_ok=True)
     # cells out of sight stay alive
     (folder / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    # nobody is asked about, or fetches, news
+    notices = home / "@jupyterlab/apputils-extension"
+    notices.mkdir(exist_ok=True)
+    (notices / "notification.jupyterlab-settings").write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )
     # the page has the whole width until the reader opens the sidebar, which JupyterLab then remembers here
     workspace = home / "workspaces" / "default-37a8.jupyterlab-workspace"
     if not workspace.exists():

@@ -125,6 +125,12 @@ def test_one_key_shows_a_hero_alone_and_escape_leaves(allowed, lab, page):
     if not allowed:
         page.evaluate("() => { Element.prototype.requestFullscreen = () => Promise.reject(); }")
     assert browser.run_all(page) == "done"
+    cells = page.locator(".jp-Cell").count()
+    for part in (browser.HANDLE, ".dc-stage svg", ".dc-note"):  # x would cut a cell, b insert one
+        page.locator(part).first.click()
+        for key in ("b", "b", "x", "ArrowDown"):
+            page.keyboard.press(key)
+        assert page.locator(".jp-Cell").count() == cells, part
     page.locator(browser.HANDLE).focus()
     page.keyboard.press("p")
     page.wait_for_timeout(300)

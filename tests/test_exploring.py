@@ -475,7 +475,7 @@ def test_a_picture_of_ones_own_survives_a_link():
     [
         ("", "expected the state"),
         ("{", "as JSON"),
-        ("[1]", "in the link"),
+        ("[1]", "as the text of a link"),
         ("{}", 'with a field "explorer"'),
         ("not!a!link", "was it cut short?"),
         (State().as_link()[:-9], "cut short"),

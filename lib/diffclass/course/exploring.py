@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ipywidgets.widgets.trait_types import CByteMemoryView
 
 from diffclass.course import figures, plots
 from diffclass.course.scenes import keeping, overview
-from diffclass.course.scenes.audit import lamps_of
+from diffclass.course.scenes.audit import evidence_of, lamps_of
 from diffclass.course.scenes.explorer import (
     EACH,
     METHODS,
@@ -46,10 +47,11 @@ from diffclass.course.widgets import (
 )
 from diffclass.data.pictures import load_picture
 from diffclass.storage import assets
-from diffclass.zoo import noised
+from diffclass.zoo import networks, noised
 
 NONE = "none"
 FILM_SECONDS = 2.0
+SEEN = {"digits": networks.DIGIT_RANGE, "cifar10": networks.NARROW_RANGE}  # noise levels to look at
 PORT = 8866  # of `diffclass explore`
 STARTS = {
     "digits": State(),
@@ -67,6 +69,7 @@ class Pad(anywidget.AnyWidget):
     picture = CByteMemoryView(b"").tag(sync=True)  # what a browser's buffer becomes
     name = traitlets.Unicode("").tag(sync=True)
     count = traitlets.Int(0).tag(sync=True)
+    said = traitlets.Unicode("").tag(sync=True)
 
 
 class Explorer(Worker):
@@ -102,10 +105,10 @@ class Explorer(Worker):
         self.run_certify = button(
             "Certify", "success", "votes on noised copies, and the radius that they prove"
         )
-        self.play = W.Play(min=0, max=1, step=1, interval=100, layout=W.Layout(width="110px"))
+        self.play = W.Play(min=0, max=1, step=1, interval=100, layout=W.Layout(width="150px"))
         self.step = slider("film", 0, 0, 1, 1, width=330)
         W.jslink((self.play, "value"), (self.step, "value"))
-        self.sigma = slider("noise σ to look at", 0.6, -1.3, 0.7, 0.02, log=True, width=330)
+        self.sigma = slider("noise σ to look at", 0.6, -1.0, 0.47, 0.1, log=True, width=330)
         self.world = choice(
             "world", [(said, name) for name, said in WORLDS.items()], state.world, width=240
         )
@@ -146,6 +149,7 @@ class Explorer(Worker):
             layout=W.Layout(width="640px", height="86px"), description="state", style=WHOLE_LABEL
         )
         self.load = button("Load", "", "take the state or the record in the box")
+        self.load.layout.align_self = "flex-start"
         self.files = W.HTML()
         self.of_record = choice("record", [NONE], width=300)
         self.dots = go.FigureWidget(plots.dots([], "No record is chosen"))
@@ -186,6 +190,7 @@ class Explorer(Worker):
         ):
             control.observe(self._heard(self.look), "value")
         self.pad.observe(self._heard(self.bring), "count")
+        self.audit.observe(self._lamp, "picked")
         self.of_record.observe(self._heard(self._show_record), "value")
         self.tabs.observe(self._heard(self._opened), "selected_index")
         drag_moves(self.stage, self.sigma)
@@ -224,9 +229,11 @@ class Explorer(Worker):
         if isinstance(state.picture, int):
             self.index.value = min(state.picture, self.index.max)
         self.seed.value = state.seed
-        self.sigma.value = min(
-            max(state.sigma, self.sigma.min and 10**self.sigma.min), 10**self.sigma.max
-        )
+        low, high = SEEN[state.world]
+        with self.sigma.hold_sync():
+            self.sigma.min = math.log10(low)
+            self.sigma.max = math.log10(high)
+            self.sigma.value = min(max(state.sigma, low), high)
         self.norm.value = state.norm
         self._range_budget(state.budget)
         self.method.value = state.method
@@ -243,10 +250,13 @@ class Explorer(Worker):
         usual = self.scene.place.budget(NORMS[self.norm.value])
         filling = self._filling
         self._filling = True
-        self.budget.min = 0.0
-        self.budget.max = WIDEST * usual
-        self.budget.step = usual / 20
-        self.budget.value = usual if value is None else min(value, self.budget.max)
+        with (
+            self.budget.hold_sync()
+        ):  # or the browser rounds the old value to the new step, and sends that back
+            self.budget.min = 0.0
+            self.budget.max = WIDEST * usual
+            self.budget.step = usual / 20
+            self.budget.value = usual if value is None else min(value, self.budget.max)
         self._filling = filling
         if not filling:
             self.look()
@@ -260,8 +270,10 @@ class Explorer(Worker):
                 control.value = self.scene.voter_of(self.scene.lanes[number])
 
     def _offer_records(self) -> None:
-        self.of_record.options = (NONE, *overview.stored(self.scene.world))
-        self.of_record.value = NONE
+        listed = (NONE, *overview.stored(self.scene.world))
+        if self.of_record.options != listed:
+            self.of_record.options = listed
+            self.of_record.value = NONE
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -300,7 +312,9 @@ class Explorer(Worker):
         message = " ".join(map(html.escape, said))
         self.start("opening", self._open(state, message, record))
 
-    def _open(self, state: State, message: str = "", record: dict | None = None) -> Job:
+    def _open(
+        self, state: State, message: str = "", record: dict | None = None, film: bool = True
+    ) -> Job:
         yield 0.1
         self._place(state)
         self._fill(state)
@@ -309,16 +323,14 @@ class Explorer(Worker):
         if record is not None:
             message = " ".join([message, *keeping.reopened(self.scene, record)])
             self._follow()
-        elif state.step > 0:  # it showed a film, which the same settings give again
+        elif film and state.step > 0:  # it showed a film, which the same settings give again
             yield from self._filmed(self.scene.attack(state.asked))
         self.message = message
         self._show(state.step)
 
     def _show(self, step: int) -> None:
         """Let the film's slider stand at a step."""
-        self._filling = True
-        self.step.value = min(step, self.step.max)
-        self._filling = False
+        self._film(self.step.max, step)
 
     def _place(self, state: State) -> None:
         """Take the world, picture, classifiers and noise of a state."""
@@ -343,6 +355,13 @@ class Explorer(Worker):
             self.smoothing.value,
             self.votes.value,
         )
+
+    @in_turn
+    def refresh(self, _=None) -> None:
+        """Draw the present state; what is shared follows while it is seen."""
+        super().refresh()
+        if self.work is None and self.tabs.titles[self.tabs.selected_index or 0] == "Share":
+            self._keep()
 
     @in_turn
     def look(self) -> None:
@@ -370,6 +389,9 @@ class Explorer(Worker):
             self.scene.bring(load_picture(bytes(self.pad.picture), self.scene.place.image_shape))
         except ValueError as reason:
             self.message = f"<b>That picture was not taken.</b> {sentence(reason)}"
+            self.pad.said = "Not taken; the line under the figure says why."
+        else:
+            self.pad.said = "Taken: the figure above is about it. A number of the slider goes back to the test pictures."
         self._rewind()
         self.look()
 
@@ -422,19 +444,19 @@ class Explorer(Worker):
 
     def _follow(self) -> None:
         """Let the film's slider reach, and show, the last picture there is."""
-        last = max(1, self.scene.last)
-        self._filling = True
-        self.step.max = last
-        self.play.max = last
-        self.play.interval = max(20, round(1000 * FILM_SECONDS / last))
-        if self.scene.last:
-            self.step.value = last
-        self._filling = False
+        self._film(max(1, self.scene.last), self.scene.last or self.step.value)
 
     def _rewind(self) -> None:
+        self._film(1, 0)
+
+    def _film(self, last: int, step: int) -> None:
+        """The film's slider and player, in one message each: a browser that sees a part of it would answer."""
         self._filling = True
-        self.step.value = 0
-        self.step.max = self.play.max = 1
+        with self.step.hold_sync(), self.play.hold_sync():
+            self.step.value = self.play.value = 0
+            self.step.max = self.play.max = last
+            self.play.interval = max(20, round(1000 * FILM_SECONDS / last))
+            self.step.value = self.play.value = min(step, last)
         self._filling = False
 
     @in_turn
@@ -468,27 +490,38 @@ class Explorer(Worker):
         alone = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
         here = "" if alone else f"http://127.0.0.1:{PORT}/"
         self.files.value = (
-            f'<a download="explorer-record.json" href="data:application/json;base64,{data}">Save the record</a> '
+            f'<a style="text-decoration: underline" download="explorer-record.json" href="data:application/json;base64,{data}">Save the record</a> '
             "(pictures, perturbations, votes: all that was found)<br>"
-            f'<a href="{here}?state={state.as_link()}" target="_blank">Link</a> that opens all this in '
+            f'<a style="text-decoration: underline" href="{here}?state={state.as_link()}" target="_blank">Link</a> that opens all this in '
             "<code>diffclass explore</code>, wherever that runs. The frame in the figure's corner shows it on the whole "
             "screen; the arrow beside it saves it as a picture."
         )
 
-    def _show_audit(self) -> None:
+    def _show_audit(self, chosen: int | None = None) -> None:
         panels = []
         said = []
         for lane in self.scene.lanes:
             path = assets.folder() / "records" / "audits" / f"{self.scene.world}-{lane.name}.json"
             if path.is_file():
-                panels.append(lamps_of(json.loads(path.read_text()), lane.title))
+                stored = json.loads(path.read_text())
+                panels.append(lamps_of(stored, lane.title))
+                if chosen is not None:
+                    said.append(f"{lane.title}: {evidence_of(stored, chosen)}")
             else:
                 said.append(
                     f"No audit of {lane.title} is stored; run <code>diffclass audit {lane.name} --world "
                     f"{self.scene.world}</code>."
                 )
-        said = said or ["40 checks of a claim of robustness each; notebook 09 says what they ask."]
+        if panels and chosen is None:
+            said.append("Click a lamp to see what it measured; notebook 09 says what each asks.")
         self.audit.frame = figures.frame([[panel] for panel in panels], " ".join(said))
+
+    @in_turn
+    def _lamp(self, change) -> None:
+        """Say what the lamp that was clicked measured."""
+        if change["new"] >= 0:
+            self._show_audit(change["new"])
+            self.audit.picked = -1  # so that the same lamp can be clicked again
 
     @in_turn
     def _show_record(self) -> None:
@@ -526,7 +559,7 @@ class Explorer(Worker):
         self.start("opening the picture", self._open_dot(state, shown, index))
 
     def _open_dot(self, state: State, shown: overview.Overview, index: int) -> Job:
-        yield from self._open(replace(state, step=0))
+        yield from self._open(state, film=False)
         lane = self.scene.lanes[0]
         keeping.show_stored(self.scene, lane, shown.delta(index), shown.epsilon, state.norm)
         self._follow()

@@ -1,4 +1,5 @@
 // A pad to draw on, or to drop a picture on: hands Python a small PNG. It holds no mathematics.
+const INVITED = "Draw with the pointer, or drop a picture on the pad.";
 const SIDE = 168, LARGEST = 512; // of the pad on the screen, and of a picture that is sent, in pixels
 
 async function png(canvas) {
@@ -21,7 +22,7 @@ function render({ model, el }) {
   file.type = "file";
   file.accept = "image/png,image/jpeg,image/webp";
   label.append("or choose a picture: ", file);
-  hint.textContent = "Draw with the pointer, or drop a picture on the pad.";
+  hint.textContent = INVITED;
   side.append(hint, label, clear);
   root.append(canvas, side);
   el.append(root);
@@ -52,8 +53,8 @@ function render({ model, el }) {
       hint.textContent = `${chosen.name} is no picture that this browser can read; try a PNG or a JPEG.`;
       return;
     }
-    hint.textContent = `Shown: ${chosen.name}.`;
   }
+  model.on("change:said", () => { hint.textContent = model.get("said"); });
   let last = null;
   const at = event => { const r = canvas.getBoundingClientRect(); return [(event.clientX - r.left) * SIDE / r.width, (event.clientY - r.top) * SIDE / r.height]; };
   canvas.style.touchAction = "none";
@@ -66,7 +67,7 @@ function render({ model, el }) {
     ink.beginPath(); ink.moveTo(...last); ink.lineTo(...to); ink.stroke();
     last = to;
   }
-  clear.addEventListener("click", wipe);
+  clear.addEventListener("click", () => { wipe(); hint.textContent = INVITED; });
   file.addEventListener("change", () => { take(file.files[0]); file.value = ""; }); // so that the same one can be chosen again
   root.addEventListener("dragover", event => event.preventDefault());
   root.addEventListener("drop", event => { event.preventDefault(); event.stopPropagation(); take(event.dataTransfer.files[0]); });

@@ -416,19 +416,22 @@ function projector(hero, button, changed) {
     const inside = hero.contains(event.target) && !typing(event.target) && !(event.ctrlKey || event.metaKey || event.altKey);
     if (event.key === "Escape" && on()) leave();
     else if (event.key === "p" && inside) on() ? leave() : enter();
-    else return;
+    else if (!inside || event.key.length > 1 || event.key === " ") return;
+    // What is typed here is not the notebook's: x would cut the cell. A hero may hold several stages, and each listens.
     event.preventDefault();
-    event.stopPropagation();
+    event.stopImmediatePropagation();
   }
   const left = () => { if (on() && !document.fullscreenElement && !hero.popover) leave(); };
   button.addEventListener("click", () => on() ? leave() : enter());
-  document.addEventListener("keydown", key, true);
+  window.addEventListener("keydown", key, true); // before JupyterLab, which listens on the document
   document.addEventListener("fullscreenchange", left);
-  return { on, off() { document.removeEventListener("keydown", key, true); document.removeEventListener("fullscreenchange", left); } };
+  return { on, off() { window.removeEventListener("keydown", key, true); document.removeEventListener("fullscreenchange", left); } };
 }
 // ipywidgets labels a slider for the eye alone; a screen reader needs the name on the handle and on the number beside it.
 // The buttons of its player have signs only.
 function named(hero) {
+  // JupyterLab asks the element with the focus alone whether its arrows and Delete are its own.
+  for (const one of [hero, ...hero.querySelectorAll("button, input, select, [tabindex]")]) one.dataset.lmSuppressShortcuts = "true";
   for (const player of hero.querySelectorAll(".widget-play"))
     player.querySelectorAll("button").forEach((button, i) => { const name = ["Play", "Stop", "Repeat"][i]; set(button, { "aria-label": `${name} the film`, title: name }); });
   for (const control of hero.querySelectorAll(":has(> .widget-label)")) {
@@ -536,6 +539,11 @@ function render({ model, el }) {
     if (!hero && el.isConnected) {
       hero = el.closest(".dc-hero") || el;
       screen = projector(hero, button, arrange);
+      // A click on the figure gives it the focus, and what is typed there is not the notebook's: x would cut the cell.
+      hero.tabIndex = -1;
+      const focus = event => { if (!hero.contains(document.activeElement)) (event.target.closest(".noUi-handle") ?? hero).focus({ preventScroll: true }); };
+      for (const moment of ["pointerdown", "pointerup", "mouseup"]) hero.addEventListener(moment, focus, true);
+      hero.dataset.lmSuppressShortcuts = "true";
       watch.observe(hero);
     }
     if (hero) named(hero);

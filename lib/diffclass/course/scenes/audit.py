@@ -88,6 +88,18 @@ def _rows_of(checks: Iterable[Check]) -> list[dict]:
     return rows
 
 
+def evidence_of(document: dict, place: int) -> str:
+    """What the check of a lamp, by its place among all lamps of `lamps_of`, measured, in words."""
+    shown = [
+        one for row in GROUPS for one in map(_check_of, document["checks"]) if one.group == row
+    ]
+    chosen = shown[min(place, len(shown) - 1)]
+    words = f"<b>{chosen.number} {chosen.name}</b> is <b>{chosen.light}</b>: {html.escape(chosen.evidence)}."
+    if chosen.light != RED:
+        return words
+    return f"{words} <b>What to do:</b> {html.escape(chosen.advice)}."
+
+
 def lamps_of(document: dict, title: str) -> dict:
     """The lamps of a stored audit, a document of `diffclass audit --json`, as a panel."""
     checks = [_check_of(row) for row in document["checks"]]
@@ -106,7 +118,8 @@ def _settings_of(document: dict) -> str:
     if "images" in document:
         words.append(f"{document['images']} pictures")
     if "epsilon" in document:
-        words.append(f"{document['norm']} within {document['epsilon']:g}")
+        norm = "L∞" if document["norm"] == "linf" else "L2"
+        words.append(f"{norm} within {document['epsilon']:g}")
     if "seed" in document:
         words.append(f"seed {document['seed']}")
     return f"stored: {', '.join(words) or 'its settings are not recorded'}"

@@ -24,6 +24,7 @@ from diffclass.course.scenes import insides
 from diffclass.course.scenes.certifying import attack_votes
 from diffclass.course.scenes.digits import class_lines
 from diffclass.course.scenes.insides import Look, Made
+from diffclass.course.scenes.photos import SHORT
 from diffclass.course.scenes.results import DONE, RUNNING, AttackFilm, Result, recorded
 from diffclass.data import cifar
 from diffclass.data.pictures import Familiarity, distance_report
@@ -54,10 +55,16 @@ LEFT = "the first, shown on both"
 RIGHT = "the second, shown on both"
 WHO = (EACH, LEFT, RIGHT)
 SAME = "the classifier itself"
+DRAWN = "Generated picture"
+DRAWN_WHY = (
+    "CIFAR-10 is not here, so these are pictures that our own denoiser drew; <code>diffclass download cifar10</code> "
+    "fetches the photographs."
+)
 ALPHA = 0.001
 SELECTION = 100  # votes that choose the class to certify
 CHECK_VOTES = 200  # votes that decide whether a perturbed point has changed the smoothed prediction
-TOGETHER = {"digits": 50, "cifar10": 10}  # votes between two signs of life
+TOGETHER = {"digits": 50, "cifar10": 10}  # votes between two signs of life, at most
+CALLS_TOGETHER = {"digits": 450, "cifar10": 20}  # and network calls: Stop waits for them
 PHOTOGRAPHS = 512  # test pictures of CIFAR-10 that can be chosen
 # Network calls of one answer, at most, for a classifier to be shown live: about five seconds on two cores.
 MOST_CALLS = {"digits": 400, "cifar10": 40}
@@ -92,7 +99,9 @@ class Asked:
     who: str = EACH
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.norm} within {self.budget:.3g}, {self.steps} steps"
+        steps = _steps_of(self)
+        words = "1 step" if steps == 1 else f"{steps} steps"
+        return f"{self.method}, {self.norm} within {self.budget:.3g}, {words}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +256,7 @@ def pictures_of(world: str) -> tuple[Tensor, Tensor, str]:
         images, labels = cifar.cifar10("test", PHOTOGRAPHS)
         return images, labels, "Test picture"
     images, labels = world_of("gallery").test()
-    return images, labels, "Generated picture"
+    return images, labels, DRAWN
 
 
 class ExplorerScene:
@@ -279,11 +288,10 @@ class ExplorerScene:
         """Take another picture of the world; what was found on the last one is put away."""
         index = units.check_whole(index, "a picture", least=0, most=len(self.images) - 1)
         label = int(self.labels[index])
-        name = self.class_names[label]
+        title = f"{self.kind} {index}: {self.class_names[label]}"
+        drawn = "" if self.kind != DRAWN else DRAWN_WHY
         self._take(
-            Subject(
-                self.images[index : index + 1], f"{self.kind} {index}: {name}", label, index=index
-            )
+            Subject(self.images[index : index + 1], title, label, index=index, warning=drawn)
         )
 
     def bring(self, x: Tensor) -> None:
@@ -299,7 +307,12 @@ class ExplorerScene:
                 "expected a picture with something in it, got one of a single shade; is the drawing empty?"
             )
         far = self._familiarity(x)
-        warning = "" if far is None or not far.far else f"<b>Mind:</b> {far.sentence}"
+        warning = ""
+        if far is not None and far.far:
+            warning = (
+                f"<b>Mind:</b> the nearest training image is {far.distance:.2f} away (L2, pixels), farther than nearly all of "
+                "them are from each other: it is unlike the training data, so its scores mean little."
+            )
         self._take(Subject(x, "Your picture", warning=warning))
 
     def _familiarity(self, x: Tensor) -> Familiarity | None:
@@ -493,8 +506,8 @@ class ExplorerScene:
     def _vote(self, lane: Lane, result: Certified, smoothed: Smoothed) -> Iterator[float]:
         x = self.subject.x
         picture = self.subject.index or 0
-        together = TOGETHER[self.world]
         calls = smoothed.mean.base.calls
+        together = min(TOGETHER[self.world], max(1, CALLS_TOGETHER[self.world] // calls))
         seeds = [seed_of(self.seed, purpose, picture) for purpose in ("selection", "estimation")]
         for selected in smoothed.count(x, seeds[0], SELECTION, together=together):
             result.done = int(selected.sum())
@@ -630,7 +643,7 @@ class ExplorerScene:
     def _lines(self, lane: Lane, clean: Look, now: Look, colours: list[str], sigma: float) -> dict:
         """Excess over the best class of the clean picture, which keeps the scale; its own lines stay as ghosts."""
         lines = now.lines
-        size = dict(w=350, h=210)
+        size = dict(w=350 if self.world == "digits" else 280, h=210)
         if lines is None:
             return figures.words(f"{lane.title} {now.why}.", title="Losses", **size)
         before = clean.lines.values
@@ -696,14 +709,14 @@ class ExplorerScene:
         _, before = shares(lane.classifier, clean.logits)
         best = int(decided(now.logits[None]))
         return figures.bars(
-            self.class_names if self.world == "digits" else [n[:4] for n in self.class_names],
+            self.class_names if self.world == "digits" else SHORT,
             share,
             colours=colours,
             title=title,
             marks=None if now is clean else before,
             texts=[f"{float(p):.2f}" if p >= 0.005 else "" for p in share],
             xlabel="class" if now is clean else "class (line: clean picture)",
-            w=260,
+            w=270 if self.world == "digits" else 360,
             h=210,
             alt=f"{title} by {lane.title}; the largest is {self.class_names[best]} with {float(share[best]):.2f}.",
         )
@@ -833,6 +846,8 @@ def _number(value: float) -> str:
 
 
 def _steps_of(asked: Asked) -> int:
+    if asked.method not in METHODS:  # of a record
+        return asked.steps
     steps = attack_zoo.attack(METHODS[asked.method][0]).steps
     return asked.steps if steps is None else steps
 

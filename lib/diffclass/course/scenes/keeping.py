@@ -76,12 +76,14 @@ def of_link(text: str) -> tuple[State, list[str]]:
         raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
         unpacking = zlib.decompressobj()
         unpacked = unpacking.decompress(raw, LONGEST).decode()
-    except (binascii.Error, zlib.error, UnicodeDecodeError) as reason:
+    except (binascii.Error, zlib.error, UnicodeDecodeError):
         raise ValueError(
-            f"expected the state of an explorer in the link, got something else ({reason}); was it cut short?"
+            "expected the state of an explorer, as JSON or as the text of a link, got something else; was it cut short?"
         ) from None
     if not unpacking.eof:
-        raise ValueError("expected the state of an explorer in the link, which was cut short.")
+        raise ValueError(
+            "expected the state of an explorer, got the text of a link that was cut short."
+        )
     return of_json(unpacked)
 
 

@@ -60,4 +60,5 @@ class AttackFilm(Result):
             return f"{self.ending} {reached}: {fooled}"
         if fooling:
             return fooled
-        return f"not fooled in {self.steps} steps, which is no proof"
+        words = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"not fooled in {words}, which is no proof"
