@@ -28,7 +28,7 @@ def partial(stored):
     return dict(stored, checks=checks, **settings), drawn["number"]
 
 
-PARTIAL = "masked on toy, stored: 24 pictures, linf within 0.1, seed 5"
+PARTIAL = "masked on toy, stored: 24 pictures, L∞ within 0.1, seed 5"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_stored_audit_is_shown_as_it_was(scene, stored):
 def test_audits_of_one_classifier_with_other_settings_stay_apart(scene, stored):
     assert len(scene.audits["masked on toy"]) == 40 and len(scene.audits[PARTIAL]) == 30
     assert "its settings are not recorded" in scene.at("masked on toy", 3)["note"]
-    assert "24 pictures, linf within 0.1, seed 5" in scene.at(PARTIAL, 20)["note"]
+    assert "24 pictures, L∞ within 0.1, seed 5" in scene.at(PARTIAL, 20)["note"]
     assert "audited here on 64 pictures" in scene.at("honest", 3)["note"]
 
 

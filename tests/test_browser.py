@@ -196,7 +196,7 @@ def test_results_keep_their_settings_and_a_failed_job_says_why(lab, page):
     for _ in range(10):
         sigma.press("ArrowRight")
     note.filter(has_text="Press Certify for σ 0.35").wait_for()
-    hero.get_by_role("button", name="Stop").click()
+    hero.get_by_role("button", name="Stop", exact=True).click()
     note.filter(has_text="stopped").wait_for()
     shoot(page, "explorer-moved")
     note.filter(has_text="Votes (epndc, σ 0.25, n 1000)").wait_for()
