@@ -431,7 +431,8 @@ function projector(hero, button, changed) {
 // The buttons of its player have signs only.
 function named(hero) {
   // JupyterLab asks the element with the focus alone whether its arrows and Delete are its own.
-  for (const one of [hero, ...hero.querySelectorAll("button, input, select, [tabindex]")]) one.dataset.lmSuppressShortcuts = "true";
+  hero.dataset.lmSuppressShortcuts = "true";
+  for (const one of hero.querySelectorAll(":is(button, input, select, [tabindex]):not([data-lm-suppress-shortcuts])")) one.dataset.lmSuppressShortcuts = "true";
   for (const player of hero.querySelectorAll(".widget-play"))
     player.querySelectorAll("button").forEach((button, i) => { const name = ["Play", "Stop", "Repeat"][i]; set(button, { "aria-label": `${name} the film`, title: name }); });
   for (const control of hero.querySelectorAll(":has(> .widget-label)")) {
