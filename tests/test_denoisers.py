@@ -608,7 +608,9 @@ def test_weights_travel_bit_for_bit(case, tmp_path):
     )
     assert all(torch.equal(v, loaded.state_dict()[n]) for n, v in denoiser.state_dict().items())
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    denoiser.requires_grad_(False)  # as the loaded one: on some CPUs frozen weights take another kernel
+    denoiser.requires_grad_(
+        False
+    )  # as the loaded one: on some CPUs frozen weights take another kernel
     assert torch.equal(loaded(x, 0.3), denoiser(x, 0.3))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"], (
