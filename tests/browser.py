@@ -165,6 +165,15 @@ def wait_for(url: str, server: subprocess.Popen, seconds: float = 60) -> None:
     raise TimeoutError(f"expected an answer from {url} within {seconds:.0f} s, got none.")
 
 
+def end(server: subprocess.Popen) -> None:
+    """End a server, by force if it does not go by itself."""
+    server.terminate()
+    try:
+        server.wait(15)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
 def copy_course(folder: Path) -> None:
     """Copy the notebooks and their pictures to `folder`, and write JupyterLab's settings beside them."""
     shutil.copytree(
@@ -226,11 +235,7 @@ def serve_lab(folder: Path):
             wait_for(f"http://127.0.0.1:{port}/api", server)
             yield Lab(f"http://127.0.0.1:{port}", folder / "root")
         finally:
-            server.terminate()
-            try:
-                server.wait(15)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            end(server)
 
 
 @contextlib.contextmanager
@@ -248,11 +253,7 @@ def serve_app(folder: Path):
             wait_for(f"http://127.0.0.1:{port}/voila/static/voila.js", server)
             yield f"http://127.0.0.1:{port}/"
         finally:
-            server.terminate()
-            try:
-                server.wait(15)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            end(server)
 
 
 def film(page, hero, label: str, pictures: int, path: Path, width: int = 960) -> None:
