@@ -9,7 +9,7 @@ import twins
 from diffclass import attacks
 from diffclass.attacks.threats import Flow
 from diffclass.classifiers.base import Classifier
-from diffclass.evaluation import claims, protocols, runs
+from diffclass.evaluation import claims, protocols, runs, verification
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -229,7 +229,7 @@ def folder(made, tmp_path):
 
 def state_of(folder, model, **options):
     options = dict(seed=1, reattack=0) | options
-    *_, state = claims.verify(
+    *_, state = verification.verify(
         model, *pictures(), runs.read(folder), WEIGHTS, claims.kept(folder), "madry", **options
     )
     return state

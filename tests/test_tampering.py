@@ -12,7 +12,7 @@ import torch
 from diffclass import zoo
 from diffclass.classifiers.base import Classifier
 from diffclass.data.worlds import world_of
-from diffclass.evaluation import claims, protocols, runs, tables
+from diffclass.evaluation import claims, protocols, runs, tables, verification
 from diffclass.evaluation.protocols import Attack
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -728,7 +728,9 @@ def verified(folder: Path, base: str, reattack: int):
         model = MODELS[base]()
         checkpoints = OWN["checkpoints"]
     options = dict(world=world, seed=SEED, reattack=reattack)
-    *_, state = claims.verify(model, images, labels, run, checkpoints, claimed, PAPER, **options)
+    *_, state = verification.verify(
+        model, images, labels, run, checkpoints, claimed, PAPER, **options
+    )
     return state, state.faults
 
 

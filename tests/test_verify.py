@@ -10,7 +10,7 @@ import torch
 from diffclass import zoo
 from diffclass.classifiers.base import Classifier
 from diffclass.data.worlds import world_of
-from diffclass.evaluation import claims, protocols, runs, tables
+from diffclass.evaluation import claims, protocols, runs, tables, verification
 from diffclass.evaluation.protocols import Attack
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -77,7 +77,7 @@ def state_of(folder, data, claimed, model=None, checkpoints=WEIGHTS, reattack=0,
     run = runs.read(folder)
     options = dict(seed=seed, reattack=reattack)
     model = model or Random()
-    *_, state = claims.verify(model, *data, run, checkpoints, claimed, PAPER, **options)
+    *_, state = verification.verify(model, *data, run, checkpoints, claimed, PAPER, **options)
     return state
 
 
@@ -123,7 +123,7 @@ def test_an_honest_claim_stands_and_asks_no_attack(folder, data, claimed, monkey
     run = runs.read(folder)
     states = []
     options = dict(seed=SEED, reattack=0)
-    for state in claims.verify(Random(), *data, run, WEIGHTS, claimed, PAPER, **options):
+    for state in verification.verify(Random(), *data, run, WEIGHTS, claimed, PAPER, **options):
         states.append((state.images, list(state.faults)))
     assert states == [(64, []), (IMAGES, []), (IMAGES, [])] and state.total == IMAGES
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -384,11 +384,11 @@ def closed_form(draws, totals, count) -> float:
 def test_the_chance_of_a_luckier_judgement_is_that_of_all_ways_to_share_out_the_hits():
     claimed = [3, 2, 0, 3]
     again = [1, 2, 1, 0]
-    laws = claims._shares(claimed, again, 3)
+    laws = verification._shares(claimed, again, 3)
     totals = [4, 4, 1, 3]
     for count in range(9):
         wanted = closed_form(3, totals, count)
-        assert claims.two_sided(count, laws) == pytest.approx(wanted)
+        assert verification.two_sided(count, laws) == pytest.approx(wanted)
 
 
 def test_an_honest_random_claim_is_called_lucky_as_often_as_chance_says():
@@ -397,7 +397,9 @@ def test_an_honest_random_claim_is_called_lucky_as_often_as_chance_says():
     one, other = (torch.binomial(torch.full_like(p, 10), p, generator=generator) for _ in range(2))
     chances = []
     for claimed, again in zip(one.int().tolist(), other.int().tolist(), strict=True):
-        chances.append(claims.two_sided(sum(claimed), claims._shares(claimed, again, 10)))
+        chances.append(
+            verification.two_sided(sum(claimed), verification._shares(claimed, again, 10))
+        )
     below = [sum(chance < level for chance in chances) / 400 for level in (0.02, 0.1, 0.5)]
     assert below[0] <= 0.04 and below[1] <= 0.14 and 0.35 <= below[2] <= 0.55
 
@@ -406,9 +408,9 @@ def test_the_worst_of_ten_counts_the_images_that_are_right_at_every_draw():
     """Claimed and asked again: 10 of 10 counts, 9 of 10 does not."""
     rows = [dict(index=i, clean=10, hits=hits) for i, hits in enumerate((10, 9, 9, 0, 10))]
     run = runs.Run(dict(draws=10), rows, torch.zeros(5, *SHAPE))
-    state = claims.Verification(5)
-    again = claims._Again(clean=[9, 10, 10, 9, 8], hits=[9, 9, 10, 1, 9])
-    assert claims._lucky(run, again, state) == []
+    state = verification.Verification(5)
+    again = verification._Again(clean=[9, 10, 10, 9, 8], hits=[9, 9, 10, 1, 9])
+    assert verification._lucky(run, again, state) == []
     assert state.judged == {
         "clean, mean of 10 draws": [50, 46, 50],
         "clean, worst of 10 draws": [5, 2, 5],
@@ -442,13 +444,13 @@ def test_survivors_of_an_honest_claim_stand_the_same_attacks_again(folder, data,
 
 def test_what_falls_is_new_and_more_of_it_than_the_interval_allows_a_fault():
     bound = replace(claims.Record(**RECORD), value=0.8, low=0.7, n=100)
-    few = claims._Group("attacked", list(range(80)), list(range(10)), fallen=2)
-    assert claims._too_many(few, bound, possible=10.0) == []
+    few = verification._Group("attacked", list(range(80)), list(range(10)), fallen=2)
+    assert verification._too_many(few, bound, possible=10.0) == []
     many = replace(few, fallen=9)
-    (fault,) = claims._too_many(many, bound, possible=10.0)
+    (fault,) = verification._too_many(many, bound, possible=10.0)
     chance = sum(math.comb(10, k) * 0.125**k * 0.875 ** (10 - k) for k in (9, 10))
     assert f"has a chance of {chance:.2g}" in fault and fault.startswith("9 of 10 survivors")
-    assert "fell to new runs of the same attacks; of all 80, at most" in claims._sampled(few)
+    assert "fell to new runs of the same attacks; of all 80, at most" in verification._sampled(few)
 
 
 def test_what_a_verification_has_learned_is_kept_line_by_line(folder, data, claimed):
@@ -456,24 +458,24 @@ def test_what_a_verification_has_learned_is_kept_line_by_line(folder, data, clai
     rows = [json.loads(line) for line in (folder / runs.ROWS).read_text().splitlines()]
     deltas = load_file(folder / "deltas-0.safetensors")["deltas"]
     run = runs.read(folder)
-    kept = claims._Again([row["clean"] for row in rows], [10] * IMAGES)
+    kept = verification._Again([row["clean"] for row in rows], [10] * IMAGES)
     forged = replace(run, rows=[{**row, "hits": 10} for row in run.rows])
     asked = [i for i, row in enumerate(rows) if row["hits"] == 0][:3]
     last = replace(run, rows=[rows[i] for i in asked], deltas=deltas[asked].float())
-    new = claims._new(forged, last, asked, kept, seed=5)
+    new = verification._new(forged, last, asked, kept, seed=5)
     assert [entry["index"] for entry in new] == asked and all(e["hits"] == 0 for e in new)
     assert torch.equal(torch.tensor(new[0]["delta"]).reshape(SHAPE), last.deltas[0])
-    claims.keep_new(folder, new[:1])
-    claims.keep_new(folder, new[1:])
-    lines = (folder / claims.NEW).read_text().splitlines()
+    verification.keep_new(folder, new[:1])
+    verification.keep_new(folder, new[1:])
+    lines = (folder / verification.NEW).read_text().splitlines()
     assert [json.loads(line) for line in lines] == new
-    assert "0 of 10 draws right, where the record says 10" in claims.words_of(new[0])
+    assert "0 of 10 draws right, where the record says 10" in verification.words_of(new[0])
     assert faults(folder, data, claimed) == []  # the file is no part of the claim
 
 
 def test_fewer_hits_by_chance_are_not_new():
-    assert claims._surely_fewer(0, 2, 1) and not claims._surely_fewer(1, 2, 1)
-    assert not claims._surely_fewer(5, 12, 10) and claims._surely_fewer(2, 17, 10)
+    assert verification._surely_fewer(0, 2, 1) and not verification._surely_fewer(1, 2, 1)
+    assert not verification._surely_fewer(5, 12, 10) and verification._surely_fewer(2, 17, 10)
 
 
 RECORD = dict(
@@ -533,7 +535,7 @@ def test_the_protocol_of_a_committed_run_is_what_its_name_says(world, folder):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     entry = zoo.entry_of(world, name)
-    named = claims.named_protocol(classifier, entry.paper, run.protocol)
+    named = verification.named_protocol(classifier, entry.paper, run.protocol)
     assert named.as_json() == run.settings["protocol"]
     assert run.settings["draws"] == runs.draws_of(classifier, run.protocol)
     assert run.settings["checkpoints"] == zoo.checkpoints(world, name)
@@ -561,5 +563,7 @@ def test_a_committed_run_verifies(world, folder, monkeypatch):
     paper = zoo.entry_of(world, name).paper
     kept = claims.kept(folder)
     options = dict(world=world_of(world), seed=SEED, reattack=0)
-    *_, state = claims.verify(classifier, images, labels, run, checkpoints, kept, paper, **options)
+    *_, state = verification.verify(
+        classifier, images, labels, run, checkpoints, kept, paper, **options
+    )
     assert state.faults == [] and state.images == run.settings["n"]

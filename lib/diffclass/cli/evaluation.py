@@ -197,7 +197,7 @@ def _attacked(
     from diffclass import zoo
     from diffclass.data.worlds import world_of
     from diffclass.device import device
-    from diffclass.evaluation import claims, runs
+    from diffclass.evaluation import claims, runs, verification
 
     if store is None:
         raise ValueError(
@@ -214,7 +214,7 @@ def _attacked(
     where = device()
     classifier = zoo.classifier(world, name).to(where)
     images, labels = place.test(limit, seed)
-    claims.check_count(place, len(images))
+    verification.check_count(place, len(images))
     _refuse(classifier, images[:4].to(where))
     protocol = _protocol(attack, classifier, entry.paper, norm, budget, steps)
     own = dict(
@@ -356,10 +356,10 @@ def verify(
     from diffclass import zoo
     from diffclass.data.worlds import world_of
     from diffclass.device import device
-    from diffclass.evaluation import certification, claims, runs
+    from diffclass.evaluation import certification, claims, runs, verification
 
     answer = ctx.obj
-    own = claims.own_seed() if seed is None else seed
+    own = verification.own_seed() if seed is None else seed
     if certification.is_certification(folder):
         verify_certificates(answer, folder, reattack, own)
     answer.content |= dict(command="verify", folder=str(folder))
@@ -370,7 +370,7 @@ def verify(
     name = settings["classifier"]
     images, labels = place.test(max(1, len(run.rows)), settings["seed"])
     answer.content |= dict(seed=own)
-    checked = claims.verify(
+    checked = verification.verify(
         zoo.classifier(place.name, name).to(device()),
         images,
         labels,
@@ -390,13 +390,13 @@ def verify(
         ("ABOUT", state.about),
         ("SEEN", state.established),
         ("NOT SEEN", state.open),
-        ("NEW", [claims.words_of(entry) for entry in state.new]),
+        ("NEW", [verification.words_of(entry) for entry in state.new]),
         ("WRONG", state.faults),
     ):
         for sentence in sentences:
             answer.say(f"{title:10} {sentence}")
     if state.new:
-        claims.keep_new(folder, state.new)
+        verification.keep_new(folder, state.new)
     stands = not state.faults
     answer.content |= dict(
         stands=stands,
