@@ -366,10 +366,12 @@ class ExplorerScene:
         )
 
     def _place(self, lane: Lane, step: int) -> tuple[Film, int] | None:
+        """Which answer a step needs: that about the clean picture (None), or about a picture of the film."""
         film = lane.film
         if film is None or not film.frames:
             return None
-        return film, max(0, min(step, len(film.frames) - 1))
+        number = max(0, min(step, len(film.frames) - 1))
+        return None if film.frames[number].x is self.subject.x else (film, number)
 
     def _picture(self, lane: Lane, step: int) -> Tensor:
         place = self._place(lane, step)
@@ -423,15 +425,19 @@ class ExplorerScene:
         with contextlib.ExitStack() as stack:
             for film in films:
                 stack.enter_context(recorded(film))
-            last = None
+            last = x
+            # What is said of the clean picture is known, so the film begins before the first gradient, which takes up to
+            # a second on a photograph. A random search begins elsewhere.
+            known = not attack_zoo.attack(METHODS[asked.method][0]).random
+            if known:
+                self._append(shown, films, 0, x, torch.zeros(1))
+                yield 0.0
             for number, frame in enumerate(self._frames(climbed, x, y, asked)):
                 last = frame.x
-                for lane, film in zip(shown, films, strict=True):
-                    self.add(lane, film, number, frame.x, frame.size)
-                    if number == 0:
-                        lane.show(film)
+                if number > 0 or not known:
+                    self._append(shown, films, number, frame.x, frame.size)
                 climbed.spent += climbed.classifier.calls
-                yield (number + 1) / (film.steps + 2)
+                yield (number + 1) / (films[0].steps + 2)
             yield from self._shrink(shown, films, x, last)
 
     def _frames(self, lane: Lane, x: Tensor, y: Tensor, asked: Asked) -> Iterator[AttackStep]:
@@ -447,12 +453,21 @@ class ExplorerScene:
             options["generator"] = generator_of(self.seed, "attack")
         return entry.run(target, x, y, asked.budget, **options)
 
+    def _append(
+        self, shown: Sequence[Lane], films: Sequence[Film], number: int, x: Tensor, size: Tensor
+    ) -> None:
+        for lane, film in zip(shown, films, strict=True):
+            self.add(lane, film, number, x, size)
+            if number == 0:
+                lane.show(film)
+
     def add(self, lane: Lane, film: Film, number: int, x: Tensor, size: Tensor) -> None:
         """Add a picture to a film, as a classifier itself sees it: what is attacked is what predicts.
 
         Shapes      x [1,C,H,W]; size [1], in the norm of the film
         """
-        logits = lane.look((film, number), x).logits[None]
+        place = None if x is self.subject.x else (film, number)
+        logits = lane.look(place, x).logits[None]
         fooled = decided(logits) != self.predicted(lane)
         film.frames.append(AttackStep(number, x, logits, fooled, size))
         if bool(fooled):

@@ -269,8 +269,7 @@ def show_stored(scene: ExplorerScene, lane: Lane, delta: Tensor, budget: float, 
     """
     x = scene.subject.x
     film = Film(steps=1, asked=Asked(norm, budget, STORED, 1), through=lane.name, ending="done")
-    for number, share in enumerate((0.0, 1.0)):
-        image = (x + share * delta).clamp(0, 1)
+    for number, image in enumerate((x, (x + delta).clamp(0, 1))):
         size = size_of(image - x, NORMS.get(norm, "linf"))
         scene.add(lane, film, number, image, size)
     lane.show(film)
