@@ -1,5 +1,6 @@
 """Drive JupyterLab in a real browser: serve, open a notebook, run it, and time a slider to the repainted figure."""
 
+import ast
 import contextlib
 import io
 import json
@@ -8,12 +9,14 @@ import re
 import shutil
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,7 @@ ARGUMENTS = [
     "--disable-dev-shm-usage",
 ]
 HANDLE = ".jp-OutputArea-output .noUi-handle"
+FIGURE = re.compile(r"\b(\w+_hero|Stage|Explorer)\(")  # what a cell that shows a live figure calls
 
 # Waits until every code cell has run, or one has failed; resolves with "done" or with the failures.
 RUN_STATE = """() => {
@@ -191,6 +195,84 @@ def copy_course(folder: Path) -> None:
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
+
+
+@dataclass
+class Names:
+    """What a cell does with names of the notebook: imports, reads, may change, and binds whatever they were before."""
+
+    imported: set[str]
+    read: set[str]
+    changed: set[str]
+    bound: set[str]
+
+    @classmethod
+    def of(cls, source: str) -> "Names":
+        """The names of a cell's source."""
+        scope = symtable.symtable(source, "cell", "exec")
+        assigned = {one.get_name() for one in scope.get_symbols() if one.is_assigned()}
+        mutated = set()  # rows[0] = row, rows.append(row)
+        bound = set()
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
+                mutated |= base_of(node)
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                if isinstance(node.value.func, ast.Attribute):
+                    mutated |= base_of(node.value.func)
+        for statement in tree.body:
+            if isinstance(statement, ast.Assign):
+                for target in statement.targets:
+                    parts = target.elts if isinstance(target, ast.Tuple) else [target]
+                    bound |= {part.id for part in parts if isinstance(part, ast.Name)}
+            elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                bound.add(statement.name)
+        imported = {one.get_name() for one in scope.get_symbols() if one.is_imported()}
+        return cls(imported, read_in(scope), assigned | mutated, bound)
+
+
+def read_in(scope: symtable.SymbolTable) -> set[str]:
+    """The names that a cell, or what is defined inside it, reads from the notebook."""
+    own = scope.get_type() == "module"
+    read = {
+        one.get_name()
+        for one in scope.get_symbols()
+        if one.is_referenced() and (own or one.is_global())
+    }
+    return read.union(*(read_in(child) for child in scope.get_children()))
+
+
+def base_of(node: ast.expr) -> set[str]:
+    """The name that an attribute or an item is of, as a set: none where it is of a literal."""
+    while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return {node.id} if isinstance(node, ast.Name) else set()
+
+
+def with_figures_only(path: Path, folder: Path) -> str:
+    """Write a notebook's pages, live figures and the cells that these need into a folder; returns the file's name.
+
+    Why         nbval runs every cell of every notebook; what only a browser can tell is about the live figures
+    """
+    notebook = nbformat.read(path, 4)
+    names = {cell.id: Names.of(cell.source) for cell in notebook.cells if cell.cell_type == "code"}
+    imported = set().union(*(one.imported for one in names.values()))
+    kept = []
+    needed = set()
+    for cell in reversed(notebook.cells):
+        if cell.cell_type == "code":
+            own = names[cell.id]
+            changed = (
+                own.changed - imported | own.imported
+            )  # plt.show() changes nothing that is needed
+            if not (FIGURE.search(cell.source) or changed & needed):
+                continue
+            needed = needed - own.bound | own.read
+        kept.append(cell)
+    notebook.cells = kept[::-1]
+    name = f"{path.stem}_figures.ipynb"
+    nbformat.write(notebook, folder / name)
+    return name
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Every notebook in a real JupyterLab: it opens, runs, draws, asks nobody else, and its sliders answer.
+"""Every notebook's live figures in a real JupyterLab: they run, draw, ask nobody else, and their sliders answer.
 
 `python3 -m lib bench` runs this file with DIFFCLASS_BENCH=1: 60 key presses, answered within 100 ms (p95).
 """
@@ -89,8 +89,9 @@ def time_sliders(page, name, capsys):
 @pytest.mark.parametrize(
     "path", sorted(browser.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
 )
-def test_notebook_runs_and_its_sliders_answer(path, lab, page, capsys):
-    browser.open_notebook(page, lab, path.name)
+def test_the_live_figures_of_a_notebook_run_and_their_sliders_answer(path, lab, page, capsys):
+    name = path.name if BENCH else browser.with_figures_only(path, lab.folder / "notebooks")
+    browser.open_notebook(page, lab, name)
     assert browser.run_all(page) == "done"
     page.wait_for_selector(browser.HANDLE)
     shoot(page, path.stem)
@@ -151,7 +152,8 @@ def test_one_key_shows_a_hero_alone_and_escape_leaves(allowed, lab, page):
 
 
 def test_a_lamp_of_the_audit_answers_to_mouse_and_keyboard(lab, page):
-    browser.open_notebook(page, lab, "09_honest_evaluation.ipynb")
+    path = browser.NOTEBOOKS / "09_honest_evaluation.ipynb"
+    browser.open_notebook(page, lab, browser.with_figures_only(path, lab.folder / "notebooks"))
     assert browser.run_all(page) == "done"
     hero = page.locator(".jp-OutputArea-output:has(.dc-stage)").first
     lamps = hero.locator("circle[role=button]")
@@ -222,7 +224,7 @@ def test_the_app_plays_a_film_takes_a_drawing_and_opens_its_own_link(page, tmp_p
         assert film.get_attribute("aria-valuenow") == "20.0"
         film.focus()
         film.press("Home")
-        page.locator(".dc-tile", has_text="step 0").first.wait_for()
+        page.locator(".dc-tile", has_text="clean").first.wait_for()
         page.locator(".widget-play button").first.click()
         page.wait_for_function(
             "film => film.getAttribute('aria-valuenow') === '20.0'", arg=film.element_handle()
