@@ -256,7 +256,9 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
     shutil.copy(cli.ROOT / "lib" / "__main__.py", tmp_path / "lib")
     started = []
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(cli.files, "ROOT", tmp_path)
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     monkeypatch.chdir(tmp_path)
@@ -264,7 +266,7 @@ def test_lab_starts_jupyterlab_at_the_first_notebook(tmp_path, monkeypatch):
     ((program, arguments, environment),) = started
     assert program == sys.executable and arguments[:3] == [sys.executable, "-m", "jupyterlab"]
     assert arguments[-1].endswith("00_start_here.ipynb") and environment["HF_HUB_OFFLINE"] == "1"
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE" and environment["OMP_NUM_THREADS"] == "4"
     assert ("--allow-root" in arguments) == (os.geteuid() == 0)
 
 

@@ -516,7 +516,9 @@ function render({ model, el }) {
         if (panels[i]) panels[i].box.remove();
         panels[i] = made;
       }
-      panels[i].update(spec);
+      // A panel that says what it said before is left alone: most sliders move some of them.
+      const said = JSON.stringify(spec);
+      if (panels[i].said !== said) { panels[i].said = said; panels[i].update(spec); }
     });
     while (panels.length > specs.length) panels.pop().box.remove();
     if (note.innerHTML !== text) note.innerHTML = text;
@@ -555,7 +557,7 @@ function render({ model, el }) {
   watch.observe(root);
   window.addEventListener("resize", arrange);
   model.on("change:frame", draw);
-  model.on("change:backdrops", () => { for (const p of panels) p.shown = null; draw(); });
+  model.on("change:backdrops", () => { for (const p of panels) p.shown = p.said = null; draw(); });
   draw();
   return () => { model.off("change:frame", draw); watch.disconnect(); window.removeEventListener("resize", arrange); screen?.off(); };
 }
