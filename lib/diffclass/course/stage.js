@@ -139,9 +139,9 @@ class Curves extends Panel {
     s.series.forEach((c, i) => { const xs = c.x || s.x; set(paths[i], { stroke: c.color, "stroke-width": c.width || 1.5, opacity: c.opacity ?? 1,
       "stroke-dasharray": c.dash || null, d: "M" + c.y.map((v, j) => `${x(xs[j]).toFixed(1)} ${inside(y(v)).toFixed(1)}`).join("L") }); });
     const texts = pool(this.names, "text", labelled.length), samples = pool(this.samples, "line", labelled.length);
-    const first = s.legend === "bottom" ? bottom - 10 - 16 * (labelled.length - 1) : top + 12;
+    const first = s.legend === "bottom" ? bottom - 10 - 18 * (labelled.length - 1) : top + 12;
     labelled.forEach((c, i) => {
-      const y = first + 16 * i;
+      const y = first + 18 * i;
       set(texts[i], { x: right - 26, y, "text-anchor": "end", text: c.label });
       set(samples[i], { x1: right - 20, x2: right - 2, y1: y - 4.5, y2: y - 4.5, stroke: c.color, "stroke-width": Math.max(2, c.width || 0), "stroke-dasharray": c.dash || null });
     });
