@@ -122,6 +122,33 @@ def test_the_command_writes_a_record_that_is_read_again(tmp_path, monkeypatch):
             costs.kept("digits")
 
 
+def test_an_interrupted_comparison_goes_on_and_a_record_of_another_machine_does_not_count(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "costs.json"
+    command = ("--json", "compare-costs", "--seconds", 0.01, "--store", path, "--only")
+    asked = []
+    measured = costs.cost_of
+
+    def counted(name, *values):
+        if name == "cohen" and not asked[1:]:
+            raise KeyboardInterrupt
+        asked.append(name)
+        return measured(name, *values)
+
+    monkeypatch.setattr(costs, "cost_of", counted)
+    assert run(*command, "cnn,cohen").exit_code == 130
+    first = json.loads(path.read_text())["costs"]
+    asked.append("interrupted")
+    both = document(run(*command, "cnn,cohen"))["costs"]
+    assert asked == ["cnn", "interrupted", "cohen"] and both[:1] == first
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "another"}))
+    assert document(run(*command, "cnn"))["costs"] != first
+    assert asked[3:] == ["cnn"]
+    path.write_text("{}")
+    assert "cannot be read" in str(document(run(*command, "cnn")))
+
+
 def test_a_classifier_that_cannot_be_built_is_named(monkeypatch):
     def broken(world, name, sigma_pixel):
         raise FileNotFoundError("expected weights, found none.")

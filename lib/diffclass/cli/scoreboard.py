@@ -22,7 +22,8 @@ def compare_costs(
         float, typer.Option(min=0.01, max=3600, help="How long each is repeated.")
     ] = 1.0,
     store: Annotated[
-        Path | None, typer.Option(help="Also write the record to this .json file.")
+        Path | None,
+        typer.Option(help="Also write the record to this .json file, as it grows; resumable."),
     ] = None,
     json_wanted: Json = False,
 ):
@@ -45,9 +46,13 @@ def compare_costs(
     names = costs.all_names(world) if only is None else tuple(only.split(","))
     answer.content |= dict(command="compare-costs")
     answer.say(f"{place.name}, one picture: network calls, parameters, FLOP, seconds (spread)")
-    listed = []
-    run = costs.measure(world, names, picture.to(where), sigma_pixel=sigma, seconds=seconds)
-    for cost in run:
+    content = costs.document(world, where.type, sigma, [])
+    listed = [] if store is None else costs.begun(store, content)
+    if listed:
+        stored = ", ".join(cost.name for cost in listed)
+        answer.say(f"  on record in {store}, not measured again: {stored}")
+    left = tuple(name for name in names if name not in {cost.name for cost in listed})
+    for cost in costs.measure(world, left, picture.to(where), sigma_pixel=sigma, seconds=seconds):
         listed.append(cost)
         if isinstance(cost, str):
             answer.say(f"  not measured: {cost}")
@@ -56,10 +61,10 @@ def compare_costs(
                 f"  {cost.name:18s} {cost.calls:6d} {cost.parameters:11,d} {cost.flop:18,d} {cost.seconds:10.5f} "
                 f"({cost.spread:.5f})"
             )
-    content = costs.document(world, where.type, sigma, listed)
+        content = costs.document(world, where.type, sigma, listed)
+        if store is not None:
+            costs.keep(store, content)
     answer.content |= content
-    if store is not None:
-        costs.keep(store, content)
 
 
 SHOWN = ("clean", "honest", "honest, worst of 10", "certified, r = 0.25", "flop")  # in a terminal

@@ -176,6 +176,21 @@ def keep(path: Path, content: dict) -> None:
     files.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def begun(path: Path, content: dict) -> list[Cost]:
+    """The costs that an interrupted run has stored: those of the same world, noise and machine as a new record.
+
+    Errors      ValueError for a file that is no record of costs
+    """
+    if not path.exists():
+        return []
+    with files.reading(f"the costs in {path}"):
+        stored = json.loads(path.read_text())
+        same = all(
+            stored[key] == content[key] for key in content if key not in ("load", "missing", "costs")
+        )
+        return [Cost(**row) for row in stored["costs"]] if same else []
+
+
 def kept(world: str) -> tuple[dict, dict[str, Cost]]:
     """The record of a world's costs: how it was measured, and name -> cost.
 
