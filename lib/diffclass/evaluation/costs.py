@@ -186,7 +186,9 @@ def begun(path: Path, content: dict) -> list[Cost]:
     with files.reading(f"the costs in {path}"):
         stored = json.loads(path.read_text())
         same = all(
-            stored[key] == content[key] for key in content if key not in ("load", "missing", "costs")
+            stored[key] == content[key]
+            for key in content
+            if key not in ("load", "missing", "costs")
         )
         return [Cost(**row) for row in stored["costs"]] if same else []
 
