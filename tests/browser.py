@@ -272,12 +272,11 @@ def with_figures_only(path: Path, folder: Path) -> str:
     for cell in reversed(notebook.cells):
         if cell.cell_type == "code":
             own = names[cell.id]
-            changed = (
-                own.changed - imported | own.imported
-            )  # plt.show() changes nothing that is needed
+            # plt.show() changes nothing that is needed
+            changed = (own.changed - imported) | own.imported
             if not (FIGURE.search(cell.source) or changed & needed):
                 continue
-            needed = needed - own.bound | own.read
+            needed = (needed - own.bound) | own.read
         kept.append(cell)
     notebook.cells = kept[::-1]
     name = f"{path.stem}_figures.ipynb"

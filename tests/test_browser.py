@@ -107,6 +107,33 @@ def test_the_live_figures_of_a_notebook_run_and_their_sliders_answer(path, lab, 
     browser.close_notebook(page)
 
 
+def test_a_live_figure_keeps_the_cells_that_it_needs_and_no_others(tmp_path):
+    """Names are followed backwards: through functions and changes in place, and not beyond where they are bound anew."""
+    cells = {
+        "import matplotlib.pyplot as plt": True,  # a cell that is kept reads it
+        "from diffclass.course import widgets": True,
+        "rows = [1]": False,  # bound anew below
+        "rows = []\nplt.show()": True,
+        "scale = 2": True,  # read by a function only
+        "def drawn(k):\n    row = scale * k\n    return row": True,
+        "row = 5\nplt.plot(row)": False,  # the function's own name
+        "a, b = 1, 2": True,
+        "rows.append(drawn(a))": True,
+        "spec = {}": True,
+        "spec['rows'] = rows": True,
+        "others = [rows for k in spec]": False,
+        "widgets.Stage(frame=spec)": True,
+        "rows.append(3)": False,  # after the figure
+    }
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in ["# page", *cells]]
+    )
+    nbformat.write(notebook, tmp_path / "some.ipynb")
+    name = browser.with_figures_only(tmp_path / "some.ipynb", tmp_path)
+    kept = [cell.source for cell in nbformat.read(tmp_path / name, 4).cells]
+    assert kept == [source for source, needed in cells.items() if needed]
+
+
 def fills_the_window(page):
     """Whether one hero, its controls and its note are all that is seen, and whole."""
     return page.evaluate("""() => {

@@ -327,7 +327,7 @@ def test_every_classifier_of_digits_keeps_the_contract(name, promise):
 # On a CPU a network of photographs takes from hundredths of a second to several for one call. A classifier of many calls is
 # held to the promises that cost none, and with `-m slow` to all of them; one of very many calls would take hours, and is
 # made of classes that the toys and the digits are already held with.
-FEW_CALLS = 6
+FEW_CALLS = 12
 MOST_CALLS = 100
 WITHOUT_CALLS = ("draws begin alike", "wrong noise is refused")
 

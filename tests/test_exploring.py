@@ -108,6 +108,18 @@ def test_each_film_keeps_the_budget_and_shows_what_its_classifier_says(attacked)
     assert not torch.equal(*last)
 
 
+def test_a_film_begins_with_the_clean_picture_before_anything_is_asked():
+    scene = ExplorerScene("digits", ("dc",))
+    list(scene.ask(0))
+    (lane,) = scene.lanes
+    spent = lane.spent
+    job = scene.attack(ASKED)
+    next(job)
+    assert lane.film.frames[0].x is scene.subject.x and len(lane.film.frames) == 1
+    assert lane.spent == spent and "clean" in at(scene)["panels"][0]["captions"][0]
+    job.close()
+
+
 def test_the_shortest_change_fools_and_is_no_longer_than_the_film(attacked):
     lane = attacked.lanes[0]
     fooling = [float((f.x - attacked.subject.x).norm()) for f in lane.film.frames if bool(f.fooled)]
