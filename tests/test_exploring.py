@@ -18,8 +18,9 @@ from diffclass.course.scenes import explorer as scenes
 from diffclass.course.scenes import keeping, overview
 from diffclass.course.scenes.explorer import LEFT, Asked, ExplorerScene, Lane
 from diffclass.course.scenes.keeping import State
+from diffclass.course.widgets import QUIET
 from diffclass.data.pictures import load_picture
-from diffclass.noise import seed_of
+from diffclass.noise import Levels, seed_of
 from diffclass.zoo import classifiers, noised
 from PIL import Image
 
@@ -56,6 +57,43 @@ def test_a_look_has_the_classifiers_own_logits(name):
     made = lane.made(None, x, 0.6, scene.class_names)
     assert isinstance(made, str) or made.images.shape == (10, 1, 8, 8)
     assert lane.spent >= lane.classifier.calls
+
+
+@pytest.mark.parametrize("number", [0, 9])
+def test_a_glance_is_the_answer_of_one_level_with_the_same_noise(number):
+    scene = ExplorerScene("digits")
+    lane = scene.lanes[0]
+    x = scene.subject.x
+    levels = lane.classifier.levels
+    own = slice(number, number + 1)
+    alone = Levels(levels.sigma[own], levels.lower[:1], levels.upper[-1:])
+    with torch.no_grad():
+        wanted = lane.classifier.changed(levels=alone)(x, lane.noise[:, own])[0]
+    seen, made = lane.glance(x, float(levels.sigma[number]), scene.class_names)
+    spread = wanted - wanted.mean()
+    torch.testing.assert_close(seen.logits - seen.logits.mean(), spread, rtol=1e-4, atol=1e-3)
+    assert seen.calls == made.calls == lane.classifier.denoiser.calls(10) == lane.spent
+
+
+def test_a_picture_that_moves_is_answered_by_one_level_until_it_rests(monkeypatch):
+    monkeypatch.setattr(scenes, "MOVING", 0.0)
+
+    async def session():
+        explorer = Explorer()
+        lane = explorer.scene.lanes[0]
+        explorer.index.value = 9
+        moving = explorer.stage.frame
+        spent = lane.spent
+        explorer.index.value = 10
+        await asyncio.sleep(2 * QUIET)
+        return lane, moving, spent, explorer.stage.frame
+
+    lane, moving, spent, rested = asyncio.run(session())
+    assert "by one level alone" in moving["note"]
+    assert spent == lane.classifier.denoiser.calls(10) < lane.classifier.calls
+    assert moving["rows"] == rested["rows"]  # the same panels in the same places
+    assert "by one level alone" not in rested["note"]
+    assert lane.known(None)
 
 
 def test_denoised_pictures_are_those_behind_the_losses():

@@ -84,6 +84,7 @@ class Explorer(Worker):
     def __init__(self, state: State = STARTS["digits"]):
         super().__init__()
         self._filling = False
+        self._moving = False  # whether the picture's slider moves, and lesser answers do
         self.scene = ExplorerScene(state.world, state.classifiers)
         self._controls(state)
         self._place(state)
@@ -354,6 +355,7 @@ class Explorer(Worker):
             self.state().asked,
             self.smoothing.value,
             self.votes.value,
+            moving=self._moving,
         )
 
     @in_turn
@@ -366,6 +368,7 @@ class Explorer(Worker):
     @in_turn
     def look(self) -> None:
         """Draw what is known; ask, as a job, what is slow to find out."""
+        self._moving = False
         if self.work is not None or self.scene.quick(self.step.value):
             self.refresh()
         else:
@@ -373,12 +376,16 @@ class Explorer(Worker):
 
     @in_turn
     def choose(self) -> None:
-        """Take the chosen picture."""
+        """Take the chosen picture; where whole answers would hold up the slider, they follow when it rests."""
         self.halt()
         self.message = ""
         self.scene.choose(self.index.value)
         self._rewind()
-        self.look()
+        if self.scene.heavy(self.step.value) and self.later(self.look):
+            self._moving = True
+            self.refresh()
+        else:
+            self.look()
 
     @in_turn
     def bring(self) -> None:

@@ -86,12 +86,32 @@ class Staged(W.VBox):
         self.stage = stage
         self.message = ""  # what the hero itself has to say, before the figure's note
         self._logged = ""
+        self._resting: asyncio.TimerHandle | None = None
         super().__init__()
         self.add_class("dc-hero")  # what the stage shows alone on a projector
 
     def frame(self) -> dict:
         """The frame of the present state; the heroes say how."""
         return figures.frame([])
+
+    def later(self, action: Callable[[], None]) -> bool:
+        """Call `action` when the controls have rested for `QUIET`, and not what was to be called until then.
+
+        Gives       False where no event loop runs, and so nobody would call
+        """
+        self.stay()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        self._resting = loop.call_later(QUIET, action)
+        return True
+
+    def stay(self) -> None:
+        """Call nothing later."""
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
 
     @in_turn
     def refresh(self, _=None) -> None:
@@ -143,7 +163,6 @@ class Hero(Staged):
         self.show = show
         self.quick = quick
         self._moving = False
-        self._resting: asyncio.TimerHandle | None = None
         for control in controls.values():
             control.observe(self.move, "value")
         self.stage.observe(self.move, ["point", "picked"])
@@ -155,23 +174,14 @@ class Hero(Staged):
     @in_turn
     def move(self, _=None) -> None:
         """Draw what can be drawn while a control moves, and the whole when it rests."""
-        if self._resting is not None:
-            self._resting.cancel()
-            self._resting = None
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # nobody would call back
-            self.refresh()
-            return
-        self._moving = True
+        self._moving = self.later(self.rest)
         self.refresh()
-        if self._moving:
-            self._resting = loop.call_later(QUIET, self.rest)
+        if not self._moving:  # the whole is drawn already
+            self.stay()
 
     @in_turn
     def rest(self) -> None:
         """Draw the whole frame."""
-        self._resting = None
         self._moving = False
         self.refresh()
 

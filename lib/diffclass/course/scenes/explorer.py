@@ -69,6 +69,7 @@ PHOTOGRAPHS = 512  # test pictures of CIFAR-10 that can be chosen
 # Network calls of one answer, at most, for a classifier to be shown live: about five seconds on two cores.
 MOST_CALLS = {"digits": 400, "cifar10": 40}
 QUICK = 0.12  # seconds: what takes longer is asked as a job
+MOVING = 0.01  # seconds of answers that a slider which moves can wait for
 # Which classifier of noised pictures is nearest to a classifier of clean ones; others vote themselves.
 RELATIVES = {
     "digits": {
@@ -183,11 +184,13 @@ class Lane:
         self.noise: Noise = self.classifier.sample_noise(1, generator_of(seed, "explorer"))
         self._looks: dict[object, Look] = {}
         self._made: dict[object, Made | str] = {}
+        self._glances: dict[float, tuple[Look, Made] | None] = {}
 
     def forget(self) -> None:
         """Put away what is known of the last picture."""
         self._looks.clear()
         self._made.clear()
+        self._glances.clear()
         self.film: Film | None = None
         self.certified: Certified | None = None
         self.nearest = Nearest()
@@ -218,6 +221,15 @@ class Lane:
             self.spent += 0 if isinstance(made, str) else made.calls
             self._made[key] = made
         return self._made[key]
+
+    @torch.no_grad()
+    def glance(self, x: Tensor, sigma: float, names: Sequence[str]) -> tuple[Look, Made] | None:
+        """A lesser answer about the clean picture, and what it makes of it, kept until the whole one is asked for."""
+        if sigma not in self._glances:
+            seen = insides.glance(self.classifier, x, self.noise, sigma, names)
+            self.spent += 0 if seen is None else seen[0].calls
+            self._glances[sigma] = seen
+        return self._glances[sigma]
 
     def show(self, film: Film) -> None:
         """Let a new film take the last one's place."""
@@ -364,6 +376,11 @@ class ExplorerScene:
             or (lane.seconds is not None and lane.seconds < QUICK)
             for lane in self.lanes
         )
+
+    def heavy(self, step: int) -> bool:
+        """Whether the answers that a step still needs take longer than a slider that moves can wait for."""
+        waiting = [lane for lane in self.lanes if not lane.known(self._place(lane, step))]
+        return sum(lane.seconds or 0.0 for lane in waiting) > MOVING
 
     def _place(self, lane: Lane, step: int) -> tuple[Film, int] | None:
         """Which answer a step needs: that about the clean picture (None), or about a picture of the film."""
@@ -559,20 +576,42 @@ class ExplorerScene:
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
-    def at(self, step: int, sigma: float, asked: Asked, sigma_pixel: float, n: int) -> dict:
+    def at(
+        self,
+        step: int,
+        sigma: float,
+        asked: Asked,
+        sigma_pixel: float,
+        n: int,
+        moving: bool = False,
+    ) -> dict:
         """What is shown: a row for each classifier from picture to posterior, the films, and how far the answers hold.
 
-        The other arguments are what the controls ask for now: the note says where a result is that of other settings
+        The other arguments are what the controls ask for now: the note says where a result is that of other settings.
+        While the picture is `moving`, a classifier that has not answered yet gives its lesser answer, if it has one
         """
-        rows = [self._row(lane, step, sigma) for lane in self.lanes]
+        glances = [self._glance(lane, step, sigma) if moving else None for lane in self.lanes]
+        both = list(zip(self.lanes, glances, strict=True))
+        rows = [self._row(lane, step, sigma, glance) for lane, glance in both]
         ending = [self._films(step), self._axis(sigma_pixel, n)]
         notes = [self.subject.warning]
-        notes += [self._said(lane, step, asked, sigma_pixel, n) for lane in self.lanes]
+        notes += [self._said(lane, step, asked, sigma_pixel, n, glance) for lane, glance in both]
         return figures.frame([*rows, ending], "<br>".join(note for note in notes if note))
 
-    def _row(self, lane: Lane, step: int, sigma: float) -> list[dict]:
+    def _glance(self, lane: Lane, step: int, sigma: float) -> tuple[Look, Made] | None:
+        """The lesser answer of a classifier that has none about the clean picture, which is the one that moves."""
+        if self._place(lane, step) is not None or lane.known(None):
+            return None
+        return lane.glance(self.subject.x, sigma, self.class_names)
+
+    def _row(
+        self, lane: Lane, step: int, sigma: float, glance: tuple[Look, Made] | None
+    ) -> list[dict]:
         place = self._place(lane, step)
         x = self._picture(lane, step)
+        if glance is not None:
+            seen, made = glance
+            return self._answered(lane, step, sigma, seen, seen, made)
         if not lane.known(None) and not lane.known(place) and lane.seconds is None:
             lane.look(None, self.subject.x)
         if not (lane.known(None) and lane.known(place)) and not self.quick(step):
@@ -583,8 +622,15 @@ class ExplorerScene:
             ]
         clean = lane.look(None, self.subject.x)
         now = lane.look(place, x)
-        colours = self._colours(clean, now)
         made = lane.made(place, x, sigma, self.class_names)
+        return self._answered(lane, step, sigma, clean, now, made)
+
+    def _answered(
+        self, lane: Lane, step: int, sigma: float, clean: Look, now: Look, made: Made | str
+    ) -> list[dict]:
+        """The panels of a classifier's answers about the clean picture and the present one."""
+        x = self._picture(lane, step)
+        colours = self._colours(clean, now)
         if isinstance(made, str) and now.lines is None:
             words = f"{lane.title} {made}."
             inside = [figures.words(words, title="Between picture and answer", w=640, h=190)]
@@ -815,9 +861,20 @@ class ExplorerScene:
             alt="; ".join(spoken) + ".",
         )
 
-    def _said(self, lane: Lane, step: int, asked: Asked, sigma_pixel: float, n: int) -> str:
+    def _said(
+        self,
+        lane: Lane,
+        step: int,
+        asked: Asked,
+        sigma_pixel: float,
+        n: int,
+        glance: tuple[Look, Made] | None,
+    ) -> str:
         """What is known of a classifier, in words."""
         place = self._place(lane, step)
+        if glance is not None:
+            name = self.class_names[int(decided(glance[0].logits[None]))]
+            return f"<b>{lane.title}</b> says <b>{name}</b> by one level alone; the others follow when the slider rests."
         if not (lane.known(None) and lane.known(place)):
             return f"<b>{lane.title}</b> is being asked."
         now = lane.look(place, self._picture(lane, step))

@@ -1,6 +1,7 @@
 """How a classifier comes to its answer about one picture: its logits, its losses, and the pictures that it makes.
 
-One function a kind of classifier, and `look(...)` has the logits of `classifier(x, noise)`, whatever it shows beside them.
+One function a kind of classifier, and `look(...)` has the logits of `classifier(x, noise)`, whatever it shows beside them;
+`glance(...)` is what can be said from a part of the calls.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from diffclass.classifiers.idc import TranslationClassifier
 from diffclass.classifiers.one_call import OneCallClassifier
 from diffclass.classifiers.purified import PurifiedClassifier
 from diffclass.classifiers.votes import MajorityVote
+from diffclass.noise import Levels
 
 NOTHING_DENOISED = "goes straight from pixels to logits: it makes no picture, and has no losses"
 VOTES_ONLY = "only counts which class each draw of its noise names"
@@ -150,6 +152,14 @@ def made(
 
 @made.register
 def _(classifier: BayesClassifier, x, noise, sigma, names) -> Made:
+    made, _, _ = _denoised(classifier, x, noise, sigma, names)
+    return made
+
+
+def _denoised(
+    classifier: BayesClassifier, x: Tensor, noise: Noise, sigma: float, names: Sequence[str]
+) -> tuple[Made, Tensor, float]:
+    """What the first noise of the nearest level makes, the squared errors [K] of that, and the level."""
     levels = classifier.levels.sigma
     nearest = int((levels.log() - torch.tensor(sigma).log()).abs().argmin())
     level = levels[nearest].to(x)
@@ -159,7 +169,8 @@ def _(classifier: BayesClassifier, x, noise, sigma, names) -> Made:
     error = (denoised - z).flatten(1).square().sum(1)
     captions = tuple(f"{n}\n{float(e):.2f}" for n, e in zip(names, error, strict=True))
     title = f"Denoised as each class, σ = {float(level):.2f}; squared error"
-    return Made(denoised, captions, title, classifier.denoiser.calls(classifier.num_classes))
+    calls = classifier.denoiser.calls(classifier.num_classes)
+    return Made(denoised, captions, title, calls), error, float(levels[nearest])
 
 
 @made.register
@@ -191,3 +202,36 @@ def _(classifier: PurifiedClassifier, x, noise, sigma, names) -> Made | str:
     first, then = classifier.prepared(x, noise) or ((), ())
     seen = classifier.purifier(x, first).detach()
     return made(classifier.classifier, seen, then, sigma, names)
+
+
+@singledispatch
+def glance(
+    classifier: Classifier, x: Tensor, noise: Noise, sigma: float, names: Sequence[str]
+) -> tuple[Look, Made] | None:
+    """A lesser answer for a slider that moves, and the pictures behind it; None where the whole answer is no dearer.
+
+    Shapes      as for `made`
+    """
+    return None
+
+
+@glance.register
+def _(classifier: BayesClassifier, x, noise, sigma, names) -> tuple[Look, Made] | None:
+    """One noise of one level stands for all levels: its error over sigma^2 is taken as the same at each."""
+    levels = classifier.levels
+    if len(levels) == 1:
+        return None
+    made, error, level = _denoised(classifier, x, noise, sigma, names)
+    alone = Levels(
+        torch.tensor([level], dtype=levels.sigma.dtype), levels.lower[:1], levels.upper[-1:]
+    )
+    logits = classifier.changed(levels=alone).logits_of(error[None, :, None])[0]
+    lines = Lines(
+        (error / level**2)[:, None].expand(-1, len(levels)),
+        levels.sigma,
+        f"Losses (excess), of σ = {level:.2f} alone while the picture moves",
+        "noise level σ (model units; drag)",
+        "excess loss / σ²",
+        log=True,
+    )
+    return Look(logits, made.calls, lines), made
