@@ -72,7 +72,7 @@ def path_logits(
                 x~_ij = x_i - sigma_i^2 / (sigma_j^2 - sigma_i^2) (x_j - x_i): the clean point on the line through both
     Equal to    `likelihood.noised_elbo` of x_i over the levels above, under the noise that the path adds
     Source      Chen et al. 2024 (NDC) remark that answers can be used again; that the draws must lie on one path is
-                derived in notebook 12
+                derived in notebook 12b
     Shapes      z [B,C,H,W], T levels, increments [B or 1,T,C,H,W] -> [B,T-1,K]
     Units       model space: sigma_pixel = sigma / 2; nats, up to a constant of each level
     Cost        T - 1 levels, each asked once: the calls of the lowest smoothing level alone

@@ -133,8 +133,8 @@ class Curves extends Panel {
     }
     const inside = v => Math.min(bottom + 2, Math.max(top - 2, v));
     const shapes = pool(this.bands, "path", s.series.filter(c => c.fill).length);
-    s.series.filter(c => c.fill).forEach((c, i) => set(shapes[i], { fill: c.color, opacity: 0.18, d:
-      "M" + s.x.map((v, j) => `${x(v).toFixed(1)} ${inside(y(c.y[j])).toFixed(1)}`).join("L") + `L${x(s.x[s.x.length - 1])} ${inside(y(c.base))}L${x(s.x[0])} ${inside(y(c.base))}Z` }));
+    s.series.filter(c => c.fill).forEach((c, i) => { const xs = c.x || s.x; set(shapes[i], { fill: c.color, opacity: 0.18, d:
+      "M" + xs.map((v, j) => `${x(v).toFixed(1)} ${inside(y(c.y[j])).toFixed(1)}`).join("L") + `L${x(xs[xs.length - 1])} ${inside(y(c.base))}L${x(xs[0])} ${inside(y(c.base))}Z` }); });
     const paths = pool(this.lines, "path", s.series.length), labelled = s.series.filter(c => c.label);
     s.series.forEach((c, i) => { const xs = c.x || s.x; set(paths[i], { stroke: c.color, "stroke-width": c.width || 1.5, opacity: c.opacity ?? 1,
       "stroke-dasharray": c.dash || null, d: "M" + c.y.map((v, j) => `${x(xs[j]).toFixed(1)} ${inside(y(v)).toFixed(1)}`).join("L") }); });

@@ -31,6 +31,7 @@ from diffclass.course.scenes.photos import PhotoScene
 from diffclass.course.scenes.plane import ForwardScene, PlaneScene
 from diffclass.course.scenes.racing import RaceScene
 from diffclass.course.scenes.scoreboard import SERIES, STEP, ScoreboardScene
+from diffclass.course.scenes.smoothing import REACH, SmoothingScene
 from diffclass.course.scenes.translation import TranslationScene
 from diffclass.course.scenes.zero_shot import ZeroShotScene
 from diffclass.data.plane import MixtureLaw
@@ -790,8 +791,23 @@ def zero_shot_hero(index: int = 0) -> Filmed:
     )
 
 
+def smoothing_hero(base: str = "a barcode", x: float = 0.05) -> Hero:
+    """A jagged classifier of one pixel, its noised copies, and the radius that their share proves (notebook 12)."""
+    scene = SmoothingScene()
+    controls = dict(
+        x=slider("picture x", x, -REACH, REACH, 0.01),
+        sigma=slider("smoothing σ", 0.1, -1.7, -0.2, 0.02, log=True),
+        base=choice("base classifier", scene.bases, base),
+    )
+    return Hero(
+        lambda x, sigma, base, point, picked: scene.at(base, x, sigma),
+        controls,
+        cursor="x",
+    )
+
+
 class Certifier(Worker):
-    """Notebook 12: votes on one digit as they arrive, and what they prove. Jobs can be stopped, and go on where they were.
+    """Notebook 12b: votes on one digit as they arrive, and what they prove. Jobs can be stopped, and go on where they were.
 
     Controls    another digit or sigma stops the running job and shows the votes cast there, if any; another alpha reads the
                 counted votes again; `shown` scrubs through them
@@ -860,5 +876,5 @@ class Certifier(Worker):
 
 
 def certify_hero(denoiser: Denoiser, index: int = 12) -> Certifier:
-    """The votes on a digit, two lower bounds of their share, the radius, and an attack from above (notebook 12)."""
+    """The votes on a digit, two lower bounds of their share, the radius, and an attack from above (notebook 12b)."""
     return Certifier(denoiser, index)

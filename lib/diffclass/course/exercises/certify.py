@@ -1,4 +1,4 @@
-"""Exercises of notebooks 12 and 15: a bridge's posterior, a constant's units, votes, bounds and radii."""
+"""Exercises of notebooks 12, 12b and 15: a bridge's posterior, a constant's units, votes, bounds and radii."""
 
 import math
 
@@ -80,7 +80,7 @@ CERTIFIED_RADIUS = Exercise(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Notebook 12
+# Notebooks 12 and 12b
 
 
 def _fewest(bound, radius: float, n: int, sigma: float, alpha: float) -> int:
