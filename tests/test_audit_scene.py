@@ -1,5 +1,6 @@
 """The lamps of the audit: each in its group's row, told apart without colour, and a click chooses its check."""
 
+import asyncio
 import json
 from dataclasses import asdict
 
@@ -39,7 +40,7 @@ def scene(stored, partial):
 def test_every_lamp_is_in_the_row_of_its_group(scene):
     panel = scene.at("honest", 3)["panels"][0]
     assert [row["label"] for row in panel["rows"]] == list(audit.GROUPS)
-    group_of = {one.number: one.group for one in scene.audits["honest"]}
+    group_of = {one.number: one.group for one in scene.checks("honest")}
     shown = [(int(name), row["label"]) for row in panel["rows"] for name, _, _ in row["lamps"]]
     assert [number for number, _ in shown] == scene.numbers() and sorted(scene.numbers()) == list(
         range(1, 41)
@@ -50,23 +51,23 @@ def test_every_lamp_is_in_the_row_of_its_group(scene):
 
 def test_lamps_differ_without_their_colours(scene):
     assert len(set(SIGN.values())) == len(audit.LIGHTS)
-    for name in scene.audits:
+    for name in scene.names:
         signs = {
             int(n): sign
             for row in scene.at(name, 1)["panels"][0]["rows"]
             for n, sign, _ in row["lamps"]
         }
-        assert signs == {one.number: SIGN[one.light] for one in scene.audits[name]}
+        assert signs == {one.number: SIGN[one.light] for one in scene.checks(name)}
 
 
 def test_the_frame_says_what_the_chosen_check_measured(scene):
     for name, fault in {"honest": "honest", **MYSTERIES}.items():
-        for result in scene.audits[name]:
+        for result in scene.checks(name):
             note = scene.at(name, result.number)["note"]
             assert f"<b>{result.number} {result.name}</b> is <b>{result.light}</b>" in note
             assert ("What to do" in note) == (result.light == "red")
         assert set(planted.FAULTS[fault][1]) <= {
-            result.number for result in scene.audits[name] if result.light == "red"
+            result.number for result in scene.checks(name) if result.light == "red"
         }
 
 
@@ -76,7 +77,7 @@ def test_curves_are_drawn_over_numbers_and_bars_over_names(scene):
         for number in (1, 9, 15, 19, 20, 25)
     }
     assert kinds == {1: "bars", 9: "curves", 15: "bars", 19: "curves", 20: "bars", 25: "bars"}
-    drawn = next(one for one in scene.audits["mystery 2"] if one.number == 20).picture
+    drawn = next(one for one in scene.checks("mystery 2") if one.number == 20).picture
     panel = scene.at("mystery 2", 20)["panels"][1]
     assert panel["values"] == pytest.approx(drawn.lines["mean"], rel=1e-4)
     assert panel["marks"] == pytest.approx(drawn.lines["worst"], abs=1e-4)
@@ -89,7 +90,7 @@ def test_a_stored_audit_is_shown_as_it_was(scene, stored):
 
 
 def test_audits_of_one_classifier_with_other_settings_stay_apart(scene, stored):
-    assert len(scene.audits["masked on toy"]) == 40 and len(scene.audits[PARTIAL]) == 30
+    assert len(scene.checks("masked on toy")) == 40 and len(scene.checks(PARTIAL)) == 30
     assert "its settings are not recorded" in scene.at("masked on toy", 3)["note"]
     assert "24 pictures, L∞ within 0.1, seed 5" in scene.at(PARTIAL, 20)["note"]
     assert "audited here on 64 pictures" in scene.at("honest", 3)["note"]
@@ -130,3 +131,29 @@ def test_a_click_on_a_lamp_chooses_its_check_and_can_be_repeated():
         hero.stage.picked = lamp
         assert number.value == 3 and "<b>3 " in hero.stage.frame["note"]
         assert hero.stage.frame["panels"][0]["chosen"] == lamp
+
+
+def test_a_first_audit_says_that_it_takes_a_second_and_then_shows_its_lamps():
+    async def session():
+        hero = widgets.audit_hero()
+        hero.controls["name"].value = "mystery 3"
+        waiting = hero.stage.frame
+        await asyncio.sleep(2 * widgets.QUIET)
+        lamps = hero.stage.frame
+        hero.controls["name"].value = "honest"
+        return waiting, lamps, hero.stage.frame
+
+    waiting, lamps, known = asyncio.run(session())
+    assert [panel["kind"] for panel in waiting["panels"]] == ["words"]
+    assert "about a second" in waiting["note"]
+    assert lamps["panels"][0]["kind"] == "lamps" and "mystery 3" in lamps["note"]
+    assert known["panels"][0]["kind"] == "lamps" and "honest" in known["note"]
+
+
+def test_planted_audits_are_asked_once_for_all_scenes(monkeypatch):
+    asked = []
+    run = audit.run
+    monkeypatch.setattr(audit, "run", lambda case: asked.append(case) or run(case))
+    first = AuditScene(count=12).checks("mystery 1")
+    assert AuditScene(count=12).checks("mystery 1") is first and len(asked) == 1
+    assert AuditScene(count=13).checks("mystery 1") is not first and len(asked) == 2

@@ -18,6 +18,7 @@ from diffclass.classifiers.base import Held
 from diffclass.classifiers.one_call import OneCallClassifier
 from diffclass.course import figures, widgets
 from diffclass.course.exploring import Explorer
+from diffclass.course.scenes.audit import MYSTERIES
 from diffclass.course.scenes.digits import DigitScene
 from diffclass.course.scenes.one_call import OneCallScene
 from diffclass.course.scenes.photos import SHORT
@@ -73,6 +74,14 @@ def adapter(student):
     )
 
 
+def audited(_):
+    """The lamps of all planted classifiers, each shown once: the first time it takes a second, which its frame says."""
+    hero = widgets.audit_hero()
+    for name in (*MYSTERIES, "honest"):
+        hero.controls["name"].value = name
+    return hero
+
+
 HEROES = {
     "digit": widgets.digit_hero,
     "one call": one_call,
@@ -86,7 +95,8 @@ HEROES = {
     "photos": photos,
     "translation": lambda _: widgets.translation_hero(networks.load_translator()),
     "adapter": adapter,
-    "audit": lambda _: widgets.audit_hero(),
+    "smoothing": lambda _: widgets.smoothing_hero(),
+    "audit": audited,
     "attack": widgets.attack_hero,
     "maximisation": widgets.maximisation_hero,
     "photo attack": photo_attack,

@@ -17,6 +17,7 @@ import traitlets
 from torch import Tensor
 
 from diffclass import data
+from diffclass.audit import CHECKS
 from diffclass.classifiers.base import Held
 from diffclass.classifiers.idc import Translator
 from diffclass.course import figures, plots
@@ -692,10 +693,14 @@ def audit_hero(stored: Iterable[dict] = (), name: str = "honest", number: int = 
     click tells why (notebook 09)."""
     scene = AuditScene(stored)
     controls = dict(
-        name=choice("classifier", scene.audits, name),
-        number=slider("check", number, 1, len(scene.numbers()), 1),
+        name=choice("classifier", scene.names, name),
+        number=slider("check", number, 1, len(CHECKS), 1),
     )
-    hero = Hero(lambda name, number, point, picked: scene.at(name, number), controls)
+    hero = Hero(
+        lambda name, number, point, picked: scene.at(name, number),
+        controls,
+        quick=lambda name, number, point, picked: scene.waiting(name),
+    )
 
     def clicked(change) -> None:
         if change["new"] >= 0:

@@ -1,5 +1,6 @@
 """Frames of the audit: 40 lamps in six rows, and what the chosen one measured."""
 
+import functools
 import html
 import math
 from collections.abc import Iterable, Sequence
@@ -18,38 +19,64 @@ PAINT = {GREEN: COLOURS[2], AMBER: COLOURS[1], RED: COLOURS[4]}
 SIGN = {GREEN: "+", AMBER: "?", RED: "\N{MINUS SIGN}"}
 
 
+@functools.cache
+def planted_checks(fault: str, count: int) -> tuple[Check, ...]:
+    """All checks of a planted classifier on so many pictures; asked once, as its seeds make them the same each time."""
+    return tuple(audit.run(planted.case(fault, count)))
+
+
 class AuditScene:
-    """The lamps of an honest classifier and four mysteries, audited now, and of stored audits of other classifiers.
+    """The lamps of an honest classifier and four mysteries, audited when they are shown, and of stored audits of others.
 
     Randomness  that of the planted cases, from their seeds
     """
 
     def __init__(self, stored: Iterable[dict] = (), count: int = 64):
-        faults = {"honest": "honest", **MYSTERIES}
-        self.audits: dict[str, list[Check]] = {
-            name: list(audit.run(planted.case(fault, count))) for name, fault in faults.items()
-        }
-        own = f"audited here on {count} pictures"
-        self.settings: dict[str, str] = dict.fromkeys(self.audits, own)
+        self.count = count
+        self.faults = {"honest": "honest", **MYSTERIES}
+        self._seen: set[str] = set()
+        self.stored: dict[str, tuple[Check, ...]] = {}
+        self.settings: dict[str, str] = dict.fromkeys(
+            self.faults, f"audited here on {count} pictures"
+        )
         for document in stored:
             name = f"{document['classifier']} on {document['world']}"
             settings = _settings_of(document)
-            if name in self.audits:
+            if name in self.settings:
                 name = f"{name}, {settings}"
-            if name in self.audits:
+            if name in self.settings:
                 raise ValueError(
                     f"expected stored audits that differ, got {name} twice; is the same file listed twice?"
                 )
-            self.audits[name] = [_check_of(row) for row in document["checks"]]
+            self.stored[name] = tuple(_check_of(row) for row in document["checks"])
             self.settings[name] = settings
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whose lamps can be shown."""
+        return tuple(self.settings)
+
+    def checks(self, name: str) -> tuple[Check, ...]:
+        """The checks of one audit; the first time, a planted classifier takes up to a second."""
+        self._seen.add(name)
+        if name in self.stored:
+            return self.stored[name]
+        return planted_checks(self.faults[name], self.count)
 
     def numbers(self, name: str = "honest") -> list[int]:
         """The checks' numbers of one audit as their lamps are shown, group by group."""
-        return [one.number for group in GROUPS for one in self.audits[name] if one.group == group]
+        return [one.number for group in GROUPS for one in self.checks(name) if one.group == group]
+
+    def waiting(self, name: str) -> dict | None:
+        """The frame while a planted classifier is audited for the first time; None where its lamps are known."""
+        if name in self._seen or name in self.stored:
+            return None
+        words = f"{name} is asked {len(audit.CHECKS)} questions; this takes about a second."
+        return figures.frame([[figures.words(words, title=f"{name}: being audited", w=520)]], words)
 
     def at(self, name: str, number: int) -> dict:
         """The frame of one classifier with the lamp of one check chosen."""
-        checks = {one.number: one for one in self.audits[name]}
+        checks = {one.number: one for one in self.checks(name)}
         chosen = checks.get(number)
         counts = [sum(one.light == light for one in checks.values()) for light in audit.LIGHTS]
         lights = ", ".join(map("{} {}".format, counts, audit.LIGHTS))
