@@ -13,6 +13,7 @@ import symtable
 import sys
 import time
 import urllib.request
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,7 +215,7 @@ class Names:
     imported: set[str]
     read: set[str]
     changed: set[str]
-    bound: set[str]
+    bound: Set[str]
 
     @classmethod
     def of(cls, source: str) -> "Names":
@@ -222,7 +223,6 @@ class Names:
         scope = symtable.symtable(source, "cell", "exec")
         assigned = {one.get_name() for one in scope.get_symbols() if one.is_assigned()}
         mutated = set()  # rows[0] = row, rows.append(row)
-        bound = set()
         tree = ast.parse(source)
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
@@ -230,26 +230,64 @@ class Names:
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 if isinstance(node.value.func, ast.Attribute):
                     mutated |= base_of(node.value.func)
-        for statement in tree.body:
-            if isinstance(statement, ast.Assign):
-                for target in statement.targets:
-                    parts = target.elts if isinstance(target, ast.Tuple) else [target]
-                    bound |= {part.id for part in parts if isinstance(part, ast.Name)}
-            elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
-                bound.add(statement.name)
         imported = {one.get_name() for one in scope.get_symbols() if one.is_imported()}
-        return cls(imported, read_in(scope), assigned | mutated, bound)
+        read, bound = read_before_bound(tree.body, frozenset())
+        return cls(imported, read, assigned | mutated, bound)
 
 
-def read_in(scope: symtable.SymbolTable) -> set[str]:
-    """The names that a cell, or what is defined inside it, reads from the notebook."""
+def read_before_bound(
+    statements: list[ast.stmt], bound: Set[str]
+) -> tuple[set[str], frozenset[str]]:
+    """The names that statements read from before them, where `bound` are known, and what is bound after them in any case.
+
+    Why         a loop may run no time, so what it binds counts inside it alone; a branch or a `try` binds nothing for sure
+    """
+    read = set()
+    bound = frozenset(bound)
+    for one in statements:
+        if isinstance(one, ast.For):
+            read |= read_in(one.iter) - bound
+            inside = bound | stored_in(one.target)
+            for body in (one.body, one.orelse):
+                read |= read_before_bound(body, inside)[0]
+        elif isinstance(one, ast.With):
+            for item in one.items:
+                read |= read_in(item.context_expr) - bound
+                bound |= stored_in(item.optional_vars) if item.optional_vars else set()
+            more, bound = read_before_bound(one.body, bound)
+            read |= more
+        else:
+            read |= read_in(one) - bound
+            if isinstance(one, ast.Assign):
+                bound |= set().union(*map(stored_in, one.targets))
+            elif isinstance(one, ast.FunctionDef | ast.ClassDef):
+                bound |= {one.name}
+    return read, bound
+
+
+def stored_in(target: ast.expr) -> set[str]:
+    """The names that an assignment to a target binds: those of x and of x, (y, z), none of x[0]."""
+    return {
+        node.id
+        for node in ast.walk(target)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def read_in(node: ast.AST) -> set[str]:
+    """The names that a piece of a cell, or what is defined inside it, reads from the notebook."""
+    return read_by(symtable.symtable(ast.unparse(node), "piece", "exec"))
+
+
+def read_by(scope: symtable.SymbolTable) -> set[str]:
+    """The names of the notebook that a scope and those inside it read."""
     own = scope.get_type() == "module"
     read = {
         one.get_name()
         for one in scope.get_symbols()
         if one.is_referenced() and (own or one.is_global())
     }
-    return read.union(*(read_in(child) for child in scope.get_children()))
+    return read.union(*(read_by(child) for child in scope.get_children()))
 
 
 def base_of(node: ast.expr) -> set[str]:

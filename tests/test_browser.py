@@ -119,6 +119,11 @@ def test_a_live_figure_keeps_the_cells_that_it_needs_and_no_others(tmp_path):
         "row = 5\nplt.plot(row)": False,  # the function's own name
         "a, b = 1, 2": True,
         "rows.append(drawn(a))": True,
+        "step = 7": False,  # the loop below binds its own
+        "other = 3": True,  # the branch below may not bind it
+        "left = 9": False,  # the block below binds it in any case
+        "if a:\n    other = 4": True,
+        "with open('/dev/null') as file:\n    left = 2\nfor step in (1, 2):\n    rows.append(step + other + left)": True,
         "spec = {}": True,
         "spec['rows'] = rows": True,
         "others = [rows for k in spec]": False,
