@@ -96,6 +96,17 @@ def test_a_picture_that_moves_is_answered_by_one_level_until_it_rests(monkeypatc
     assert lane.known(None)
 
 
+def test_a_fast_classifier_answers_while_a_slow_one_beside_it_is_asked():
+    scene = ExplorerScene("digits", ("dc", "cnn"))
+    for lane in scene.lanes:
+        lane.look(None, scene.subject.x)
+    scene.lanes[0].seconds = 10.0
+    scene.choose(7)
+    notes = at(scene)["note"].split("<br>")
+    assert "is being asked" in notes[0] and "says" in notes[1]
+    assert not scene.quick(0)
+
+
 def test_denoised_pictures_are_those_behind_the_losses():
     """The squared errors under the pictures are the losses that the curve has at that level."""
     scene = ExplorerScene("digits")

@@ -371,11 +371,11 @@ class ExplorerScene:
 
     def quick(self, step: int) -> bool:
         """Whether every answer that a step needs is known, or fast enough to be asked while a slider moves."""
-        return all(
-            lane.known(self._place(lane, step))
-            or (lane.seconds is not None and lane.seconds < QUICK)
-            for lane in self.lanes
-        )
+        return all(self._quick(lane, step) for lane in self.lanes)
+
+    def _quick(self, lane: Lane, step: int) -> bool:
+        known = lane.known(self._place(lane, step))
+        return known or (lane.seconds is not None and lane.seconds < QUICK)
 
     def heavy(self, step: int) -> bool:
         """Whether the answers that a step still needs take longer than a slider that moves can wait for."""
@@ -614,7 +614,7 @@ class ExplorerScene:
             return self._answered(lane, step, sigma, seen, seen, made)
         if not lane.known(None) and not lane.known(place) and lane.seconds is None:
             lane.look(None, self.subject.x)
-        if not (lane.known(None) and lane.known(place)) and not self.quick(step):
+        if not (lane.known(None) and lane.known(place)) and not self._quick(lane, step):
             words = f"{lane.title} is being asked; its last answer took {lane.seconds:.1f} s."
             return [
                 self._tiles(lane, step, x, None),

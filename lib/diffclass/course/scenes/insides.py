@@ -229,7 +229,7 @@ def _(classifier: BayesClassifier, x, noise, sigma, names) -> tuple[Look, Made] 
     lines = Lines(
         (error / level**2)[:, None].expand(-1, len(levels)),
         levels.sigma,
-        f"Losses (excess), of σ = {level:.2f} alone while the picture moves",
+        f"Losses (excess), of σ = {level:.2f} alone",
         "noise level σ (model units; drag)",
         "excess loss / σ²",
         log=True,
