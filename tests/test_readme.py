@@ -9,6 +9,7 @@ from diffclass import zoo
 from diffclass.certify.certificates import smoothing_radius
 from diffclass.evaluation import certification, claims, sigmas, tables
 from diffclass.storage import results
+from diffclass.zoo import classifiers as registry
 from diffclass.zoo import noised
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,27 @@ def test_the_titles_of_a_table():
     assert rule == "|---|---|---|---|---|---|"
 
 
+@pytest.mark.parametrize("world", ["digits", "cifar10"])
+def test_the_table_of_unseen_threats_is_that_of_the_records(world):
+    wanted = tables.threats_table(world)
+    assert shown(world, "threats") == wanted and len(wanted) > 3
+    titles = {entry.title: entry for entry in registry.ENTRIES.values()}
+    for line in wanted[2:]:
+        title, against, *numbers = (part.strip() for part in line.strip("|").split("|"))
+        entry = titles[title]
+        assert against == entry.against and sum(map(bool, numbers)) > 1
+        for norm, place, number in (("linf", 3, numbers[0]), ("l2", 3, numbers[1])):
+            rows = tables.robust_rows(world, norm)
+            records = [row.records[place] for row in rows if row.entry is entry]
+            assert number == (tables.cell(records[0]) if records else "")
+
+
+def test_who_was_trained_on_fooling_pictures_says_so():
+    hardened = {name for name in registry.ENTRIES if "adversarial" in name or "hardened" in name}
+    assert hardened and all(registry.ENTRIES[name].against == "L-inf" for name in hardened)
+    assert registry.ENTRIES["cnn"].against == registry.ENTRIES["dc"].against == "none"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which record is shown
 
@@ -149,6 +171,15 @@ def cells(norm="linf") -> dict[str, list[str]]:
         row.entry.name: [tables.cell(record) for record in row.records]
         for row in tables.robust_rows("digits", norm)
     }
+
+
+def test_a_classifier_with_one_threat_on_record_is_not_in_the_table_of_threats(shelf):
+    shelf("one", record(9, classifier="cnn", draws=1))
+    shelf("two", record(8, classifier="dc"))
+    assert len(tables.threats_table("digits")) == 2
+    shelf("three", record(3, classifier="dc", protocol=dict(norm="l2", epsilon=1.0)))
+    (line,) = tables.threats_table("digits")[2:]
+    assert line.startswith("| diffusion classifier | none | 40.0 [") and "| 15.0 [" in line
 
 
 def test_a_folder_without_records_has_no_rows(shelf):

@@ -19,6 +19,7 @@ TABLES = (  # world, norm, and the budget where it is not the world's
     ("digits", "l2", None),
     ("cifar10", "linf", None),
 )
+THREATS = ("digits", "cifar10")
 CERTIFIED = ("digits", "cifar10", "hundred")
 SIGMAS = ("digits",)
 PLAN = r"(Rooms, bottom to top:\n\n).*?(\n\"\"\")"
@@ -104,6 +105,9 @@ def written() -> dict[Path, str]:
     for world, norm, epsilon in TABLES:
         name = f"{world} {norm}" if epsilon is None else f"{world} {norm} {epsilon:g}"
         text = refreshed(text, name, _filled(tables.robust_table(world, norm, epsilon), name))
+    for world in THREATS:
+        name = f"{world} threats"
+        text = refreshed(text, name, _filled(tables.threats_table(world), name))
     package = PACKAGE / "__init__.py"
     docstring = re.sub(
         PLAN,

@@ -135,6 +135,33 @@ def robust_table(world: str, norm: str, epsilon: float | None = None) -> list[st
     return lines
 
 
+THREATS = (  # title, norm, and whose protocol: a flow has one attack of its own
+    ("L-inf", "linf", COLUMNS[3]),
+    ("L2", "l2", COLUMNS[3]),
+    ("bent by a flow", "flow", Column("bent by a flow", "single")),
+)
+
+
+def threats_table(world: str) -> list[str]:
+    """The lines of a table in Markdown: what each classifier was made against, and what is left of it under every threat.
+
+    Meaning     the world's budgets, the average draw; classifiers of which two threats at least are on record
+    Errors      those of `robust_rows`
+    """
+    found: dict[str, dict[str, Record]] = {}
+    for title, norm, column in THREATS:
+        for row in robust_rows(world, norm, columns=(column,)):
+            found.setdefault(row.entry.name, {})[title] = row.records[0]
+    titles = [title for title, _, _ in THREATS]
+    lines = [_line(["Classifier", "made against", *titles]), "|" + "---|" * (2 + len(titles))]
+    for name, entry in ENTRIES.items():
+        known = found.get(name, {})
+        if len(known) > 1:
+            cells = [cell(known.get(title)) for title in titles]
+            lines.append(_line([entry.title, entry.against, *cells]))
+    return lines
+
+
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 

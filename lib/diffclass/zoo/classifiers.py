@@ -75,6 +75,7 @@ class Entry:
     paper       the protocol of its own paper, a name of `evaluation.protocols.PAPERS`
     build       Parts -> Classifier
     weights     kind of world -> {role: file}, the files that are read; None where the world has no such classifier
+    against     the threat that it was trained on, or whose budget limits it, in the words of a table
     Errors      ValueError for an entry that lacks one of these
     """
 
@@ -85,9 +86,10 @@ class Entry:
     paper: str
     build: Callable[[Parts], Classifier]
     weights: Callable[[str], dict[str, str] | None]
+    against: str = "none"
 
     def __post_init__(self):
-        check_entry(self, ("name", "title", "sentence", "source", "paper"))
+        check_entry(self, ("name", "title", "sentence", "source", "paper", "against"))
 
 
 def check_entry(entry, words: Sequence[str]) -> None:
@@ -224,6 +226,7 @@ for _entry in (
         "madry",
         _cnn,
         _trained_only(_baseline("adversarial")),
+        against="L-inf",
     ),
     Entry(
         "wide",
@@ -242,6 +245,7 @@ for _entry in (
         "madry",
         _cnn,
         _trained_only(_baseline("adversarial-wide")),
+        against="L-inf",
     ),
     Entry(
         "vit",
@@ -260,6 +264,7 @@ for _entry in (
         "madry",
         _cnn,
         _trained_only(_baseline("adversarial-vit")),
+        against="L-inf",
     ),
     Entry(
         "jem",
@@ -296,6 +301,7 @@ for _entry in (
         "madry",
         _bayes,
         _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
+        against="L-inf",
     ),
     Entry(
         "tmdc",
@@ -305,6 +311,7 @@ for _entry in (
         "tmdc",
         _adapted,
         _trained_only(_truth("tmdc")),
+        against="L-inf, through another network",
     ),
     Entry(
         "tmdc-contrastive",
@@ -314,6 +321,7 @@ for _entry in (
         "tmdc",
         _adapted,
         _trained_only(_truth("tmdc-contrastive")),
+        against="L-inf",
     ),
     Entry(
         "one-call",
@@ -332,6 +340,7 @@ for _entry in (
         "madry",
         _one_call,
         _trained_only(lambda kind: {"denoiser": networks.HARDENED[kind]}),
+        against="L-inf",
     ),
     Entry(
         "vote",
@@ -350,6 +359,7 @@ for _entry in (
         "rdc",
         _rdc(1),
         _denoiser_and_purifier,
+        against="L-inf, by its band",
     ),
     Entry(
         "rdc5",
@@ -359,6 +369,7 @@ for _entry in (
         "rdc",
         _rdc(5),
         _denoiser_and_purifier,
+        against="L-inf, by its band",
     ),
     Entry(
         "rdc-released",
@@ -377,6 +388,7 @@ for _entry in (
         "rdc",
         _rdc(5),
         _trained_only(lambda kind: _contrastive(kind) | _purifier(kind)),
+        against="L-inf, by its band",
     ),
     Entry(
         "lm-cnn",
@@ -386,6 +398,7 @@ for _entry in (
         "rdc",
         _maximised_cnn,
         _trained_only(lambda kind: _baseline("cnn")(kind) | _purifier(kind)),
+        against="L-inf, by its band",
     ),
     Entry(
         "diffpure",
