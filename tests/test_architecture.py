@@ -141,6 +141,15 @@ def decides_by_decided(source):
     ]
 
 
+def moves_no_control_in_the_browser(source):
+    """A link in the browser answers the kernel's moves, late; that left a film at 19 of 20. `ipywidgets.link` has no answer."""
+    return [
+        f"line {node.lineno}: {node.attr}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in ("jslink", "jsdlink")
+    ]
+
+
 def can_fail(source):
     def checks(node):
         if isinstance(node, ast.Assert):
@@ -221,6 +230,7 @@ RULES = {
     draws_from_given_generators: lambda: sources(PACKAGE),
     probes_nothing: asking_rooms,
     decides_by_decided: deciding_rooms,
+    moves_no_control_in_the_browser: lambda: sources(PACKAGE),
     can_fail: lambda: sources(ROOT / "tests"),
 }
 CLEAN = '''"""A module that may speak of cuda in its prose."""
@@ -248,6 +258,7 @@ PLANTED = [
     (probes_nothing, "deterministic = getattr(classifier, 'deterministic', True)"),
     (probes_nothing, "try:\n    classifier.bank\nexcept AttributeError:\n    pass"),
     (decides_by_decided, "best = int(logits.argmax())"),
+    (moves_no_control_in_the_browser, "W.jslink((play, 'value'), (slider, 'value'))"),
     (can_fail, "def test_nothing():\n    compare(1, 2)"),
 ]
 

@@ -289,6 +289,16 @@ def test_another_picture_puts_old_results_away():
     assert "press Attack" not in explorer.stage.frame["note"]
 
 
+def test_player_and_film_move_each_other():
+    explorer = Explorer()
+    explorer.attack()
+    frame = explorer.stage.frame
+    explorer.play.value = 3  # a tick of the player
+    assert explorer.step.value == 3 and explorer.stage.frame != frame
+    explorer.step.value = 7  # the player goes on from where the reader left the slider
+    assert explorer.play.value == 7
+
+
 def test_results_keep_their_own_settings():
     async def session():
         explorer = Explorer()

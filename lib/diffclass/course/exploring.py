@@ -108,7 +108,8 @@ class Explorer(Worker):
         )
         self.play = W.Play(min=0, max=1, step=1, interval=100, layout=W.Layout(width="150px"))
         self.step = slider("film", 0, 0, 1, 1, width=330)
-        W.jslink((self.play, "value"), (self.step, "value"))
+        # Not in the browser: that would answer each picture of a film with the number before, and the last answer would win.
+        W.link((self.play, "value"), (self.step, "value"))
         self.sigma = slider("noise σ to look at", 0.6, -1.0, 0.47, 0.1, log=True, width=330)
         self.world = choice(
             "world", [(said, name) for name, said in WORLDS.items()], state.world, width=240
