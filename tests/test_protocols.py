@@ -53,6 +53,7 @@ HONEST = {
     "rdc-released": PURIFIED,
     "rdc-contrastive": PURIFIED,
     "lm-cnn": PURIFIED,
+    "diffpure-tmdc": PURIFIED,
     "diffpure": (
         ("margin", 100, "pgd", "exact", True, 4, 1, 0.1, "image"),
         ("DLR", 100, "pgd", "bpda", True, 1, 1, 0.1, "image"),
@@ -109,6 +110,7 @@ PAPER = {
     "rdc-released": RDC,
     "rdc-contrastive": RDC,
     "lm-cnn": RDC,
+    "diffpure-tmdc": TMDC_L2,
     "diffpure": (
         ("CE", 100, "apgd", "exact", True, 20, 1, None, "random"),
         ("DLR", 100, "apgd", "exact", True, 20, 1, None, "random"),

@@ -56,6 +56,7 @@ ORDER = (
     "rdc-contrastive",
     "lm-cnn",
     "diffpure",
+    "diffpure-tmdc",
     "idc",
 )
 

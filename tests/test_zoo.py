@@ -51,6 +51,7 @@ DIGITS = (
     "rdc-contrastive",
     "lm-cnn",
     "diffpure",
+    "diffpure-tmdc",
     "idc",
 )
 ATTACKS = (
@@ -70,7 +71,15 @@ ATTACKS = (
 PLANE = ("dc", "one-call", "vote", "rdc1", "rdc5", "rdc-released")
 DETERMINISTIC = (*PLAIN, "jem")
 ADAPTED = "denoiser.network.blocks.0.conv1.weight"  # of a layer with an adapter
-PURIFIED = ("rdc1", "rdc5", "rdc-released", "rdc-contrastive", "lm-cnn", "diffpure")
+PURIFIED = (
+    "rdc1",
+    "rdc5",
+    "rdc-released",
+    "rdc-contrastive",
+    "lm-cnn",
+    "diffpure",
+    "diffpure-tmdc",
+)
 
 
 def plain_network(method: str, seed: int) -> cnn.Plain:
@@ -229,6 +238,8 @@ def test_the_parts_are_those_of_the_names(network_folder):
     assert built["rdc-released"].purifier.budget is None
     assert isinstance(built["diffpure"].purifier, Purification)
     assert isinstance(built["diffpure"].classifier, cnn.ConvClassifier)
+    assert isinstance(built["diffpure-tmdc"].purifier, Purification)
+    assert isinstance(built["diffpure-tmdc"].classifier, BayesClassifier)
     assert isinstance(built["lm-cnn"].purifier, LikelihoodMaximisation)
     assert isinstance(built["lm-cnn"].classifier, cnn.ConvClassifier)
     assert isinstance(built["rdc-contrastive"].classifier, BayesClassifier)
@@ -248,6 +259,7 @@ def test_the_parts_are_those_of_the_names(network_folder):
     for pair, weight in (
         (("lm-cnn", "cnn"), "enter.weight"),
         (("diffpure", "cnn"), "enter.weight"),
+        (("diffpure-tmdc", "tmdc"), ADAPTED),
         (("rdc5", "dc"), "denoiser.network.enter.weight"),
         (("rdc-contrastive", "contrastive"), "denoiser.network.enter.weight"),
     ):
@@ -284,6 +296,7 @@ def test_checkpoints_name_every_file_that_is_read(network_folder, monkeypatch):
         **{method: [f"digits-{method}.safetensors"] for method in (*PLAIN, "jem")},
         "lm-cnn": [networks.STUDENT, "digits-cnn.safetensors"],
         "diffpure": [networks.STUDENT, "digits-cnn.safetensors"],
+        "diffpure-tmdc": [networks.STUDENT, "digits-tmdc.safetensors"],
         "contrastive": [networks.CONTRASTIVE["digits"]],
         "one-call": [networks.CONTRASTIVE["digits"]],
         "one-call-hardened": [networks.HARDENED["digits"]],

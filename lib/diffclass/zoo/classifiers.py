@@ -207,6 +207,10 @@ def _diffpure(parts: Parts) -> Classifier:
     return PurifiedClassifier(purifier, parts.cnn(), eot=4)  # more averaged draws gained nothing
 
 
+def _purified_adapted(parts: Parts) -> Classifier:
+    return PurifiedClassifier(Purification(parts.denoiser("purifier")), parts.adapted())
+
+
 RDC = "Chen et al. 2024 (RDC)"
 for _entry in (
     Entry(
@@ -408,6 +412,16 @@ for _entry in (
         "diffpure",
         _diffpure,
         _trained_only(lambda kind: _baseline("cnn")(kind) | _purifier(kind)),
+    ),
+    Entry(
+        "diffpure-tmdc",
+        "DiffPure, TMDC",
+        "Noise the picture, walk back with the unconditional denoiser, then ask TMDC: what its paper would try next.",
+        "Nie et al. 2022; Li et al. 2024 (TMDC)",
+        "tmdc",
+        _purified_adapted,
+        _trained_only(lambda kind: _truth("tmdc")(kind) | _purifier(kind)),
+        against="L-inf, through another network",
     ),
     Entry(
         "idc",
