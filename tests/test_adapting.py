@@ -235,6 +235,36 @@ def test_the_tables_ask_for_the_paper_s_attacks_and_for_everybody_s_own_gradient
     }
 
 
+def test_an_adapter_meets_other_attacks_than_it_learned_from(small, tmp_path, monkeypatch):
+    path = tmp_path / "crossed.jsonl"
+    monkeypatch.setattr(adapting, "LEARNED", adapting.LEARNED[:1])
+    monkeypatch.setattr(adapting, "MET", (FGSM,))
+    short = dict(steps=3, batch=4)
+    records = list(adapting.crossed(path, 1, **short))
+    assert records == results.read(path) and not list(adapting.crossed(path, 1, **short))
+    told = adapting.recipe_of(adapting.LEARNED[0]).says["truth"]["inner"]
+    assert told == dict(epsilon=0.1, steps=1, stride=1.0)
+    run = training_of(adapting.recipe_of(adapting.LEARNED[0], **short), 1, given=student())
+    list(run)
+    images, labels = (part[:12] for part in images_of("digits", "test"))
+    *_, fast = attacks.pgd(
+        zoo.classifier("digits", "cnn"),
+        images,
+        labels,
+        0.1,
+        steps=1,
+        step_size=0.1,
+        loss=attacks.cross_entropy_loss,
+    )
+    for step, denoiser in ((0, student()), (3, run.average.eval())):
+        held = adapting.held_bayes(denoiser)
+        found = {r.part: r for r in records if r.settings["step"] == step}
+        assert found[str(FGSM)].value == accuracies.accuracy(held, fast.x, labels) / 12
+        own = found[adapting.THROUGH_ITSELF]
+        assert own.n == 4
+        assert own.value == measures.survivors(held, images[:4], labels[:4], 0.1, 2) / 4
+
+
 def test_as_released_dark_pixels_become_grey_at_no_budget_at_all():
     images, labels = (part[:4] for part in images_of("digits", "test"))
     cnn = zoo.classifier("digits", "cnn")
