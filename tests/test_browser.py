@@ -353,6 +353,43 @@ def test_the_stopwatch_sees_a_slow_figure_and_a_dead_slider(lab, page):
     browser.close_notebook(page)
 
 
+def test_a_slider_that_moves_beside_a_running_cell_leaves_that_cell_its_figure(lab, page):
+    """JupyterLab hands a slider's messages to another thread, beside the cell; after each, all figures were shown and closed."""
+    drawing = (
+        "import time\nfrom matplotlib import pyplot as plt\nplt.plot([0, 1])\ntime.sleep({})\nplt.plot([1, 0])\n"
+        "print(len(plt.gca().lines), 'lines')"
+    )
+    hero = "%matplotlib inline\nfrom diffclass.course import widgets\nwidgets.forward_hero()"
+    write(lab, "beside.ipynb", hero, drawing.format(0))
+    browser.open_notebook(page, lab, "beside.ipynb")
+    assert browser.run_all(page) == "done"
+    page.locator(browser.HANDLE).first.wait_for()
+    for _ in range(2):  # a slider's first messages come in the thread of cells
+        browser.press(page, 0)
+    page.evaluate("window.ended = false")
+    page.evaluate(
+        """source => { const panel = window.jupyterapp.shell.currentWidget;
+        panel.content.activeCellIndex = 1;
+        panel.content.activeCell.model.sharedModel.setSource(source);
+        window.jupyterapp.commands.execute('notebook:run-cell').then(() => { window.ended = true; }); }""",
+        drawing.format(2),
+    )
+    page.wait_for_timeout(500)
+    handle = page.locator(browser.HANDLE).first
+    for _ in range(200):
+        if page.evaluate("window.ended"):
+            break
+        handle.press("ArrowRight")
+        page.wait_for_timeout(50)
+    outputs = page.evaluate(
+        """() => { const outputs = window.jupyterapp.shell.currentWidget.content.widgets[1].model.outputs;
+        return Array.from({ length: outputs.length }, (_, i) => outputs.get(i).toJSON()); }"""
+    )
+    assert [output["output_type"] for output in outputs] == ["stream", "display_data"]
+    assert outputs[0]["text"] == "2 lines\n" and "image/png" in outputs[1]["data"]
+    browser.close_notebook(page)
+
+
 def test_a_failing_cell_is_reported_with_its_number(lab, page):
     write(lab, "fails.ipynb", "1", "raise ValueError('planted')", "2")
     browser.open_notebook(page, lab, "fails.ipynb")

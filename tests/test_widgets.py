@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from diffclass.data import gallery
 from diffclass.evaluation import measuring
 from diffclass.storage import assets, results
 from diffclass.zoo import networks
+from IPython.core.events import EventManager, available_events
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +323,30 @@ def test_an_older_figure_is_never_drawn_over_a_newer_one(monkeypatch):
     assert last_note(show) == "value 2"
     monkeypatch.setattr(widgets.threading, "RLock", contextlib.nullcontext)
     assert last_note(show) == "value 1"  # the planted fault: nobody waits
+
+
+def test_the_message_of_a_slider_beside_a_cell_publishes_no_figure(monkeypatch):
+    shell = SimpleNamespace(events=EventManager(None, available_events))
+    header = {"msg_type": "comm_msg"}
+    shell.get_parent = lambda: {"header": header}
+    monkeypatch.setattr(widgets, "get_ipython", lambda: shell)
+    published = []
+    shell.events.register("post_execute", lambda: published.append(header["msg_type"]))
+    widgets.forward_hero()
+    hooked = shell.events.trigger
+    widgets.forward_hero()
+    assert shell.events.trigger is hooked
+    for header["msg_type"] in (
+        "comm_msg",
+        "execute_request",
+    ):  # a cell of another thread shows its own
+        other = threading.Thread(target=shell.events.trigger, args=("post_execute",))
+        other.start()
+        other.join()
+    assert published == ["execute_request"]
+    header["msg_type"] = "comm_msg"
+    shell.events.trigger("post_execute")  # in the thread of cells, between two of them
+    assert published == ["execute_request", "comm_msg"]
 
 
 def test_a_job_lets_other_threads_have_their_turn():
