@@ -250,6 +250,7 @@ class MaximisationScene:
             h=210,
             xrange=(0, STEPS),
             cursor=step,
+            legend="bottom" if zero_is_the_limit else "top",  # a clean digit leads to the end
             alt=f"{alt}.",
         )
 
