@@ -204,7 +204,8 @@ def test_every_defence_is_asked_about_what_fooled_the_surrogate(tmp_path):
         loss=attacks.cross_entropy_loss,
     )
     wanted = [
-        accuracies.accuracy(adapting._held(name, 0), last.x, labels) / 8 for name in ("cnn", "dc")
+        accuracies.accuracy(adapting._held("digits", name, 0), last.x, labels) / 8
+        for name in ("cnn", "dc")
     ]
     assert [record.value for record in records] == wanted
     assert [record.attack for record in records] == ["white-box", "transfer from cnn"]
@@ -263,6 +264,22 @@ def test_an_adapter_meets_other_attacks_than_it_learned_from(small, tmp_path, mo
         own = found[adapting.THROUGH_ITSELF]
         assert own.n == 4
         assert own.value == measures.survivors(held, images[:4], labels[:4], 0.1, 2) / 4
+
+
+def test_photographs_meet_the_budgets_of_the_paper_and_of_the_field(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        adapting, "transferred", lambda *given, **more: asked.append((given[1:], more)) or []
+    )
+    assert not list(adapting.photographs("nowhere"))
+    assert {(norm, epsilon) for (_, _, _, norm, epsilon, _), _ in asked} == {
+        ("linf", 0.05),
+        ("linf", 8 / 255),
+        ("l2", 0.5),
+    }
+    for (surrogates, defences, *_, count), more in asked:
+        assert surrogates == ("cnn",) and count == adapting.ATTACKED
+        assert more == dict(world="cifar10") and set(defences) <= set(zoo.names("cifar10"))
 
 
 def test_as_released_dark_pixels_become_grey_at_no_budget_at_all():

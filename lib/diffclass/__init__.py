@@ -47,6 +47,7 @@ Classifiers, by the names of the registry:
     rdc-contrastive Five steps of likelihood maximisation, then the contrastive diffusion classifier.
     lm-cnn          Five steps of likelihood maximisation in front of the plain network.
     diffpure        Noise the picture, walk back with the unconditional denoiser, then ask the plain network.
+    diffpure-tmdc   Noise the picture, walk back with the unconditional denoiser, then ask TMDC: what its paper would try next.
     idc             Translate the picture into the picture of its label; the nearest label wins.
 """
 

@@ -283,6 +283,21 @@ PAPER = (
     (GRADIENTS + PLUS, "linf", BUDGET),
     (GRADIENTS + PLUS, "l2", 0.5),
 )
+# The same of photographs: who is asked, and what they meet.
+OF_PHOTOGRAPHS = (
+    "cnn",
+    "adversarial",
+    "jem",
+    "contrastive",
+    "adversarial-dc",
+    "tmdc",
+    "tmdc-contrastive",
+)
+ON_PHOTOGRAPHS = (
+    (GRADIENTS + PLUS[:1], "linf", PRINTED),
+    (GRADIENTS + PLUS[:1], "linf", 8 / 255),
+    (GRADIENTS + PLUS[:1], "l2", 0.5),
+)
 
 
 def tables(path: Path) -> Iterator[results.Record]:
@@ -295,6 +310,16 @@ def tables(path: Path) -> Iterator[results.Record]:
         yield from transferred(path, ("cnn",), DEFENCES, listed, norm, epsilon, TABLED)
 
 
+def photographs(path: Path) -> Iterator[results.Record]:
+    """TMDC's tables from a plain network of photographs: everything that `transferred` can still add to a file.
+
+    Errors      those of `transferred`
+    """
+    for listed, norm, epsilon in ON_PHOTOGRAPHS:
+        told = (listed, norm, epsilon, ATTACKED)
+        yield from transferred(path, ("cnn",), OF_PHOTOGRAPHS, *told, world="cifar10")
+
+
 def transferred(
     path: Path,
     surrogates: tuple[str, ...],
@@ -304,20 +329,22 @@ def transferred(
     epsilon: float,
     count: int,
     seed: int = 0,
+    world: str = "digits",
 ) -> Iterator[results.Record]:
     """Attack each surrogate, and ask every defence about what came out; what is on record is left out.
 
-    Shapes      surrogates and defences: names of classifiers of digits; count: test digits
+    Shapes      surrogates and defences: names of classifiers of the world; count: its first test pictures
     Units       epsilon in pixels
     Randomness  attacks from the seed; each classifier has one held noise, from the seed
     Writes      an accuracy for every surrogate, attack and defence, into `path`
     Errors      those of `zoo.classifier`, of `Attack.frames` and of `runs`
     """
-    images, labels = images_of("digits", "test")
+    images, labels = images_of(world, "test")
     x = images[:count]
     y = labels[:count]
     known = {
         (
+            record.world,
             record.classifier,
             record.settings["surrogate"],
             record.part,
@@ -328,23 +355,23 @@ def transferred(
         for record in kept(path)
     }
     for surrogate in surrogates:
-        attacked = _held(surrogate, seed)
+        attacked = _held(world, surrogate, seed)
         for number, attack in enumerate(listed):
             lacking = [
                 name
                 for name in defences
-                if (name, surrogate, str(attack), norm, epsilon, len(x)) not in known
+                if (world, name, surrogate, str(attack), norm, epsilon, len(x)) not in known
             ]
             if not lacking:
                 continue
             drawn = AttackNoise(seed, number, 0, torch.arange(len(x)))
             *_, last = attack.frames(attacked, x, y, epsilon, norm, drawn)
             for name in lacking:
-                correct = accuracies.accuracy(_held(name, seed), last.x, y, batch=200)
+                correct = accuracies.accuracy(_held(world, name, seed), last.x, y, batch=200)
                 record = results.accuracy_record(
                     correct,
                     len(x),
-                    world="digits",
+                    world=world,
                     classifier=name,
                     source="training.adapting.transferred",
                     attack=f"transfer from {surrogate}" if name != surrogate else "white-box",
@@ -354,7 +381,7 @@ def transferred(
                         norm=norm,
                         epsilon=epsilon,
                         attack=attack.as_json(),
-                        checkpoints=zoo.checkpoints("digits", name),
+                        checkpoints=zoo.checkpoints(world, name),
                     ),
                     seed=seed,
                 )
@@ -419,8 +446,8 @@ def crossed(path: Path, seed: int = 0, **changed) -> Iterator[results.Record]:
         yield from listed
 
 
-def _held(name: str, seed: int) -> Classifier:
-    classifier = zoo.classifier("digits", name)
+def _held(world: str, name: str, seed: int) -> Classifier:
+    classifier = zoo.classifier(world, name)
     return classifier if classifier.deterministic else Held.seeded(classifier, seed)
 
 
