@@ -287,7 +287,6 @@ PAPER = (
 OF_PHOTOGRAPHS = (
     "cnn",
     "adversarial",
-    "jem",
     "contrastive",
     "adversarial-dc",
     "tmdc",
