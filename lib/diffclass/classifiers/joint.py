@@ -146,8 +146,16 @@ def save(
     path: str | Path,
     card: dict | None = None,
     dtype: torch.dtype = torch.float32,
+    chains: int | None = None,
 ) -> None:
-    """Write weights, chains, architecture and model card as safetensors; old files survive an interruption."""
+    """Write weights, chains, architecture and model card as safetensors; old files survive an interruption.
+
+    Shapes      chains: how many of the classifier's own are written, the first ones; None for all
+    """
+    if chains is not None and chains < len(classifier.replay):
+        fewer = JointClassifier.begun(classifier.network, chains)
+        fewer.replay.copy_(classifier.replay[:chains])
+        classifier = fewer
     fixed = dict(image_shape=list(classifier.image_shape), num_classes=classifier.num_classes)
     weights.save_weights(classifier, described(classifier) | fixed, path, card, dtype)
 

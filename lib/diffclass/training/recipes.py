@@ -401,16 +401,20 @@ def jem(
     *,
     network: Callable[[Beginning], cnn.WideClassifier],
     replay: int,
+    written: int | None = None,
     **settings,
 ) -> Recipe:
-    """The recipe of a network that is a classifier and a density, whose chains are `replay` pictures."""
+    """The recipe of a network that is a classifier and a density, whose chains are `replay` pictures.
+
+    Shapes      written: how many of them go into the weights file, to be looked at and to go on from; None for all
+    """
     return classifier(
         world,
         "jem",
         joint_loss(chains),
         with_chains(network, replay),
         says=dict(inner=None, chains=asdict(chains)),
-        save=partial(joint.save, dtype=torch.float16),
+        save=partial(joint.save, dtype=torch.float16, chains=written),
         config=joint.described,
         **settings,
     )
@@ -792,6 +796,7 @@ RECIPES: dict[str, Recipe] = {
         Chains(steps=10),
         network=_WIDE(normed=False),
         replay=2000,
+        written=200,
         steps=1000,
         batch=64,
         rate=1e-3,
