@@ -1,14 +1,18 @@
 """Truth maximisation: the loss is minus the likelihood of attacked images, and only an adapter learns from it."""
 
+import functools
 import json
+import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import twins
 from diffclass import likelihood, noise, units
 from diffclass.classifiers.cnn import ConvClassifier
-from diffclass.denoisers import network
+from diffclass.denoisers import network, pipelines, tiny
 from diffclass.denoisers.lora import Adapter
 from diffclass.storage import assets, weights
 from diffclass.training import hardening, measures, recipes, truth
@@ -156,6 +160,91 @@ def test_an_adapter_learns_the_truth_and_its_base_stays():
     again = Adapter.of(adapted)
     assert again.base == Adapter.beside(base, LAYERS, 4).base
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+@functools.cache
+def prompted():
+    """A tiny Stable Diffusion of three prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved, _ = tiny.stable_diffusion(Path(folder))
+        return pipelines.from_pipeline(saved, ["cat", "dog", "ship"]).eval()
+
+
+def latents_at_twice_their_scale(x):
+    return 2 * prompted().autoencoder.encode(x)
+
+
+def made_of_latents(encode=None, **changed):
+    """Truth maximisation of pictures through the autoencoder of a text-to-image model, attacked through itself."""
+    recipe = replace(RECIPE, low=0.1, high=5.0, levels=2, transferred=False, **changed)
+    return truth_loss(recipe, surrogate, encode or prompted().autoencoder.encode)
+
+
+@twins.rejected(
+    {
+        "latents that are not scaled": dict(
+            value=lambda: made_of_latents(latents_at_twice_their_scale).value
+        ),
+        "clean pictures": dict(
+            value=lambda: twins.patched(
+                made_of_latents().value, truth, adversarial_images=clean_pictures
+            )
+        ),
+        "not per number": dict(value=lambda: twins.scaled(made_of_latents().value, 16)),
+    }
+)
+def test_the_truth_of_a_text_to_image_model_is_raised_in_its_latents(
+    value=lambda: made_of_latents().value,
+):
+    model = prompted()
+    adapted = Adapter.beside(model.denoiser, ("to_q", "to_v", "conv1"), 2).denoiser
+    x = torch.rand(4, *model.autoencoder.image_shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4) % 3
+    loss = made_of_latents()
+    drawn = loss.draw(adapted, units.to_model(x), labels, torch.Generator().manual_seed(2))
+    start, met, (sigma, weight, eps) = drawn
+    assert eps.shape == (4, 2, 1, *model.denoiser.image_shape)
+
+    def evidence(pictures, sigma, weight, eps):
+        z = model.autoencoder.encode(pictures)
+        found = 0.0
+        for level in range(2):
+            noisy = z + sigma[0, level] * eps[:, level, 0]
+            square = (adapted(noisy, sigma[0, level]) - z[:, None]).square().flatten(2).sum(2)
+            found = found - weight[0, level] * square
+        return found
+
+    attacked = adversarial_images(
+        lambda at: evidence(at, *met) / RECIPE.temperature, x, labels, INNER, start
+    )
+    assert float((attacked - x).abs().max()) > 0.09
+    every = evidence(attacked, sigma, weight, eps)
+    wanted = -every[torch.arange(4), labels].mean() / math.prod(model.denoiser.image_shape)
+    got = value()(adapted, units.to_model(x), labels, drawn)
+    assert float(got.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    got.backward()
+    learned = {name for name, one in adapted.named_parameters() if one.grad is not None}
+    assert learned and all(".lora_" in name for name in learned)
+    assert all(one.grad is None for one in model.autoencoder.parameters())
+
+
+def test_an_adapter_of_a_text_to_image_model_learns():
+    model = prompted()
+    adapted = Adapter.beside(model.denoiser, ("to_q", "to_v", "conv1"), 2).denoiser
+    x = torch.rand(4, *model.autoencoder.image_shape, generator=torch.Generator().manual_seed(0))
+    loss = made_of_latents(contrast=1.0)
+    labels = torch.arange(4) % 3
+    drawn = loss.draw(adapted, units.to_model(x), labels, torch.Generator().manual_seed(2))
+    learning = [value for value in adapted.parameters() if value.requires_grad]
+    optimiser = torch.optim.AdamW(learning, 2e-2)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        value = loss.value(adapted, units.to_model(x), labels, drawn)
+        value.backward()
+        optimiser.step()
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
 
 
 @pytest.fixture

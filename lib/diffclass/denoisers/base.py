@@ -35,6 +35,15 @@ class Denoiser(nn.Module, ABC):
     def estimate(self, x_sigma: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
         """The denoised images. Shapes: x_sigma [B,C,H,W], sigma [B], classes [k] -> [B,k,C,H,W]; inputs are checked."""
 
+    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Denoise under every class and, where it is offered, "no class": for training, nothing is checked.
+
+        Shapes      x_sigma [B,C,H,W], sigma [B] -> [B,K or K+1,C,H,W]
+        Why         a check reads a number back from the accelerator, which a captured step cannot
+        """
+        count = self.num_classes + self.has_null
+        return self.estimate(x_sigma, sigma, torch.arange(count, device=x_sigma.device))
+
     def forward(
         self, x_sigma: Tensor, sigma: Tensor | float, classes: Sequence[int] | Tensor | None = None
     ) -> Tensor:

@@ -1,6 +1,5 @@
 """Denoisers that are learned: EDM preconditioning around a network, one class at a time or one head for each class."""
 
-from abc import abstractmethod
 from pathlib import Path
 
 import torch
@@ -52,14 +51,6 @@ class LearnedDenoiser(Denoiser):
         labels = labels if labels is None else labels.to(own.device)
         return self.network(x.to(own), log_sigma.to(own), labels).to(x)
 
-    @abstractmethod
-    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """Denoise under every class and, where it is offered, "no class": for training, nothing is checked.
-
-        Shapes      x_sigma [B,C,H,W], sigma [B] -> [B,K or K+1,C,H,W]
-        Why         a check reads a number back from the accelerator, which a captured step cannot
-        """
-
 
 class ConditionalDenoiser(LearnedDenoiser):
     """A class-conditional network: one call for each class, batched. With `has_null`, the last class is "no class".
@@ -75,11 +66,6 @@ class ConditionalDenoiser(LearnedDenoiser):
             sigma.repeat_interleave(len(classes)),
             classes.repeat(len(sigma)),
         ).reshape(len(x_sigma), len(classes), *self.image_shape)
-
-    def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """See `LearnedDenoiser.answers`."""
-        count = self.num_classes + self.has_null
-        return self.estimate(x_sigma, sigma, torch.arange(count, device=x_sigma.device))
 
     def paired(self, x_sigma: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """Denoise each image under its own label, as training needs. Shapes: [B,C,H,W], [B], [B] -> [B,C,H,W]."""
@@ -104,7 +90,7 @@ class MultiHeadDenoiser(LearnedDenoiser):
         return self._denoised(x_sigma, sigma, heads)
 
     def answers(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """See `LearnedDenoiser.answers`."""
+        """See `Denoiser.answers`."""
         return self._denoised(x_sigma, sigma, self._heads(x_sigma, sigma))
 
     def _heads(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def hardening_loss(hardening: Hardening) -> Loss:
 
 
 def drawn_evidence(
-    denoiser: LearnedDenoiser, z: Tensor, sigma: Tensor, weight: Tensor, eps: Tensor
+    denoiser: Denoiser, z: Tensor, sigma: Tensor, weight: Tensor, eps: Tensor
 ) -> Tensor:
     """The evidence of a few drawn levels for every class and, where it is offered, "no class": unchecked, for training.
 

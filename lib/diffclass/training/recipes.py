@@ -790,7 +790,7 @@ RECIPES: dict[str, Recipe] = {
         ema=0.99,
         attacked=400,
     ),
-    # A small one, for one core and half an hour: half of the paper's steps a chain, and hardly more than one epoch.
+    # A small one, for one core and an hour: half of the paper's steps a chain, and hardly more than one epoch.
     networks.JOINT["cifar10"]: jem(
         "cifar10",
         Chains(steps=10),

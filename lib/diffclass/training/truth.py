@@ -1,5 +1,6 @@
 """Truth maximisation: a low-rank adapter raises the likelihood of attacked images under their true class."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from torch.nn.functional import cross_entropy
 from diffclass import units
 from diffclass.classifiers.base import Classifier, Noise
 from diffclass.denoisers.base import Denoiser
-from diffclass.denoisers.network import LearnedDenoiser
 from diffclass.training.hardening import (
     Inner,
     adversarial_images,
@@ -40,13 +40,19 @@ class Truth:
     transferred: bool = True
 
 
-def truth_loss(truth: Truth, surrogate: Callable[[], Classifier]) -> Loss:
+def truth_loss(
+    truth: Truth,
+    surrogate: Callable[[], Classifier],
+    encode: Callable[[Tensor], Tensor] = units.to_model,
+) -> Loss:
     """Minus the ELBO of attacked images under their true class, and where it is asked for, that class against the others.
 
     Formula     mean of -ELBO_y(x') / D - contrast log softmax(ELBO(x') / temperature)_y, one noise for all classes;
                 x' = argmax over |x' - x|_inf <= epsilon of the cross-entropy of the surrogate, or of the ELBOs under other noise
     Source      TMDC (2024), equation 8, with ELBO weights in place of equal ones; its loss never sees a wrong class
-    Shapes      images [B,C,H,W] of D numbers in model space, labels [B] -> scalar; surrogate: made when it is first asked
+    Shapes      images [B,C,H,W] in model space, labels [B] -> scalar; surrogate: made when it is first asked; encode: from
+                pixels to the D numbers that the denoiser is asked about, of a text-to-image model its `autoencoder.encode`,
+                through which an attack on the classifier itself then goes
     """
     made: list[Classifier] = []
 
@@ -54,15 +60,16 @@ def truth_loss(truth: Truth, surrogate: Callable[[], Classifier]) -> Loss:
         denoiser: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Noise:
         span = (truth.low, truth.high, truth.levels)
-        met = drawn_bank(images, *span, generator)
+        asked = images.new_empty((len(images), *denoiser.image_shape))
+        met = drawn_bank(asked, *span, generator)
         start = drawn_start(images, generator)
-        return start, met, drawn_bank(images, *span, generator)
+        return start, met, drawn_bank(asked, *span, generator)
 
-    def value(denoiser: LearnedDenoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
+    def value(denoiser: Denoiser, images: Tensor, labels: Tensor, drawn: Noise) -> Tensor:
         start, met, judging = drawn
 
         def evidence(x: Tensor, bank: Noise) -> Tensor:
-            every = drawn_evidence(denoiser, units.to_model(x), *bank)
+            every = drawn_evidence(denoiser, encode(x), *bank)
             return every[:, : denoiser.num_classes]
 
         def climbed(x: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ def truth_loss(truth: Truth, surrogate: Callable[[], Classifier]) -> Loss:
         x = units.to_pixel(images)
         attacked = adversarial_images(climbed, x, labels, truth.inner, start)
         every = evidence(attacked, judging)
-        loss = -every.gather(1, labels[:, None]).mean() / x[0].numel()
+        loss = -every.gather(1, labels[:, None]).mean() / math.prod(denoiser.image_shape)
         if truth.contrast:
             loss = loss + truth.contrast * cross_entropy(every / truth.temperature, labels)
         return loss
