@@ -187,24 +187,22 @@ def test_all_weights_learn_where_they_are_asked_to():
     )
 
 
+def fooling_the_cnn(images, labels):
+    """One step through the plain CNN, to the edge of the budget: FGSM, without the class of attacks."""
+    told = dict(steps=1, step_size=0.1, loss=attacks.cross_entropy_loss)
+    *_, last = attacks.pgd(zoo.classifier("digits", "cnn"), images, labels, 0.1, **told)
+    return last.x
+
+
 def test_every_defence_is_asked_about_what_fooled_the_surrogate(tmp_path):
     path = tmp_path / "matrix.jsonl"
     asked = (("cnn",), ("cnn", "dc"), (FGSM,), "linf", 0.1, 8)
     records = list(adapting.transferred(path, *asked))
     assert records == results.read(path)
     images, labels = (part[:8] for part in images_of("digits", "test"))
-    cnn = zoo.classifier("digits", "cnn")
-    *_, last = attacks.pgd(
-        cnn,
-        images,
-        labels,
-        0.1,
-        steps=1,
-        step_size=0.1,
-        loss=attacks.cross_entropy_loss,
-    )
+    fooling = fooling_the_cnn(images, labels)
     wanted = [
-        accuracies.accuracy(adapting._held("digits", name, 0), last.x, labels) / 8
+        accuracies.accuracy(adapting._held("digits", name, 0), fooling, labels) / 8
         for name in ("cnn", "dc")
     ]
     assert [record.value for record in records] == wanted
@@ -248,19 +246,11 @@ def test_an_adapter_meets_other_attacks_than_it_learned_from(small, tmp_path, mo
     run = training_of(adapting.recipe_of(adapting.LEARNED[0], **short), 1, given=student())
     list(run)
     images, labels = (part[:12] for part in images_of("digits", "test"))
-    *_, fast = attacks.pgd(
-        zoo.classifier("digits", "cnn"),
-        images,
-        labels,
-        0.1,
-        steps=1,
-        step_size=0.1,
-        loss=attacks.cross_entropy_loss,
-    )
+    fooling = fooling_the_cnn(images, labels)
     for step, denoiser in ((0, student()), (3, run.average.eval())):
         held = adapting.held_bayes(denoiser)
         found = {r.part: r for r in records if r.settings["step"] == step}
-        assert found[str(FGSM)].value == accuracies.accuracy(held, fast.x, labels) / 12
+        assert found[str(FGSM)].value == accuracies.accuracy(held, fooling, labels) / 12
         own = found[adapting.THROUGH_ITSELF]
         assert own.n == 4
         assert own.value == measures.survivors(held, images[:4], labels[:4], 0.1, 2) / 4

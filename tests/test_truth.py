@@ -228,6 +228,15 @@ def test_the_truth_of_a_text_to_image_model_is_raised_in_its_latents(
     assert all(one.grad is None for one in model.autoencoder.parameters())
 
 
+def test_images_of_another_network_need_that_network():
+    with pytest.raises(ValueError, match="expected a surrogate for images that fool another"):
+        truth_loss(RECIPE, None)
+    images, labels = batch()
+    alone = truth_loss(WHITE, None)(student(), images, labels, torch.Generator().manual_seed(2))
+    asked = CONTRAST(student(), images, labels, torch.Generator().manual_seed(2))
+    assert torch.equal(alone, asked)
+
+
 def test_an_adapter_of_a_text_to_image_model_learns():
     model = prompted()
     adapted = Adapter.beside(model.denoiser, ("to_q", "to_v", "conv1"), 2).denoiser

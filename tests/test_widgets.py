@@ -336,10 +336,8 @@ def test_the_message_of_a_slider_beside_a_cell_publishes_no_figure(monkeypatch):
     hooked = shell.events.trigger
     widgets.forward_hero()
     assert shell.events.trigger is hooked
-    for header["msg_type"] in (
-        "comm_msg",
-        "execute_request",
-    ):  # a cell of another thread shows its own
+    # a cell that runs in another thread shows its own figures
+    for header["msg_type"] in ("comm_msg", "execute_request"):
         other = threading.Thread(target=shell.events.trigger, args=("post_execute",))
         other.start()
         other.join()

@@ -42,7 +42,7 @@ class Truth:
 
 def truth_loss(
     truth: Truth,
-    surrogate: Callable[[], Classifier],
+    surrogate: Callable[[], Classifier] | None,
     encode: Callable[[Tensor], Tensor] = units.to_model,
 ) -> Loss:
     """Minus the ELBO of attacked images under their true class, and where it is asked for, that class against the others.
@@ -50,10 +50,15 @@ def truth_loss(
     Formula     mean of -ELBO_y(x') / D - contrast log softmax(ELBO(x') / temperature)_y, one noise for all classes;
                 x' = argmax over |x' - x|_inf <= epsilon of the cross-entropy of the surrogate, or of the ELBOs under other noise
     Source      TMDC (2024), equation 8, with ELBO weights in place of equal ones; its loss never sees a wrong class
-    Shapes      images [B,C,H,W] in model space, labels [B] -> scalar; surrogate: made when it is first asked; encode: from
-                pixels to the D numbers that the denoiser is asked about, of a text-to-image model its `autoencoder.encode`,
-                through which an attack on the classifier itself then goes
+    Shapes      images [B,C,H,W] in model space, labels [B] -> scalar; surrogate: made when it is first asked, None where the
+                images fool the classifier itself; encode: from pixels to the D numbers that the denoiser is asked about, of
+                a text-to-image model its `autoencoder.encode`, through which an attack on the classifier itself then goes
+    Errors      ValueError for no surrogate where one is to be fooled
     """
+    if truth.transferred and surrogate is None:
+        raise ValueError(
+            "expected a surrogate for images that fool another network, got none; name one, or pass transferred=False."
+        )
     made: list[Classifier] = []
 
     def draw(
