@@ -142,11 +142,21 @@ def decides_by_decided(source):
 
 
 def moves_no_control_in_the_browser(source):
-    """A link in the browser answers the kernel's moves, late; that left a film at 19 of 20. `ipywidgets.link` has no answer."""
+    """A link in the browser answers the kernel's moves, late, and the last answer wins. `ipywidgets.link` has no answer."""
     return [
         f"line {node.lineno}: {node.attr}"
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and node.attr in ("jslink", "jsdlink")
+    ]
+
+
+def names_a_slider_s_value_last(source):
+    """A plain slider may name its value before the range that allows it: a browser cut it, and left a film at 19 of 20."""
+    sliders = ("IntSlider", "FloatSlider", "FloatLogSlider")
+    return [
+        f"line {node.lineno}: {node.func.attr}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in sliders
     ]
 
 
@@ -231,6 +241,7 @@ RULES = {
     probes_nothing: asking_rooms,
     decides_by_decided: deciding_rooms,
     moves_no_control_in_the_browser: lambda: sources(PACKAGE),
+    names_a_slider_s_value_last: lambda: sources(PACKAGE),
     can_fail: lambda: sources(ROOT / "tests"),
 }
 CLEAN = '''"""A module that may speak of cuda in its prose."""
@@ -259,6 +270,7 @@ PLANTED = [
     (probes_nothing, "try:\n    classifier.bank\nexcept AttributeError:\n    pass"),
     (decides_by_decided, "best = int(logits.argmax())"),
     (moves_no_control_in_the_browser, "W.jslink((play, 'value'), (slider, 'value'))"),
+    (names_a_slider_s_value_last, "step = W.IntSlider(value=1)"),
     (can_fail, "def test_nothing():\n    compare(1, 2)"),
 ]
 

@@ -325,6 +325,25 @@ def test_an_older_figure_is_never_drawn_over_a_newer_one(monkeypatch):
     assert last_note(show) == "value 1"  # the planted fault: nobody waits
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        widgets.slider("whole", 3, 0, 9, 1),
+        widgets.slider("real", 0.3, 0.0, 0.9, 0.1),
+        widgets.slider("powers of ten", 0.3, -1, 1, 0.1, log=True),
+    ],
+    ids=lambda made: made.description,
+)
+def test_a_slider_says_its_range_before_its_value(made):
+    """A browser that reads the value first cuts it to the old range, and sends back what is left of it."""
+    wanted = ["value", "min", "max", "step"]
+    assert set(made.get_state(wanted)) == set(wanted)
+    for first in range(len(wanted)):
+        words = list(made.get_state(wanted[first:] + wanted[:first]))
+        assert words[-1] == "value"
+    assert list(made.get_state("max")) == ["max"]
+
+
 def test_the_message_of_a_slider_beside_a_cell_publishes_no_figure(monkeypatch):
     shell = SimpleNamespace(events=EventManager(None, available_events))
     header = {"msg_type": "comm_msg"}

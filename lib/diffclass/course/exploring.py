@@ -461,7 +461,6 @@ class Explorer(Worker):
         """The film's slider and player, in one message each: a browser that sees a part of it would answer."""
         self._filling = True
         with self.step.hold_sync(), self.play.hold_sync():
-            self.step.value = self.play.value = 0
             self.step.max = self.play.max = last
             self.play.interval = max(20, round(1000 * FILM_SECONDS / last))
             self.step.value = self.play.value = min(step, last)

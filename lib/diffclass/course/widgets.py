@@ -258,6 +258,34 @@ def _room(width: int) -> W.Layout:
     )
 
 
+class ValueLast:
+    """A slider that names its value after its range in every message.
+
+    Why         a browser takes a message word by word: a value that comes before the range which allows it is cut to the old
+                one, and what is left of it is sent back as if the reader had moved the slider. ipywidgets keeps held words in a
+                set, so that each process had an order of its own
+    """
+
+    def get_state(self, *what, **more) -> dict:
+        """The state that is asked for, with the value at its end."""
+        state = super().get_state(*what, **more)
+        if "value" in state:
+            state["value"] = state.pop("value")
+        return state
+
+
+class WholeSlider(ValueLast, W.IntSlider):
+    """A slider of whole numbers."""
+
+
+class RealSlider(ValueLast, W.FloatSlider):
+    """A slider of real numbers."""
+
+
+class LogSlider(ValueLast, W.FloatLogSlider):
+    """A slider whose range is given in powers of ten."""
+
+
 def slider(
     label: str, value, low, high, step, *, log: bool = False, width: int = 300, **more
 ) -> W.Widget:
@@ -273,10 +301,10 @@ def slider(
         **more,
     )
     if log:
-        return W.FloatLogSlider(base=10, readout_format=".3g", **options)
+        return LogSlider(base=10, readout_format=".3g", **options)
     if isinstance(value, int) and isinstance(step, int):
-        return W.IntSlider(**options)
-    return W.FloatSlider(**options)
+        return WholeSlider(**options)
+    return RealSlider(**options)
 
 
 def digit_slider(scene, index: int, **more) -> W.Widget:
