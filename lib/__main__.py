@@ -228,7 +228,7 @@ def main(argv):
         "lab": lab,
         "explore": lambda: ["-m", "diffclass", "explore"],
         # in order: the browser's few tests take longest, and must not begin when the others have ended
-        "test": lambda: "-m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax".split(),
+        "test": lambda: "-m pytest -n 3 --dist loadfile --no-loadscope-reorder --nbval-lax".split(),
         "bench": lambda: [
             *"-m pytest -q -s tests/test_browser.py -m".split(),
             "browser and not pictures",

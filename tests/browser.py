@@ -298,24 +298,21 @@ def base_of(node: ast.expr) -> set[str]:
 
 
 def with_figures_only(path: Path, folder: Path) -> str:
-    """Write a notebook's pages, live figures and the cells that these need into a folder; returns the file's name.
+    """Write a notebook's live figures and the cells that these need into a folder; returns the file's name.
 
     Why         nbval runs every cell of every notebook; what only a browser can tell is about the live figures
     """
     notebook = nbformat.read(path, 4)
-    names = {cell.id: Names.of(cell.source) for cell in notebook.cells if cell.cell_type == "code"}
-    imported = set().union(*(one.imported for one in names.values()))
+    code = [(cell, Names.of(cell.source)) for cell in notebook.cells if cell.cell_type == "code"]
+    imported = set().union(*(own.imported for _, own in code))
     kept = []
     needed = set()
-    for cell in reversed(notebook.cells):
-        if cell.cell_type == "code":
-            own = names[cell.id]
-            # plt.show() changes nothing that is needed
-            changed = (own.changed - imported) | own.imported
-            if not (FIGURE.search(cell.source) or changed & needed):
-                continue
+    for cell, own in reversed(code):
+        # plt.show() changes nothing that is needed
+        changed = (own.changed - imported) | own.imported
+        if FIGURE.search(cell.source) or changed & needed:
             needed = (needed - own.bound) | own.read
-        kept.append(cell)
+            kept.append(cell)
     notebook.cells = kept[::-1]
     name = f"{path.stem}_figures.ipynb"
     nbformat.write(notebook, folder / name)
@@ -444,8 +441,8 @@ def run_all(page, seconds: float = 240) -> str:
 
 
 def close_notebook(page) -> None:
-    """Shut the notebook's kernel down, so that it takes no processor time from the next measurement."""
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    """Have the notebook's kernel shut down, so that it takes no processor time from the next measurement."""
+    page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown(); }")
 
 
 def heroes(page) -> list[int]:

@@ -30,12 +30,12 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def worlds(monkeypatch, tmp_path):
-    """Digits with a small test set, a CIFAR-10 of 40 pictures of noise, and assets of this test alone."""
+    """Digits with a small test set, a CIFAR-10 of 12 pictures of noise, and assets of this test alone."""
     world = data.digits()
     small = replace(world, test_images=world.test_images[:8], test_labels=world.test_labels[:8])
-    noise = torch.rand((40, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((12, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(data, "digits", lambda: small)
-    monkeypatch.setattr(cifar, "cifar10", lambda split: (noise, torch.arange(40) % 10))
+    monkeypatch.setattr(cifar, "cifar10", lambda split: (noise, torch.arange(12) % 10))
     monkeypatch.setenv("DIFFCLASS_ASSETS", str(tmp_path / "assets"))
 
 
