@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import replace
 
@@ -391,6 +392,14 @@ def softly(folder, plan=BETTING, classifier=None, **options):
     return list(certification.certify(classifier, images, labels, plan, folder, OWN, **options))
 
 
+@pytest.fixture(scope="module")
+def a_soft_run(tmp_path_factory):
+    """The folder of a finished run of soft votes, to be copied."""
+    folder = tmp_path_factory.mktemp("soft")
+    softly(folder)
+    return folder
+
+
 def soft_verified(folder, classifier=None, **options):
     return verified(folder, classifier=classifier or SoftHalfSpace(), **options)
 
@@ -425,7 +434,7 @@ def test_a_stored_soft_vote_is_rounded_down_so_that_its_bound_stays_one(tmp_path
 
 def test_bets_stop_early_and_certify_as_many(tmp_path):
     softly(tmp_path / "all", replace(BETTING, bound="bernstein"))
-    softly(tmp_path / "early", together=10)
+    softly(tmp_path / "early", together=20)
     every = certification.read(tmp_path / "all")
     early = certification.read(tmp_path / "early")
     for radius in BETTING.radii:
@@ -495,8 +504,8 @@ def too_sure_a_choice(rows):
         (fewer_calls, "network calls"),
     ],
 )
-def test_tampered_soft_votes_are_a_fault(tmp_path, change, words):
-    softly(tmp_path)
+def test_tampered_soft_votes_are_a_fault(a_soft_run, tmp_path, change, words):
+    shutil.copytree(a_soft_run, tmp_path, dirs_exist_ok=True)
     tampered(tmp_path, change)
     listed = certification.records_of(certification.read(tmp_path))
     state = soft_verified(tmp_path, claimed=listed, recount=5)
@@ -544,8 +553,8 @@ def test_what_has_no_probabilities_has_no_soft_votes(tmp_path, scale):
         ([[500, 3]], "600"),
     ],
 )
-def test_a_damaged_soft_row_is_named(tmp_path, estimation, selection):
-    softly(tmp_path)
+def test_a_damaged_soft_row_is_named(a_soft_run, tmp_path, estimation, selection):
+    shutil.copytree(a_soft_run, tmp_path, dirs_exist_ok=True)
     row = certification.read(tmp_path).rows[0]
     row = {**row, "estimation": estimation, "selection": selection}
     (tmp_path / "votes-0.jsonl").write_text(json.dumps(row) + "\n")

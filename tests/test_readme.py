@@ -294,10 +294,11 @@ def test_the_tables_of_certificates_are_those_of_the_counts(world):
             title = f"{title}, soft votes"
         own = [row for row in rows if (row.title, row.sigma_pixel) == (title, plan.sigma_pixel)]
         assert len(own) == 1
+        proven = list(zip(run.certificates(), run.labels.tolist(), strict=True))
         for radius, record in own[0].records.items():
             right = [
                 certificate.prediction == label and certificate.radius >= radius
-                for certificate, label in zip(run.certificates(), run.labels.tolist(), strict=True)
+                for certificate, label in proven
             ]
             if record is None:
                 assert radius > plan.ceiling and not any(right)

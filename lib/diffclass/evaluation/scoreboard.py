@@ -10,6 +10,7 @@ from diffclass import intervals, units
 from diffclass.evaluation import costs, literature, runs, tables
 from diffclass.evaluation.costs import Cost
 from diffclass.evaluation.tables import Column
+from diffclass.storage import files
 from diffclass.storage.results import Record
 from diffclass.zoo import classifiers, noised
 
@@ -262,7 +263,7 @@ def outcomes(world: str, title: str, norm: str = NORM) -> dict[str, Outcome]:
     if column is None:
         possible = [column.title for column in tables.COLUMNS if not column.worst]
         raise ValueError(f"expected one of the columns {possible}, got {title!r}.")
-    stored = [(folder, runs.read(folder)) for folder in tables.folders(world)]
+    stored = {folder: files.settings_of(folder) for folder in tables.folders(world)}
     found = {}
     for row in tables.robust_rows(world, norm, columns=(column,)):
         (record,) = row.records
@@ -278,11 +279,11 @@ def outcomes(world: str, title: str, norm: str = NORM) -> dict[str, Outcome]:
     return found
 
 
-def _run_of(record: Record, stored: Sequence[tuple[Path, runs.Run]]) -> runs.Run:
-    """The run that a record is about: the one of the same settings."""
-    for _, run in stored:
-        if run.settings == {key: record.settings.get(key) for key in run.settings}:
-            return run
+def _run_of(record: Record, stored: dict[Path, dict]) -> runs.Run:
+    """The run that a record is about: the one of the same settings, alone of all folders read whole."""
+    for folder, settings in stored.items():
+        if settings == {key: record.settings.get(key) for key in settings}:
+            return runs.read(folder)
     raise ValueError(f"expected a run behind {record.what!r}, got none of its settings.")
 
 
@@ -398,7 +399,7 @@ def _unmeasured_costs(world: str) -> list[str]:
 
 def _unfounded_records(world: str) -> list[str]:
     """Records that the rows of their runs do not bear out."""
-    stored = [(folder, runs.read(folder)) for folder in tables.folders(world)]
+    stored = {folder: files.settings_of(folder) for folder in tables.folders(world)}
     found = []
     for norm, columns in ((NORM, tables.COLUMNS), ("l2", UNSEEN), ("flow", BENT)):
         for row in tables.robust_rows(world, norm, columns=columns):
