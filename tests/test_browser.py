@@ -386,7 +386,7 @@ def test_a_slider_that_moves_beside_a_running_cell_leaves_that_cell_its_figure(l
         return Array.from({ length: outputs.length }, (_, i) => outputs.get(i).toJSON()); }"""
     )
     assert [output["output_type"] for output in outputs] == ["stream", "display_data"]
-    assert outputs[0]["text"] == "2 lines\n" and "image/png" in outputs[1]["data"]
+    assert outputs[0]["text"] == "2 lines\n" and "image/png" in outputs[1]["data"]["text/html"]
     browser.close_notebook(page)
 
 

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from diffclass.data import gallery
 from diffclass.evaluation import measuring
 from diffclass.storage import assets, results
 from diffclass.zoo import networks
-from IPython.core.events import EventManager, available_events
 
 
 @pytest.fixture(scope="module")
@@ -342,28 +340,6 @@ def test_a_slider_says_its_range_before_its_value(made):
         words = list(made.get_state(wanted[first:] + wanted[:first]))
         assert words[-1] == "value"
     assert list(made.get_state("max")) == ["max"]
-
-
-def test_the_message_of_a_slider_beside_a_cell_publishes_no_figure(monkeypatch):
-    shell = SimpleNamespace(events=EventManager(None, available_events))
-    header = {"msg_type": "comm_msg"}
-    shell.get_parent = lambda: {"header": header}
-    monkeypatch.setattr(widgets, "get_ipython", lambda: shell)
-    published = []
-    shell.events.register("post_execute", lambda: published.append(header["msg_type"]))
-    widgets.forward_hero()
-    hooked = shell.events.trigger
-    widgets.forward_hero()
-    assert shell.events.trigger is hooked
-    # a cell that runs in another thread shows its own figures
-    for header["msg_type"] in ("comm_msg", "execute_request"):
-        other = threading.Thread(target=shell.events.trigger, args=("post_execute",))
-        other.start()
-        other.join()
-    assert published == ["execute_request"]
-    header["msg_type"] = "comm_msg"
-    shell.events.trigger("post_execute")  # in the thread of cells, between two of them
-    assert published == ["execute_request", "comm_msg"]
 
 
 def test_a_job_lets_other_threads_have_their_turn():

@@ -14,15 +14,13 @@ import anywidget
 import ipywidgets as W
 import plotly.graph_objects as go
 import traitlets
-from IPython import get_ipython
-from IPython.core.interactiveshell import InteractiveShell
 from torch import Tensor
 
 from diffclass import data
 from diffclass.audit import CHECKS
 from diffclass.classifiers.base import Held
 from diffclass.classifiers.idc import Translator
-from diffclass.course import figures, plots
+from diffclass.course import drawn, figures, plots
 from diffclass.course.scenes.adapting import ANOTHER, LAST, AdapterScene
 from diffclass.course.scenes.attacking import AttackScene
 from diffclass.course.scenes.audit import AuditScene
@@ -79,25 +77,6 @@ def in_turn(method: Callable) -> Callable:
     return turned
 
 
-def leave_figures_to_cells() -> None:
-    """Let no message of a widget publish what a running cell draws with matplotlib.
-
-    Why         JupyterLab hands the messages of widgets to another thread beside the running cell; IPython shows and closes all
-                figures after each message, so a figure that a cell was still drawing went out under the message of a slider,
-                where nobody sees it, and the cell had none
-    """
-    shell = get_ipython()
-    if shell is not None and not isinstance(shell.events.trigger, functools.partial):
-        shell.events.trigger = functools.partial(_of_cells, shell, shell.events.trigger)
-
-
-def _of_cells(shell: InteractiveShell, trigger: Callable, event: str, *values, **more) -> None:
-    beside = threading.current_thread() is not threading.main_thread()
-    if beside and shell.get_parent()["header"]["msg_type"] == "comm_msg":
-        return
-    trigger(event, *values, **more)
-
-
 class Staged(W.VBox):
     """A stage with the figure of the present state, and below it a note that a screen reader reads out.
 
@@ -105,7 +84,7 @@ class Staged(W.VBox):
     """
 
     def __init__(self, stage: Stage):
-        leave_figures_to_cells()
+        drawn.belong_to_cells()
         self._turn = threading.RLock()
         self.stage = stage
         self.message = ""  # what the hero itself has to say, before the figure's note
