@@ -2,6 +2,7 @@
 
 import functools
 import html
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,8 @@ def belong_to_cells() -> None:
     if shell is None or isinstance(shell.events.trigger, functools.partial):
         return
     shell.events.trigger = functools.partial(_of_cells, shell, shell.events.trigger)
-    # before each cell, as matplotlib forgets other formats when it is first imported
+    # Jupyter's own formats come with the first figure, and put all others away: now, and before each cell in case of more
+    importlib.import_module("matplotlib_inline.backend_inline")
     shell.events.register("pre_execute", functools.partial(_format, shell))
     _format(shell)
 
