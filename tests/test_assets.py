@@ -34,6 +34,19 @@ def test_the_listing_is_what_sha256sum_reads_and_writes(shelf):
     assert assets.verified("net.safetensors").exists()
 
 
+def test_the_listing_is_read_again_when_it_changed_and_is_nobody_s_to_change(shelf):
+    known = assets.checksums()
+    assets.checksums().clear()
+    assert assets.checksums() == known
+    text = (shelf / assets.SUMS).read_text()
+    other = "0" * 64 + text[64:]  # as long as before
+    (shelf / "new").write_text(other)
+    (shelf / "new").replace(shelf / assets.SUMS)
+    assert assets.checksums() == {"net.safetensors": "0" * 64}
+    (shelf / assets.SUMS).unlink()
+    assert assets.checksums() == {}
+
+
 def test_recording_keeps_the_other_lines(shelf):
     (shelf / assets.SUMS).write_text((shelf / assets.SUMS).read_text().replace("  ", " *") + " \n")
     (shelf / "b.bin").write_bytes(b"more")

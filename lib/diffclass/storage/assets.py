@@ -1,5 +1,6 @@
 """The files that travel with the course: where they are, and whether they are still what they were."""
 
+import functools
 import hashlib
 import os
 import re
@@ -30,6 +31,13 @@ def checksums() -> dict[str, str]:
 def _listed(listing: Path) -> dict[str, str]:
     if not listing.exists():
         return {}
+    now = listing.stat()
+    return dict(_read(listing, (now.st_ino, now.st_mtime_ns, now.st_size)))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(listing: Path, state: tuple[int, ...]) -> dict[str, str]:
+    """The lines of a listing, read once for each state of its file: a list of classifiers asks a thousand times."""
     listed = {}
     # Names that are no UTF-8 keep their bytes, so that the list can be written again as it was.
     text = listing.read_bytes().decode("utf-8", "surrogateescape")
