@@ -73,3 +73,40 @@ def test_the_ablations_are_on_record():
         assert record.settings["steps"] >= 300 and record.world == "digits"
         assert (record.attack is not None) == ("epsilon" in record.settings)
         assert ("upper bound" in record.what) == (record.attack is not None)
+
+
+def test_a_curve_counts_those_that_no_step_has_fooled(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ATTACKED", 6)
+    monkeypatch.setattr(ablations, "ATTACK_STEPS", 3)
+    monkeypatch.setattr(ablations, "CURVE_STEPS", (1, 3))
+    monkeypatch.setattr(ablations, "CURVE_BUDGETS", (0.05, 0.3))
+    path = tmp_path / "records.jsonl"
+    records = list(ablations.curves(path, steps=3, seed=1))
+    assert records == results.read(path) and len(records) == 8
+    by_hand, settings = ablations._trained("as in the recipe", 3, 1)
+    images, labels = images_of("digits", "test")
+    film = ablations.film_of(
+        by_hand, images[:6], labels[:6], torch.Generator().manual_seed(2), 1, 0.05
+    )
+    fooled = [frame.fooled for frame in film]
+    for record, after in zip(records[:2], (1, 3), strict=True):
+        ever = torch.stack(fooled[: after + 1]).any(0)
+        assert record.value == pytest.approx(float((~ever).double().mean()))
+        assert record.attack == f"PGD-{after}" and record.settings["attack_steps"] == after
+        assert record.settings["epsilon"] == 0.05 and record.settings["steps"] == settings["steps"]
+    assert records[4].settings["inter"] == 0 and records[0].settings["inter"] > 0
+    assert "upper bound" in records[0].what
+
+
+def test_the_curves_are_on_record():
+    records = results.read(assets.folder() / "records" / "idc-curves.jsonl")
+    places = [
+        (r.settings["variant"], r.settings["epsilon"], r.settings["attack_steps"]) for r in records
+    ]
+    assert sorted(places) == sorted(
+        (variant, budget, steps)
+        for variant in ablations.CURVES
+        for budget in ablations.CURVE_BUDGETS
+        for steps in ablations.CURVE_STEPS
+    )
+    assert all(r.n == ablations.ATTACKED and r.settings["steps"] >= 300 for r in records)

@@ -361,8 +361,8 @@ def test_classifiers_of_photographs_with_many_calls_keep_the_contract(name, prom
 
 
 NOISE = 0.25  # in pixels, of the pictures that a classifier of noised ones is asked about
-# A vote over walks of several hundred calls is held to the promises that cost none: it is one of fewer walks, but for a number.
-MANY_CALLS = 200
+# A vote over walks of a hundred calls and more is held to the promises that cost none: it is one of fewer walks, but for a number.
+MANY_CALLS = 100
 FEW_NOISED_CALLS = 2  # of the large network of photographs, in the ordinary suite
 
 

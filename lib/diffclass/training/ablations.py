@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffclass import attacks
+from diffclass.attacks.search import AttackStep
 from diffclass.classifiers.base import Fresh, Held, decided
 from diffclass.classifiers.idc import TranslationClassifier
 from diffclass.data.worlds import images_of
@@ -32,6 +33,36 @@ ABLATIONS = {
 }
 
 
+CURVES = ("as in the recipe", "without the inter-class loss")
+CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3)  # L-inf in pixels
+CURVE_STEPS = (1, 2, 5, 10, ATTACK_STEPS)  # of PGD, after which survivors are counted
+
+
+def film_of(
+    classifier: TranslationClassifier,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    seed: int,
+    budget: float,
+) -> Iterator[AttackStep]:
+    """PGD on a classifier, step by step, which averages new draws of it at every step.
+
+    Shapes      [N,C,H,W], [N]; budget L-inf in pixels
+    Randomness  the classifier's noise from `generator`, the start from `seed`
+    """
+    return attacks.pgd(
+        classifier,
+        images,
+        labels,
+        budget,
+        noise=lambda step, draw: classifier.sample_noise(len(images), generator),
+        steps=ATTACK_STEPS,
+        draws=DRAWS,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
 def attacked(
     classifier: TranslationClassifier,
     images: Tensor,
@@ -39,21 +70,56 @@ def attacked(
     generator: torch.Generator,
     seed: int,
 ) -> Tensor:
-    """Pictures after PGD, which averages new draws of the classifier at every step. Shapes: [N,C,H,W], [N] -> [N,C,H,W].
-
-    Randomness  the classifier's noise from `generator`, the start from `seed`
-    """
-    *_, last = attacks.pgd(
-        classifier,
-        images,
-        labels,
-        BUDGET,
-        noise=lambda step, draw: classifier.sample_noise(len(images), generator),
-        steps=ATTACK_STEPS,
-        draws=DRAWS,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    """Pictures after the whole film of PGD at `BUDGET`. Shapes: [N,C,H,W], [N] -> [N,C,H,W]. Randomness: that of `film_of`."""
+    *_, last = film_of(classifier, images, labels, generator, seed, BUDGET)
     return last.x
+
+
+def curves(path: Path, steps: int = 400, seed: int = 0) -> Iterator[results.Record]:
+    """Train each of `CURVES` and attack it at each budget; each number is appended to `path` and yielded.
+
+    Meaning     the share of digits that no step so far has fooled, on fresh noise: an upper bound that falls with the steps
+    Randomness  as for `ablate`
+    Writes      a record for each variant, budget and number of steps of `CURVE_STEPS`
+    """
+    test, answers = images_of("digits", "test")
+    x = test[:ATTACKED]
+    y = answers[:ATTACKED]
+    for variant in CURVES:
+        classifier, settings = _trained(variant, steps, seed)
+        for budget in CURVE_BUDGETS:
+            generator = torch.Generator().manual_seed(seed + 1)
+            film = film_of(classifier, x, y, generator, seed, budget)
+            fooled = torch.stack([frame.fooled for frame in film]).cumsum(0) > 0  # [steps + 1,N]
+            for after in CURVE_STEPS:
+                record = _record(
+                    int((~fooled[after]).sum()),
+                    len(x),
+                    "fresh",
+                    dict(
+                        **settings,
+                        attack="PGD, margin loss",
+                        norm="linf",
+                        epsilon=budget,
+                        attack_steps=after,
+                        draws=DRAWS,
+                    ),
+                    f"PGD-{after}",
+                    "training.ablations.curves",
+                )
+                record.append(path)
+                yield record
+
+
+def _trained(variant: str, steps: int, seed: int) -> tuple[TranslationClassifier, dict]:
+    """The classifier of a finished training of a variant, and what a record says of it."""
+    recipe = DIGITS_IDC(steps=steps, **ABLATIONS[variant])
+    run = training_of(recipe, seed)
+    *_, last = run
+    settings = dict(
+        **run.settings, **recipe.says["recipe"], variant=variant, final_loss=round(last.loss, 4)
+    )
+    return TranslationClassifier(run.average.eval().requires_grad_(False)), settings
 
 
 def ablate(
@@ -67,10 +133,7 @@ def ablate(
     """
     test, answers = images_of("digits", "test")
     for variant in only or ABLATIONS:
-        recipe = DIGITS_IDC(steps=steps, **ABLATIONS[variant])
-        run = training_of(recipe, seed)
-        *_, last = run
-        classifier = TranslationClassifier(run.average.eval().requires_grad_(False))
+        classifier, settings = _trained(variant, steps, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         fresh = Fresh(classifier, generator)
         x = test[:ATTACKED]
@@ -79,12 +142,6 @@ def ablate(
         with torch.no_grad():
             before = decided(fresh(x)) == y
             after = decided(fresh(adversarial)) == y
-        settings = dict(
-            **run.settings,
-            **recipe.says["recipe"],
-            variant=variant,
-            final_loss=round(last.loss, 4),
-        )
         attack = dict(
             attack="PGD, margin loss",
             norm="linf",
@@ -105,14 +162,19 @@ def ablate(
 
 
 def _record(
-    correct: int, n: int, noise: str, settings: dict, attack: str | None = None
+    correct: int,
+    n: int,
+    noise: str,
+    settings: dict,
+    attack: str | None = None,
+    source: str = "training.ablations.ablate",
 ) -> results.Record:
     return results.accuracy_record(
         correct,
         n,
         world="digits",
         classifier="idc",
-        source="training.ablations.ablate",
+        source=source,
         attack=attack,
         detail=f"{settings['variant']}, {noise} noise",
         settings=settings | dict(noise=noise),
