@@ -1,5 +1,7 @@
 """What each part of IDC's recipe is worth: a variant is trained, measured and recorded, and all are on record."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffclass.classifiers.base import Held
@@ -96,6 +98,18 @@ def test_a_curve_counts_those_that_no_step_has_fooled(tmp_path, monkeypatch):
         assert record.settings["epsilon"] == 0.05 and record.settings["steps"] == settings["steps"]
     assert records[4].settings["inter"] == 0 and records[0].settings["inter"] > 0
     assert "upper bound" in records[0].what
+
+
+def test_who_was_fooled_once_stays_fooled_on_a_curve(tmp_path, monkeypatch):
+    """Fresh noise may read a picture again that an earlier step has fooled."""
+    frames = [[False, False], [True, False], [False, False], [False, True]]
+    film = [SimpleNamespace(fooled=torch.tensor(frame)) for frame in frames]
+    monkeypatch.setattr(ablations, "film_of", lambda *given: film)
+    monkeypatch.setattr(ablations, "ATTACKED", 2)
+    monkeypatch.setattr(ablations, "CURVE_STEPS", (1, 2, 3))
+    monkeypatch.setattr(ablations, "CURVE_BUDGETS", (0.1,))
+    records = list(ablations.curves(tmp_path / "records.jsonl", steps=1))
+    assert [record.value for record in records[:3]] == [0.5, 0.5, 0.0]
 
 
 def test_the_curves_are_on_record():
