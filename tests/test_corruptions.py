@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffclass import data
+from diffclass import data, zoo
 from diffclass.data import corruptions, worlds
 from diffclass.data.corruptions import SEVERITIES, corrupted
 from diffclass.evaluation import accuracies
+from diffclass.storage import assets, results
 
 
 def photos(n=4) -> torch.Tensor:
@@ -103,3 +104,14 @@ def test_unknown_corruptions_get_a_sentence(world):
 def test_pictures_of_another_range_are_not_corrupted():
     with pytest.raises(ValueError, match="expected images in"):
         corruptions.corrupted(2 * photos(), "noise", 1, generator())
+
+
+def test_the_accuracies_under_corruptions_are_on_record_for_today_s_weights():
+    records = results.read(assets.folder() / "records" / "corruptions-cifar10.jsonl")
+    places = ["cifar10"] + [f"cifar10:{name}-{s}" for name in SEVERITIES for s in (1, 3, 5)]
+    named = ("cnn", "adversarial", "one-call", "contrastive", "adversarial-dc")
+    asked = [(record.classifier, record.world) for record in records]
+    assert sorted(asked) == sorted((name, place) for name in named for place in places)
+    for record in records:
+        assert record.n == 100 and record.attack is None
+        assert record.settings["checkpoints"] == zoo.checkpoints("cifar10", record.classifier)
