@@ -338,6 +338,21 @@ def test_a_plan_that_cannot_be_meant_is_refused(fields, words):
         replace(PLAN, **fields)
 
 
+def test_a_run_goes_on_with_more_pictures(tmp_path):
+    images, labels = pictures()
+    certify(tmp_path / "more", images=(images[:3], labels[:3]))
+    first = (tmp_path / "more/votes-0.jsonl").read_text()
+    certify(tmp_path / "more")
+    certify(tmp_path / "whole")
+    assert (tmp_path / "more/votes-0.jsonl").read_text().startswith(first)  # nothing is done twice
+    whole = certification.read(tmp_path / "whole")
+    more = certification.read(tmp_path / "more")
+    counts = [[{**row, "seconds": 0} for row in run.rows] for run in (more, whole)]
+    assert counts[0] == counts[1] and more.settings == whole.settings
+    with pytest.raises(ValueError, match=r"\['images', 'n'\] differ"):
+        certify(tmp_path / "more", images=(images[:3], labels[:3]))
+
+
 def test_a_folder_of_other_settings_is_left_alone(tmp_path):
     certify(tmp_path)
     before = (tmp_path / "votes-0.jsonl").read_text()

@@ -410,6 +410,56 @@ def test_a_folder_of_other_settings_is_refused(points, tmp_path):
     run.close()
 
 
+def check_alike(run, other):
+    """That two runs found the same, but for the rounding of sums over parts of different sizes."""
+    assert run.settings == other.settings
+    assert len(run.rows) == len(other.rows)
+    for row, same in zip(run.rows, other.rows, strict=True):
+        assert {**row, "attacks": None} == {**same, "attacks": None}
+        assert row["attacks"] == [
+            entry and pytest.approx(entry, abs=1e-5) for entry in same["attacks"]
+        ]
+    torch.testing.assert_close(run.deltas, other.deltas, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fewer", [9, 64, 80])
+def test_a_run_goes_on_with_more_images(many, tmp_path, fewer):
+    images, labels = many
+    finished(Noisy(), (images[:fewer], labels[:fewer]), few(), tmp_path / "more")
+    first = contents(tmp_path / "more")["rows.jsonl"]
+    run, _ = finished(Noisy(), many, few(), tmp_path / "more")
+    whole, _ = finished(Noisy(), many, few(), tmp_path / "whole")
+    assert contents(tmp_path / "more")["rows.jsonl"].startswith(first)  # nothing is done twice
+    check_alike(run, whole)
+
+
+def test_a_run_that_goes_on_with_more_images_may_be_interrupted_and_go_on_again(many, tmp_path):
+    images, labels = many
+    for begun, count in ((0, 9), (9, 30), (30, 50)):
+        run = runs.run(Noisy(), images[:count], labels[:count], few(), tmp_path, OWN)
+        # of the attacks on the new images the first one alone
+        next(step for step in run if step.images == begun and step.attack != "all attacks")
+        run.close()
+    assert [len(row["attacks"]) for row in runs.read(tmp_path).rows] == [3] * 30 + [2] * 20
+    run, _ = finished(Noisy(), many, few(), tmp_path)
+    whole, _ = finished(Noisy(), many, few(), tmp_path / "whole")
+    check_alike(run, whole)
+
+
+def test_other_or_fewer_images_are_not_those_that_a_run_was_begun_with(many, tmp_path):
+    images, labels = many
+    finished(Linear(), (images[:9], labels[:9]), few(), tmp_path)
+    before = contents(tmp_path)
+    for others in (many[0].flip(0), images + 1e-3):
+        with pytest.raises(ValueError, match=r"\['images', 'n'\] differ"):
+            finished(Linear(), (others, labels), few(), tmp_path)
+    with pytest.raises(ValueError, match=r"\['images', 'n'\] differ"):
+        finished(Linear(), (images[:8], labels[:8]), few(), tmp_path)
+    with pytest.raises(ValueError, match=r"\['images', 'n', 'seed'\] differ"):
+        finished(Linear(), many, few(), tmp_path, seed=1)
+    assert contents(tmp_path) == before
+
+
 def test_a_run_of_the_first_stream_is_not_continued_in_another(points, tmp_path):
     finished(Noisy(), points, few(), tmp_path)
     change_settings(tmp_path, stream="batches of 64")

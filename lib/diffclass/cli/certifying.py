@@ -48,7 +48,12 @@ def certify(
         float,
         typer.Option(callback=finite, help="Smoothing noise, in pixels of [0,1]."),
     ],
-    store: Annotated[Path, typer.Option(help="Keep the votes of every picture here; resumable.")],
+    store: Annotated[
+        Path,
+        typer.Option(
+            help="Keep the votes of every picture here; resumable, with more pictures too."
+        ),
+    ],
     world: Annotated[
         str, typer.Option(help="digits, cifar10, gallery, hundred, or plane:NAME.")
     ] = "digits",

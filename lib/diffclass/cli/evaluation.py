@@ -69,7 +69,8 @@ def evaluate(
         int | None, typer.Option(min=1, max=MANY_STEPS, help="Steps of one attack by name.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Keep losses or perturbations here; resumable.")
+        Path | None,
+        typer.Option(help="Keep losses or perturbations here; resumable, with more pictures too."),
     ] = None,
     batch: Annotated[
         int,

@@ -24,7 +24,7 @@ from diffclass.certify.soft import SoftCertificate, SoftTally
 from diffclass.classifiers.base import Classifier
 from diffclass.classifiers.smoothed import VOTE_BLOCK, Smoothed, check_probabilities
 from diffclass.device import in_precision
-from diffclass.evaluation.runs import fingerprint
+from diffclass.evaluation.runs import fingerprint, settle
 from diffclass.noise import seed_of
 from diffclass.storage import files, results
 from diffclass.storage.results import Record
@@ -256,7 +256,7 @@ def certify(
     folder = Path(folder)
     settings = settings_of(images, labels, plan, own, every=every, precision=precision, seed=seed)
     with files.locked(folder, accelerator.process_index):
-        files.settle(folder, settings, "certificates")
+        settle(folder, settings, images, labels, "certificates")
         done = {row["index"] for row in read(folder).rows}
         accelerator.wait_for_everyone()  # nobody writes before everybody has read what is there
         todo = [index for index in picked(len(images), every) if index not in done]

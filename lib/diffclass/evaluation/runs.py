@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -403,7 +403,8 @@ def run(
     """Attack all images, block by block and attack by attack, keeping what is done after each.
 
     Shapes      images [N,C,H,W] in [0,1], labels [N]; an image's index is its place in `images`
-    Randomness  all of it from `seed` by keys: an interrupted run ends as an unbroken one
+    Randomness  all of it from `seed` by keys: an interrupted run ends as an unbroken one; one that goes on with more images
+                keeps what it found, and draws the random starts of the new ones as for a run of their own
     Writes      folder/settings.json, rows.jsonl and deltas-0.safetensors, each in one piece
     Errors      ValueError for images, labels or a budget that cannot be meant, or a folder of other settings;
                 RuntimeError if another run writes to it; those of `attacks.pgd`, after which what is done is kept
@@ -415,28 +416,67 @@ def run(
     folder = Path(folder)
     with files.locked(folder):
         settings = settings_of(classifier, images, labels, protocol, own, seed)
-        files.settle(folder, settings, "perturbations")
+        settle(folder, settings, images, labels, "perturbations")
         before = read(folder).rows if (folder / ROWS).exists() else []
         deltas = torch.zeros(len(images), *threat.shape(classifier.image_shape))
         if before:
             deltas[: len(before)] = read(folder).deltas
         whole = Run(settings, before, deltas)
         for block in range(-(-len(images) // BLOCK)):
-            yield from _Block(classifier, images, labels, whole, block).attacked(folder)
+            for part in _abreast(before, block, len(images)):
+                yield from _Block(classifier, images, labels, whole, block, part).attacked(folder)
+
+
+def settle(folder: Path, settings: dict, images: Tensor, labels: Tensor, what: str) -> None:
+    """`files.settle` for labelled images, which may have become more since: then the first ones are those that it knows.
+
+    Why         what is kept of an image is about it alone, and a number of images that was affordable is soon too small
+    Errors      those of `files.settle`
+    """
+    if (folder / files.SETTINGS).exists():
+        there = files.settings_of(folder)
+        fewer = there.get("n")
+        if type(fewer) is int and 0 < fewer < len(images):
+            known = {"n": fewer, "images": fingerprint(images[:fewer], labels[:fewer])}
+            if there == {**settings, **known}:
+                files.write(folder / files.SETTINGS, files.settings_text(settings))
+    files.settle(folder, settings, what)
+
+
+def _abreast(rows: list[dict], block: int, total: int) -> Iterator[range]:
+    """The images of a block in parts that are equally far: finished ones, interrupted ones, those not yet begun."""
+    start = block * BLOCK
+    stop = min(start + BLOCK, total)
+    for _, part in groupby(
+        rows[start:stop], lambda row: (len(row["attacks"]), row["hits"] is None)
+    ):
+        end = start + len(list(part))
+        yield range(start, end)
+        start = end
+    if start < stop:
+        yield range(start, stop)
 
 
 class _Block:
-    """Up to 64 images of a run: their pixels, and views of their rows and perturbations."""
+    """Up to 64 images of a run, a block or a part of one: their pixels, and views of their rows and perturbations."""
 
     def __init__(
-        self, classifier: Classifier, images: Tensor, labels: Tensor, run: Run, number: int
+        self,
+        classifier: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        run: Run,
+        number: int,
+        part: range | None = None,
     ):
         self.classifier = classifier
         self.run = run
         self.threat = attacks.threat(run.protocol.norm)
         self.number = number
-        self.start = number * BLOCK
-        self.part = slice(self.start, min(self.start + BLOCK, len(images)))
+        first = number * BLOCK
+        part = part or range(first, min(first + BLOCK, len(images)))
+        self.part = slice(part.start, part.stop)
+        self.before = part.start - first  # images of the block that are not of this part
         where = next(chain(classifier.parameters(), classifier.buffers()), images).device
         self.x = images[self.part].to(where)
         self.y = labels[self.part].to(where)
@@ -444,14 +484,14 @@ class _Block:
         self.deltas = run.deltas[self.part]
 
     def judged(self, purpose: str, deltas: Tensor, kept: Tensor | None = None) -> tuple[list, list]:
-        """Hits and margins of perturbed images, by noise of that purpose; `kept` are their places in the block."""
+        """Hits and margins of perturbed images, by noise of that purpose; `kept` are their places in the part."""
         kept = torch.arange(len(self.x)) if kept is None else kept
-        drawn = judging_noises(
-            self.classifier, self.run.settings, self.number, len(self.x), purpose
-        )
+        until = self.before + len(self.x)
+        drawn = judging_noises(self.classifier, self.run.settings, self.number, until, purpose)
+        own = kept + self.before
         x = self.threat.applied(self.x[kept], deltas)
         hits, margins = judge(
-            self.classifier, x, self.y[kept], (take(noise, kept) for noise in drawn)
+            self.classifier, x, self.y[kept], (take(noise, own) for noise in drawn)
         )
         return hits.tolist(), margins.tolist()
 
@@ -463,7 +503,7 @@ class _Block:
         draws = self.run.settings["draws"]
         self.rows = [
             dict(
-                index=self.start + i,
+                index=self.part.start + i,
                 label=int(label),
                 clean=clean[i],
                 attacks=[[hits[i], margins[i]]],
@@ -518,7 +558,7 @@ class _Block:
                     number,
                     settings["seed"],
                     self.number,
-                    kept,
+                    kept + self.before,
                 )
                 self.keep(place, kept, deltas, chosen.calls)
             self.store(folder)

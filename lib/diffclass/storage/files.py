@@ -170,6 +170,11 @@ def reading(what: str) -> Iterator[None]:
         ) from error
 
 
+def settings_text(settings: dict) -> str:
+    """Settings (JSON values) as a folder keeps them."""
+    return json.dumps(settings, indent=1, allow_nan=False)
+
+
 def settings_of(folder: Path) -> dict:
     """The settings that a folder was begun with.
 
@@ -205,7 +210,7 @@ def settle(folder: Path, chosen: dict, what: str) -> None:
                 f"expected a new folder for {what}, or one that was begun with {SETTINGS}, but {folder} holds "
                 f"{foreign[0]} without it; nothing was changed: name another folder."
             )
-        write(path, json.dumps(chosen, indent=1, allow_nan=False))
+        write(path, settings_text(chosen))
     there = settings_of(folder)
     differing = sorted(k for k in chosen | there if chosen.get(k) != there.get(k))
     if differing:
