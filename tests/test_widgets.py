@@ -20,7 +20,7 @@ from diffclass.course import figures, widgets
 from diffclass.course.exploring import Explorer
 from diffclass.course.scenes.audit import MYSTERIES
 from diffclass.course.scenes.digits import DigitScene
-from diffclass.course.scenes.one_call import OneCallScene
+from diffclass.course.scenes.one_call import KEPT, OneCallScene
 from diffclass.course.scenes.photos import SHORT
 from diffclass.course.scenes.plane import PlaneScene
 from diffclass.data import gallery
@@ -54,16 +54,27 @@ def photos(_):
     )
 
 
+def few_digits():
+    """Twenty digits, with their labels."""
+    world = data.digits()
+    return world.test_images[:20], world.test_labels[:20]
+
+
+@contextlib.contextmanager
+def counted_calls(denoiser):
+    """A list that grows by the number of pictures whenever a denoiser is asked."""
+    asked = []
+    hook = denoiser.register_forward_hook(lambda module, given, _: asked.append(len(given[0])))
+    try:
+        yield asked
+    finally:
+        hook.remove()
+
+
 def one_call(student):
     """Digits, noised and denoised under each class and without one."""
-    world = data.digits()
     return widgets.one_call_hero(
-        student,
-        networks.DIGIT_LEVELS,
-        world.test_images[:20],
-        world.test_labels[:20],
-        "0123456789",
-        kind="Digit",
+        student, networks.DIGIT_LEVELS, *few_digits(), "0123456789", kind="Digit"
     )
 
 
@@ -268,6 +279,67 @@ def test_without_a_lesser_frame_nothing_is_drawn_twice():
     assert asyncio.run(session(None)) == [1, 2]
     assert asyncio.run(session(lambda value, point, picked: None)) == [1, 2]
     assert asyncio.run(session(lambda value, point, picked: bar_of(0.0))) == [1, 2]
+
+
+def test_what_is_prepared_while_the_reader_looks_is_what_would_be_asked_live(student):
+    hero = one_call(student)
+    scene = OneCallScene(student, networks.DIGIT_LEVELS, *few_digits(), "0123456789", "Digit")
+    wanted = [0.3, 0.6, 1.2, 2.4]
+    assert scene.ahead(3, 0.5, wanted)  # something is left: the farthest one
+    with counted_calls(student) as asked:
+        for level in wanted[:3]:
+            scene.answers(3, level)
+        assert asked == []
+        scene.answers(3, 2.4)
+        assert asked == [1]
+    assert not scene.ahead(3, 0.5, wanted)
+    live = OneCallScene(student, networks.DIGIT_LEVELS, *few_digits(), "0123456789", "Digit")
+    for level in wanted:
+        for ready, now in zip(scene.answers(3, level), live.answers(3, level), strict=True):
+            assert torch.allclose(ready, now, atol=1e-5)
+        with torch.no_grad():
+            heads, null = OneCallClassifier(student, level).answers(live.images[3:4], live.noise)
+        assert torch.allclose(scene.answers(3, level)[0], heads, atol=1e-5)
+        assert torch.allclose(scene.answers(3, level)[1], null, atol=1e-5)
+    for index in range(4, 20):
+        while scene.ahead(index, 0.5, [0.2 + 0.05 * place for place in range(30)]):
+            pass
+    assert len(scene._answered) == KEPT
+    assert hero.ahead is not None
+
+
+def test_a_hero_prepares_part_by_part_until_nothing_is_left_or_a_control_moves(caplog):
+    prepared = []
+
+    def ahead(value, point, picked):
+        prepared.append(value)
+        if value == 5:
+            raise RuntimeError("the network is gone")
+        return prepared.count(value) < 3
+
+    async def session():
+        hero = widgets.Hero(
+            lambda value, point, picked: bar_of(value),
+            {"value": widgets.slider("value", 1, 0, 9, 1)},
+            ahead=ahead,
+        )
+        assert prepared == []  # not before the reader has seen the figure
+        await asyncio.sleep(2 * widgets.QUIET)
+        assert prepared == [1, 1, 1]
+        for value in (2, 3, 4):  # passes 2 and 3, and rests at 4
+            hero.controls["value"].value = value
+        await asyncio.sleep(2 * widgets.QUIET)
+        assert prepared == [1, 1, 1, 4, 4, 4]
+        hero.controls["value"].value = 5
+        await asyncio.sleep(2 * widgets.QUIET)
+        return hero
+
+    hero = asyncio.run(session())
+    assert prepared[6:] == [5] and "nothing could be prepared" in caplog.text
+    assert "gone" not in hero.stage.frame["note"]  # the figure itself lacks nothing
+    prepared.clear()
+    hero.controls["value"].value = 6  # where no event loop runs, nothing is prepared
+    assert prepared == []
 
 
 @pytest.mark.parametrize("name", ["digit", "denoiser", "one call"])

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 Job = Generator[float, None, None]  # yields the share of its work that is done
 QUIET = 0.15  # seconds without a change after which a control counts as resting
+BREATH = 0.01  # seconds between two parts of what is prepared while they rest
 VOTES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 WHOLE_LABEL = {"description_width": "initial"}  # labels are not cut off
 
@@ -97,8 +98,8 @@ class Staged(W.VBox):
         """The frame of the present state; the heroes say how."""
         return figures.frame([])
 
-    def later(self, action: Callable[[], None]) -> bool:
-        """Call `action` when the controls have rested for `QUIET`, and not what was to be called until then.
+    def later(self, action: Callable[[], None], after: float = QUIET) -> bool:
+        """Call `action` when the controls have rested for so many seconds, and not what was to be called until then.
 
         Gives       False where no event loop runs, and so nobody would call
         """
@@ -107,7 +108,7 @@ class Staged(W.VBox):
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return False
-        self._resting = loop.call_later(QUIET, action)
+        self._resting = loop.call_later(after, action)
         return True
 
     def stay(self) -> None:
@@ -145,6 +146,8 @@ class Hero(Staged):
                 control that the line in the figure moves, in whole multiples of `cursor_step` if it is given
     Moving      `quick`, of the same arguments, gives a lesser frame while a control moves, or None where `show` is as
                 quick; `show` follows when the controls have rested for `QUIET`. At once where no event loop runs
+    Resting     `ahead`, of the same arguments, prepares a small part of what the reader may ask for next, and says whether
+                something is left: it is called again and again until nothing is, or a control moves
     Why         one place for wiring, so that each hero is its controls and one function, and a test can turn them
     """
 
@@ -154,6 +157,7 @@ class Hero(Staged):
         controls: dict[str, W.Widget],
         *,
         quick: Callable[..., dict | None] | None = None,
+        ahead: Callable[..., bool] | None = None,
         cursor: str | None = None,
         cursor_step: int | None = None,
         point: tuple[float, float] | None = None,
@@ -165,6 +169,7 @@ class Hero(Staged):
         self.controls = controls
         self.show = show
         self.quick = quick
+        self.ahead = ahead
         self._moving = False
         for control in controls.values():
             control.observe(self.move, "value")
@@ -173,6 +178,8 @@ class Hero(Staged):
             drag_moves(self.stage, controls[cursor], cursor_step)
         self.children = [row(controls.values()), self.stage]
         self.refresh()
+        if ahead is not None:
+            self.later(self.prepare)
 
     @in_turn
     def move(self, _=None) -> None:
@@ -181,17 +188,39 @@ class Hero(Staged):
         self.refresh()
         if not self._moving:  # the whole is drawn already
             self.stay()
+            if self.ahead is not None:
+                self.later(self.prepare)
 
     @in_turn
     def rest(self) -> None:
         """Draw the whole frame."""
         self._moving = False
         self.refresh()
+        if self.ahead is not None:
+            self.later(self.prepare)
+
+    @in_turn
+    def prepare(self) -> None:
+        """Prepare a part of what may be asked for next, and the rest of it later.
+
+        Why         a failure is not said: the figure that needs what failed will say it
+        """
+        try:
+            left = self.ahead(**self.state())
+        except Exception:
+            log.exception("nothing could be prepared")
+            return
+        if left:
+            self.later(self.prepare, after=BREATH)
+
+    def state(self) -> dict:
+        """The values of the controls, and what the reader dragged or clicked in the figure."""
+        values = {name: control.value for name, control in self.controls.items()}
+        return dict(**values, point=tuple(self.stage.point), picked=self.stage.picked)
 
     def frame(self) -> dict:
         """The frame of the present controls: the lesser one while they move, where there is one."""
-        values = {name: control.value for name, control in self.controls.items()}
-        state = dict(**values, point=tuple(self.stage.point), picked=self.stage.picked)
+        state = self.state()
         quick = self.quick(**state) if self.quick is not None and self._moving else None
         self._moving = quick is not None
         return self.show(**state) if quick is None else quick
@@ -449,17 +478,20 @@ def one_call_hero(
 ) -> Hero:
     """A photograph, its noised copy, eleven denoised ones, and the posterior from that one call (notebook 06)."""
     scene = OneCallScene(denoiser, levels, images, labels, names, **more)
-    low = float(levels.sigma[0])
-    high = float(levels.sigma[-1])
+    low = math.log10(float(levels.sigma[0]))
+    high = math.log10(float(levels.sigma[-1]))
+    step = 0.02
+    notches = [10 ** (low + place * step) for place in range(int((high - low) / step) + 1)]
     controls = dict(
         index=slider("picture", 0, 0, len(images) - 1, 1),
-        sigma=slider("noise σ", low, math.log10(low), math.log10(high), 0.02, log=True),
+        sigma=slider("noise σ", 10**low, low, high, step, log=True),
     )
     return Hero(
         lambda index, sigma, point, picked: scene.at(index, sigma),
         controls,
         cursor="sigma",
         quick=lambda index, sigma, point, picked: scene.moving(index, sigma),
+        ahead=lambda index, sigma, point, picked: scene.ahead(index, sigma, notches),
     )
 
 

@@ -1,5 +1,6 @@
 """Frames of a photograph, live: its noised copy, ten denoised ones and one without a class, and what one call says."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ from diffclass.course.figures import OTHER
 from diffclass.course.scenes.digits import excess_curves
 from diffclass.denoisers.base import Denoiser
 from diffclass.noise import Levels
+
+TOGETHER = 3  # levels that are asked at once ahead of the reader: short enough not to be in the way of a slider
+KEPT = 300  # answers, of 135 kB each for photographs
 
 
 class OneCallScene:
@@ -43,6 +47,7 @@ class OneCallScene:
         one = OneCallClassifier(denoiser, float(levels.sigma[0]))
         self.noise = one.sample_noise(1, torch.Generator().manual_seed(seed + 1))
         self._measured: dict[int, Tensor] = {}
+        self._answered: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     def curves(self, index: int) -> Tensor:
         """The losses of a picture, measured once. Shapes: -> [K,T]."""
@@ -80,10 +85,30 @@ class OneCallScene:
 
     def answers(self, index: int, sigma: float) -> tuple[Tensor, Tensor]:
         """A picture's noised copy, denoised under each class and without one. Shapes: -> [1,K,C,H,W], [1,C,H,W]."""
+        if _key(index, sigma) not in self._answered:
+            self._ask(index, [sigma])
+        return self._answered[_key(index, sigma)]
+
+    def ahead(self, index: int, sigma: float, wanted: Sequence[float]) -> bool:
+        """Ask about a picture at a few of the levels that are wanted, the nearest ones first; whether some are left."""
+        lacking = [level for level in wanted if _key(index, level) not in self._answered]
+        lacking.sort(key=lambda level: abs(math.log(level / sigma)))
+        if lacking:
+            self._ask(index, lacking[:TOGETHER])
+        return len(lacking) > TOGETHER
+
+    def _ask(self, index: int, levels: list[float]) -> None:
+        """Keep what the network answers about a picture at some levels, in one call."""
+        sigma = torch.tensor(levels).to(self.images)
+        z = units.to_model(self.images[index : index + 1])
+        noised = z + sigma[:, None, None, None] * self.noise.to(z)
+        every = range(self.denoiser.num_classes + 1)
         with torch.no_grad():
-            return OneCallClassifier(self.denoiser, sigma).answers(
-                self.images[index : index + 1], self.noise
-            )
+            denoised = self.denoiser(noised, sigma, list(every))
+        for level, answer in zip(levels, denoised[:, None], strict=True):
+            self._answered[_key(index, level)] = (answer[:, :-1], answer[:, -1])
+        while len(self._answered) > KEPT:
+            del self._answered[next(iter(self._answered))]  # the oldest one
 
     def _frame(
         self,
@@ -171,3 +196,8 @@ class OneCallScene:
             ],
             note,
         )
+
+
+def _key(index: int, sigma: float) -> tuple[int, float]:
+    """By what an answer is known: a slider's level is no other one for its last bits."""
+    return index, round(math.log(sigma), 6)
