@@ -16,6 +16,8 @@ from diffclass.audit import planted
 from diffclass.audit.attack import Fitted, masked_loss, random_search
 from diffclass.audit.base import CannotJudge, Case, check, outweighs, proven
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.certify.counting import draw_soft_votes
+from diffclass.certify.soft import SoftCertificate, SoftTally, soft_radius
 from diffclass.classifiers.base import Held, decided
 from diffclass.classifiers.bayes import BayesClassifier
 from diffclass.classifiers.foreign import Foreign
@@ -437,6 +439,69 @@ def test_ceiling_and_abstention_are_those_of_the_bound_that_is_due():
     assert lights(case, [28, 29]) == {28: "red", 29: "red"}
     fixed = replace(case, votes=[replace(votes, stopped=False)])
     assert lights(fixed, [28, 29]) == {28: "green", 29: "green"}
+
+
+class Spoken(planted.Honest):
+    """The honest classifier, whose logits are log-probabilities."""
+
+    scale = "nats"
+
+    def logits(self, x, noise):
+        """Surer than the honest one, and not so sure that all soft votes are alike."""
+        return (8 * super().logits(x, noise)).log_softmax(1)
+
+
+def soft_case(certify=soft_radius, **options) -> Case:
+    """A claim by soft votes of eight images."""
+    case = honest(classifier=Spoken().eval(), certify=certify)
+    votes = []
+    for picture, one in enumerate(case.x[:8].split(1)):
+        *_, (_, tally) = draw_soft_votes(
+            Smoothed(case.classifier, 0.12), one, estimation=300, picture=picture
+        )
+        votes.append(tally)
+    return replace(case, **{"votes": votes, **options})
+
+
+def tenfold(votes: SoftTally) -> SoftCertificate:
+    """A certificate of ten times the soft votes that were cast."""
+    pairs = tuple((share, 10 * count) for share, count in votes.estimation)
+    return soft_radius(replace(votes, estimation=pairs))
+
+
+def test_soft_votes_are_audited_as_hard_ones_are():
+    numbers = list(range(26, 32))
+    case = soft_case()
+    assert any(case.certify(votes).radius > 0.02 for votes in case.votes)
+    assert lights(case, numbers) == dict.fromkeys(numbers, "green")
+    (result,) = audit.run(case, [31])
+    assert "at any of 10 looks" in result.evidence
+    (result,) = audit.run(soft_case(functools.partial(soft_radius, bound="hoeffding")), [31])
+    assert result.light == "green" and "looks" not in result.evidence
+
+
+def test_a_false_claim_by_soft_votes_is_named():
+    numbers = [27, 28, 31]
+    assert lights(soft_case(tenfold), numbers) == {27: "red", 28: "red", 31: "red"}
+
+    def louder(votes):  # a certificate for eight times the noise that was voted under
+        return soft_radius(replace(votes, sigma_pixel=8 * votes.sigma_pixel))
+
+    assert lights(soft_case(louder), [26]) == {26: "red"}
+
+    def bold(votes):  # answers where nothing is proven
+        return replace(soft_radius(votes), prediction=votes.guess)
+
+    split = SoftTally((50_000, 49_000), ((500, 100), (510, 100)), 0.12, 0)
+    assert lights(soft_case(bold, votes=[split]), [29]) == {29: "red"}
+    assert lights(soft_case(votes=[split]), [29]) == {29: "green"}
+    case = soft_case()
+    others = [replace(votes, seed=1) for votes in case.votes]
+    assert lights(replace(case, votes=others), [30]) == {30: "red"}
+    again = SoftTally((80_000, 20_000), ((700, 50), (900, 50)), 0.12, 0)  # 80 000 in all
+    assert lights(soft_case(votes=[again]), [27]) == {27: "red"}
+    seedless = [replace(votes, seed=None) for votes in case.votes]
+    assert lights(replace(case, votes=seedless), [27, 30]) == {27: "red", 30: "amber"}
 
 
 def test_a_random_classifier_without_luck_has_no_red_light():

@@ -302,8 +302,8 @@ def test_what_is_prepared_while_the_reader_looks_is_what_would_be_asked_live(stu
         assert torch.allclose(scene.answers(3, level)[0], heads, atol=1e-5)
         assert torch.allclose(scene.answers(3, level)[1], null, atol=1e-5)
     for index in range(4, 20):
-        while scene.ahead(index, 0.5, [0.2 + 0.05 * place for place in range(30)]):
-            pass
+        for _ in range(10):
+            scene.ahead(index, 0.5, [0.2 + 0.05 * place for place in range(30)])
     assert len(scene._answered) == KEPT
     assert hero.ahead is not None
 

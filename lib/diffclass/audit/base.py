@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffclass import attacks, units
 from diffclass.certify.certificates import Certificate, Votes, smoothing_radius
+from diffclass.certify.soft import SoftCertificate, SoftTally
 from diffclass.classifiers.base import Classifier, Fresh, Held, NoiseSource, decided
 from diffclass.intervals import lower_bound
 from diffclass.noise import generator_of
@@ -210,7 +211,8 @@ class Case:
     routes      other gradients of the same classifier by name, such as BPDA for the exact one (check 23)
     levels      the same classifier with other numbers of noise levels or steps (check 24)
     sources     other classifiers whose adversarial images are transferred (check 14)
-    votes       of a smoothed classifier, one for each of the first images;  certify: what makes certificates of them
+    votes       of a smoothed classifier, one for each of the first images, hard or soft ones;  certify: what makes
+                certificates of them, such as `soft.soft_radius`
     records     reported numbers; rows, deltas: of each image the stored hits of every attack, and its perturbation,
                 which then is the attack that is audited
     statement   what would break this, and what was tried (check 25)
@@ -235,8 +237,8 @@ class Case:
     routes: Mapping[str, Classifier] = field(default_factory=dict)
     levels: Mapping[int, Classifier] = field(default_factory=dict)
     sources: Mapping[str, Classifier] = field(default_factory=dict)
-    votes: Sequence[Votes] = ()
-    certify: Callable[[Votes], Certificate] = smoothing_radius
+    votes: Sequence[Votes] | Sequence[SoftTally] = ()
+    certify: Callable[..., Certificate | SoftCertificate] = smoothing_radius
     records: Sequence[Record] = ()
     rows: Sequence[Mapping] = ()
     deltas: Tensor | None = None

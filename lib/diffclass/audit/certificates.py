@@ -1,4 +1,7 @@
-"""Does the certificate hold what it says? Checks 26 to 31: attacks inside it, its votes, its ceiling, its coverage."""
+"""Does the certificate hold what it says? Checks 26 to 31: attacks inside it, its votes, its ceiling, its coverage.
+
+Votes are hard ones, each a class, or soft ones, each the probability that it gave the chosen class (`SoftTally`).
+"""
 
 import numpy as np
 import torch
@@ -13,7 +16,15 @@ from diffclass.certify.certificates import (
     largest_radius,
     prediction_changed,
 )
-from diffclass.certify.counting import draw_votes
+from diffclass.certify.counting import draw_soft_votes, draw_votes
+from diffclass.certify.soft import (
+    SOFT_BOUNDS,
+    THOUSAND,
+    SoftCertificate,
+    SoftTally,
+    betting_bound,
+    largest_soft_radius,
+)
 from diffclass.classifiers.smoothed import Smoothed
 from diffclass.intervals import lower_bound
 from diffclass.noise import seed_of
@@ -25,9 +36,17 @@ COPIES = 16  # noised copies that this attack averages at a step
 STEPS = 10  # of this attack, at most
 RECOUNTED = 3  # images whose stored votes are counted again
 LOOKS = 25  # at the votes of a simulated claim that stops when it knows enough
+SOFT = (
+    200,
+    10,
+)  # votes and looks of a simulated claim by bets, each of which is a sum over all votes
+CLOSE = 0.005  # how far a soft vote may be from what it was, by rounding
+
+AnyVotes = Votes | SoftTally
+AnyCertificate = Certificate | SoftCertificate
 
 
-def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
+def _certified(case: Case) -> list[tuple[int, AnyVotes, AnyCertificate]]:
     if not case.votes:
         raise CannotJudge("no votes were given: nothing is certified here.")
     if len(case.votes) > len(case.x):
@@ -37,9 +56,50 @@ def _certified(case: Case) -> list[tuple[int, Votes, Certificate]]:
     return [(i, votes, case.certify(votes)) for i, votes in enumerate(case.votes)]
 
 
-def _due_bound(votes: Votes, certificate: Certificate) -> str:
-    """The bound that votes allow: one that holds at every look for those that said when to stop, else the one named."""
+def _due_bound(votes: AnyVotes, certificate: AnyCertificate) -> str:
+    """The bound that votes allow: one that holds at every look for those that said when to stop, else the one named.
+
+    Why         soft votes do not say whether they stopped themselves, and their bounds name what they allow
+    """
+    if isinstance(votes, SoftTally):
+        return certificate.bound
     return "anytime" if votes.stopped else certificate.bound
+
+
+def _lower(votes: AnyVotes, bound: str, alpha: float) -> float:
+    """What a bound proves of the chosen class's share."""
+    if isinstance(votes, SoftTally):
+        return SOFT_BOUNDS[bound](votes.values, alpha)
+    return BOUNDS[bound](votes.estimation[votes.guess], votes.n, alpha)
+
+
+def _ceiling(votes: AnyVotes, bound: str, alpha: float) -> float:
+    """The radius when all of so many votes agree, soft ones with all that they have."""
+    largest = largest_soft_radius if isinstance(votes, SoftTally) else largest_radius
+    return largest(votes.n, votes.sigma_pixel, alpha, bound)
+
+
+def _is_about(certificate: AnyCertificate, votes: AnyVotes) -> bool:
+    """Whether a certificate is of the estimation votes that were cast."""
+    if isinstance(votes, SoftTally):
+        claimed = np.sort(np.array(certificate.values))
+        return len(claimed) == votes.n and np.allclose(claimed, votes.values, atol=1e-9)
+    return (certificate.counts, certificate.n) == (votes.estimation, votes.n)
+
+
+def _varied(votes: AnyVotes) -> bool:
+    """Whether the estimation votes differ: those that all agree are like others by right."""
+    if isinstance(votes, SoftTally):
+        return len(votes.estimation) > 1
+    return max(votes.estimation) < votes.n
+
+
+def _reused(votes: AnyVotes) -> bool:
+    """Whether the votes that chose the class seem to be those that bound it."""
+    if isinstance(votes, SoftTally):
+        given = sum(share * count for share, count in votes.estimation)
+        return votes.selection[votes.guess] == given
+    return votes.selection == votes.estimation
 
 
 def _attack_cost(case: Case) -> int:
@@ -56,8 +116,8 @@ def _attack_cost(case: Case) -> int:
 def certificate_vs_attack(case: Case) -> Verdict:
     """Whether an attack on the smoothed vote, inside the certified radius, provably changes the prediction.
 
-    Judged by fresh votes at the attacked image (`certificates.prediction_changed`); passes while the changed ones do
-    not prove a share above the certificates' alpha.
+    Judged by fresh votes at the attacked image (`certificates.prediction_changed`; of soft votes, whether bets prove that the
+    class has less than half); passes while the changed ones do not prove a share above the certificates' alpha.
     """
     within = [
         (i, certificate)
@@ -91,7 +151,15 @@ def _changes(case: Case, i: int, certificate: Certificate) -> bool:
     )
     x = alone.attacked(alone.everyone).x
     votes = min(RECOUNT, certificate.n)
-    *_, counts = smoothed.count(x, seed_of(case.seed, "votes inside the radius", i), votes)
+    fresh = seed_of(case.seed, "votes inside the radius", i)
+    if isinstance(certificate, SoftCertificate):
+        parts = [
+            shares[:, certificate.prediction]
+            for shares, _ in smoothed.billed_shares(x, fresh, votes)
+        ]
+        against = 1 - torch.cat(parts).numpy()
+        return betting_bound(against, certificate.alpha) > 0.5
+    *_, counts = smoothed.count(x, fresh, votes)
     return prediction_changed(counts.tolist(), certificate.prediction)
 
 
@@ -107,14 +175,12 @@ def votes_are_fresh(case: Case) -> Verdict:
     said themselves when to stop are bounded by what holds at every look.
     """
     certified = _certified(case)
-    changed = [
-        i for i, votes, one in certified if (one.counts, one.n) != (votes.estimation, votes.n)
-    ]
+    changed = [i for i, votes, one in certified if not _is_about(one, votes)]
     seedless = [i for i, votes, one in certified if votes.seed is None or one.seed != votes.seed]
     peeked = [i for i, votes, one in certified if one.bound != _due_bound(votes, one)]
     # unanimous counts are alike by right
-    split = [votes for _, votes, _ in certified if max(votes.estimation) < votes.n]
-    reused = sum(votes.selection == votes.estimation for votes in split)
+    split = [votes for _, votes, _ in certified if _varied(votes)]
+    reused = sum(map(_reused, split))
     evidence = (
         f"of {len(certified)} certificates {len(changed)} are about other counts than those cast, {len(seedless)} lack "
         f"the seed, {reused} were judged by the votes that chose their class"
@@ -137,13 +203,11 @@ def votes_are_fresh(case: Case) -> Verdict:
 def radius_ceiling(case: Case) -> Verdict:
     """Whether every radius is one that the votes cast can certify.
 
-    Formula     r <= sigma Phi^-1(alpha^(1/n)); of votes that stopped themselves, that of `anytime_bound` of n agreeing ones
+    Formula     r <= sigma Phi^-1(alpha^(1/n)); of votes that stopped themselves, that of `anytime_bound` of n agreeing ones, of
+                soft ones that of their bound of n ones
     """
     certified = _certified(case)
-    ceilings = [
-        largest_radius(votes.n, votes.sigma_pixel, one.alpha, _due_bound(votes, one))
-        for _, votes, one in certified
-    ]
+    ceilings = [_ceiling(votes, _due_bound(votes, one), one.alpha) for _, votes, one in certified]
     above = sum(
         one.radius > ceiling * (1 + 1e-9)
         for (_, _, one), ceiling in zip(certified, ceilings, strict=True)
@@ -169,8 +233,7 @@ def abstain_reported(case: Case) -> Verdict:
     """Whether votes whose lower bound is below 1/2 abstain, with radius 0; their number is given."""
     certified = _certified(case)
     abstain = [
-        BOUNDS[_due_bound(votes, one)](votes.estimation[votes.guess], votes.n, one.alpha) < 0.5
-        for _, votes, one in certified
+        _lower(votes, _due_bound(votes, one), one.alpha) < 0.5 for _, votes, one in certified
     ]
     hidden = sum(
         due and one.prediction is not None
@@ -184,7 +247,14 @@ def abstain_reported(case: Case) -> Verdict:
 
 
 def _recount_cost(case: Case) -> int:
-    return sum(sum(votes.selection) + votes.n for votes in case.votes[:RECOUNTED])
+    return sum(_selected(votes) + votes.n for votes in case.votes[:RECOUNTED])
+
+
+def _selected(votes: AnyVotes) -> int:
+    """How many votes chose the class: of soft ones, which lose by rounding down, at most so many; the class is the same."""
+    if isinstance(votes, SoftTally):
+        return -(-sum(votes.selection) // THOUSAND)
+    return sum(votes.selection)
 
 
 @check(
@@ -196,24 +266,33 @@ def _recount_cost(case: Case) -> int:
 def same_function_certified(case: Case) -> Verdict:
     """Whether the claimed classifier casts the stored votes when it is asked again with the stored seed.
 
-    Passes when all counts recur for the first images: of a claim about held noise, of that noise in every vote.
+    Passes when all counts recur for the first images, soft votes up to rounding: of a claim about held noise, of that noise
+    in every vote.
     """
     differ = []
     pairs = []
     for i, votes, _ in _certified(case)[:RECOUNTED]:
         if votes.seed is None:
             raise CannotJudge("the votes came without their seed, so they cannot be counted again.")
-        *_, (_, again) = draw_votes(
+        soft = isinstance(votes, SoftTally)
+        *_, (_, again) = (draw_soft_votes if soft else draw_votes)(
             Smoothed(case.claimed, votes.sigma_pixel),
             case.x[i : i + 1],
             seed=votes.seed,
-            selection=sum(votes.selection),
+            selection=_selected(votes),
             estimation=votes.n,
             picture=i,
         )
-        stored = (votes.selection, votes.estimation)
-        differ.append((again.selection, again.estimation) != stored)
-        pairs.append(f"{votes.estimation[votes.guess]} and {again.estimation[votes.guess]}")
+        if soft:
+            recurs = again.guess == votes.guess and np.allclose(
+                again.values, votes.values, atol=CLOSE
+            )
+            pairs.append(f"{votes.values.mean():.3f} and {again.values.mean():.3f}")
+        else:
+            stored = (votes.selection, votes.estimation)
+            recurs = (again.selection, again.estimation) == stored
+            pairs.append(f"{votes.estimation[votes.guess]} and {again.estimation[votes.guess]}")
+        differ.append(not recurs)
         sigma = votes.sigma_pixel
     return (RED if any(differ) else GREEN), (
         f"votes for the guessed class, stored and counted again: {'; '.join(pairs)} (sigma {sigma:g} in pixels, "
@@ -231,11 +310,17 @@ def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25
 
     Formula     votes ~ Binomial(n, p) for p = 0.6, 0.9 and 0.99, whose true radius is r = sigma Phi^-1(p); red if
                 lower_bound(times that the certified radius is above r, repeats, 0.001) > the certificates' alpha.
-                Where the claim's votes said themselves when to stop, so do these: r is to hold at each of LOOKS looks
+                Where the claim's votes said themselves when to stop, so do these: r is to hold at each of several looks.
+                Soft votes are 1 or 0 then, which vary as much as numbers of their mean can; bets are read at every look
     """
     rng = np.random.default_rng(case.seed)
-    stopped = any(votes.stopped for votes in case.votes)
-    looks = np.linspace(n / LOOKS, n, LOOKS).astype(int) if stopped else np.array([n])
+    soft = bool(case.votes) and isinstance(case.votes[0], SoftTally)
+    if soft:
+        stopped = case.certify(case.votes[0]).bound == "betting"
+    else:
+        stopped = any(votes.stopped for votes in case.votes)
+    n, often = SOFT if soft else (n, LOOKS)
+    looks = np.linspace(n / often, n, often).astype(int) if stopped else np.array([n])
     failed = {}
     alphas = set()
     for p in (0.6, 0.9, 0.99):
@@ -246,9 +331,7 @@ def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25
         for cast, found in zip(looks.tolist(), counts.T, strict=True):
             values, places = np.unique(found, return_inverse=True)
             certificates = [
-                case.certify(
-                    Votes((100, 0), (count, cast - count), sigma, case.seed, stopped=stopped)
-                )
+                case.certify(_simulated(count, cast, sigma, case.seed, soft, stopped))
                 for count in values.tolist()
             ]
             alphas |= {one.alpha for one in certificates}
@@ -257,8 +340,19 @@ def coverage(case: Case, n: int = 1000, repeats: int = 2000, sigma: float = 0.25
     alpha = max(alphas)
     evidence = (
         f"of {repeats} simulated certificates at alpha = {alpha:g}, those with too large a radius"
-        + (f" at any of {LOOKS} looks: " if stopped else ": ")
+        + (f" at any of {often} looks: " if stopped else ": ")
         + ", ".join(f"{count} at p = {p:g}" for p, count in failed.items())
     )
     bound = lower_bound(max(failed.values()), repeats, 0.001)
     return (RED if bound > alpha else GREEN), evidence
+
+
+def _simulated(
+    count: int, cast: int, sigma: float, seed: int, soft: bool, stopped: bool
+) -> AnyVotes:
+    """So many votes for the first of two classes, of those that were cast: as a case's votes are, hard or soft."""
+    if not soft:
+        return Votes((100, 0), (count, cast - count), sigma, seed, stopped=stopped)
+    pairs = [(0, cast - count), (THOUSAND, count)]
+    told = tuple(pair for pair in pairs if pair[1])
+    return SoftTally((100 * THOUSAND, 0), told, sigma, seed)
