@@ -184,6 +184,35 @@ def test_smoothness_has_its_price():
     assert not smoother(rough)
 
 
+class Whispering(Weighed):
+    """The same answers by logits ten thousand times smaller."""
+
+    def logits(self, x, noise):
+        return 1e-4 * super().logits(x, noise)
+
+
+def test_a_wish_for_smoothness_is_no_defence_of_small_logits():
+    """StAdv's fixed weight decides the steps against `Whispering`, whose answers are as easy to turn."""
+    x, y = pictures()
+    left = {}
+    for attack in (attacks.stadv, attacks.bend):
+        for model in (Weighed(), Whispering()):
+            *_, last = attack(model, x, y, BOUND, steps=20)
+            used = float(last.size.mean()) / BOUND
+            left[attack, type(model)] = (int((~last.fooled).sum()), used)
+    assert left[attacks.stadv, Whispering][1] < 0.5 < 0.9 < left[attacks.bend, Whispering][1]
+    assert left[attacks.stadv, Whispering][0] > left[attacks.bend, Whispering][0] + 5
+    assert left[attacks.bend, Whispering][0] == left[attacks.bend, Weighed][0]
+
+
+def test_bending_without_the_wish_is_stadv_without_its_weight():
+    x, y = pictures(6)
+    frames = attacks.bend(Weighed(), x, y, BOUND, steps=5)
+    others = attacks.stadv(Weighed(), x, y, BOUND, steps=5, smoothness=0.0)
+    for frame, other in zip(frames, others, strict=True):
+        assert torch.equal(frame.flow, other.flow)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [

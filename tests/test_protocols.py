@@ -652,6 +652,21 @@ def test_a_protocol_is_named_by_its_name_and_version():
     assert paper == protocols.paper("madry", "linf", 0.1)
 
 
+def test_flows_are_bent_with_and_without_a_wish_for_smoothness():
+    random = protocols.honest(Toy(eot=4), "flow", 0.5).attacks
+    assert [(attack.method, attack.loss) for attack in random] == [
+        ("stadv", "margin"),
+        ("bend", "margin"),
+        ("bend", "scaled CE"),
+    ]
+    assert all(attack.fresh and attack.draws == 4 and attack.steps == 100 for attack in random)
+    held = protocols.honest(Toy(random=False, eot=4), "flow", 0.5).attacks
+    assert not any(attack.fresh or attack.draws > 1 for attack in held)
+    assert protocols.named("honest", 2, Toy(), "madry", "flow", 0.5).key == "honest-2"
+    with pytest.raises(ValueError, match="expected honest-2 for flows, got honest-1"):
+        protocols.named("honest", 1, Toy(), "madry", "flow", 0.5)
+
+
 @pytest.mark.parametrize(
     "name, version",
     [
@@ -676,6 +691,7 @@ ALONE = {
     "square": Attack("margin", 1000, "square", fresh=False),
     "lagrange": Attack("margin", 100, "lagrange", "bpda", step=0.1, draws=4),
     "stadv": Attack("margin", 100, "stadv", step=0.1, draws=4),
+    "bend": Attack("margin", 100, "bend", step=0.1, draws=4),
     "mifgsm": Attack("its own", 10, "mifgsm", fresh=False),
     "cw": Attack("its own", 50, "cw", fresh=False),
     **{

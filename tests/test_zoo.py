@@ -61,6 +61,7 @@ ATTACKS = (
     "square",
     "lagrange",
     "stadv",
+    "bend",
     "mifgsm",
     "cw",
     "autoattack-10",

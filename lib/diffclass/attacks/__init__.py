@@ -26,7 +26,7 @@ from diffclass.attacks.search import (
     smallest_l2,
     worst_case,
 )
-from diffclass.attacks.spatial import Bent, FlowStep, displacement, roughness, stadv, warp
+from diffclass.attacks.spatial import Bent, FlowStep, bend, displacement, roughness, stadv, warp
 from diffclass.attacks.targeted import ranked, ranks
 from diffclass.attacks.threats import THREATS, Threat, threat
 from diffclass.attacks.views import AttackView

@@ -206,3 +206,17 @@ def stadv(
             displacement(flow),
             flow,
         )
+
+
+def bend(
+    classifier: Classifier, x: Tensor, y: Tensor, epsilon: float, **options
+) -> Iterator[FlowStep]:
+    """`stadv` without its wish for smoothness: PGD on flow fields, within the same budget.
+
+    Why         the wish has a fixed weight, and a loss has the size of the classifier's logits: where these are few nats, or
+                their gradients differ from draw to draw, the wish decides the signs of the steps and the flow stays at home
+    Source      the bound of RDC's release is kept, Xiao et al. 2018's regularity is not
+    Shapes      those of `stadv`; options: its keywords, but for `smoothness`
+    Errors      those of `stadv`
+    """
+    yield from stadv(classifier, x, y, epsilon, smoothness=0.0, **options)

@@ -84,7 +84,7 @@ class Standing:
 
 
 UNSEEN = (Column("L2, honest", "honest"), Column("L2, honest, worst of 10", "honest", worst=True))
-BENT = (Column("bent by a flow", "single"),)
+BENT = (Column("bent by a flow", "honest"),)
 SPENT = {
     "calls": "calls",
     "parameters": "parameters",

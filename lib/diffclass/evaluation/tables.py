@@ -20,7 +20,7 @@ DRAWS = Protocol.draws  # of a random classifier, in the columns of the worst
 class Column:
     """One column of a table of robust accuracies.
 
-    attack      "clean", "paper" (the protocol of the classifier's own paper), "honest", or "single" (one attack alone)
+    attack      "clean", "paper" (the protocol of the classifier's own paper), or "honest"
     worst       whether it counts what stood at every draw, instead of the average draw
     """
 
@@ -30,13 +30,7 @@ class Column:
 
     def protocol(self, entry: Entry) -> str | None:
         """The name of the protocol whose records belong here, None for clean images."""
-        names = {
-            "clean": None,
-            "paper": f"paper-{entry.paper}",
-            "honest": "honest",
-            "single": "single",
-        }
-        return names[self.attack]
+        return {"clean": None, "paper": f"paper-{entry.paper}", "honest": "honest"}[self.attack]
 
     def shows(self, entry: Entry, record: Record) -> bool:
         """Whether a record is the number that this column shows of a classifier."""
@@ -50,11 +44,12 @@ class Column:
         return own == self.protocol(entry)
 
 
+HONEST = Column("honest", "honest")
 COLUMNS = (
     Column("clean", "clean"),
     Column(f"clean, worst of {DRAWS}", "clean", worst=True),
     Column("paper's protocol", "paper"),
-    Column("honest", "honest"),
+    HONEST,
     Column(f"honest, worst of {DRAWS}", "honest", worst=True),
 )
 
@@ -135,11 +130,7 @@ def robust_table(world: str, norm: str, epsilon: float | None = None) -> list[st
     return lines
 
 
-THREATS = (  # title, norm, and whose protocol: a flow has one attack of its own
-    ("L-inf", "linf", COLUMNS[3]),
-    ("L2", "l2", COLUMNS[3]),
-    ("bent by a flow", "flow", Column("bent by a flow", "single")),
-)
+THREATS = (("L-inf", "linf"), ("L2", "l2"), ("bent by a flow", "flow"))  # title, norm
 
 
 def threats_table(world: str) -> list[str]:
@@ -149,10 +140,10 @@ def threats_table(world: str) -> list[str]:
     Errors      those of `robust_rows`
     """
     found: dict[str, dict[str, Record]] = {}
-    for title, norm, column in THREATS:
-        for row in robust_rows(world, norm, columns=(column,)):
+    for title, norm in THREATS:
+        for row in robust_rows(world, norm, columns=(HONEST,)):
             found.setdefault(row.entry.name, {})[title] = row.records[0]
-    titles = [title for title, _, _ in THREATS]
+    titles = [title for title, _ in THREATS]
     lines = [_line(["Classifier", "made against", *titles]), "|" + "---|" * (2 + len(titles))]
     for name, entry in ENTRIES.items():
         known = found.get(name, {})

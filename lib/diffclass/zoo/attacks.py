@@ -300,6 +300,17 @@ register(
 )
 register(
     AttackEntry(
+        "bend",
+        attacks.bend,
+        "gradient",
+        ("flow",),
+        "this course, after Xiao et al. 2018",
+        "The same without a wish for smooth flows, which decides the steps where the classifier's logits are small.",
+        step_size=True,
+    )
+)
+register(
+    AttackEntry(
         "mifgsm",
         library(_mifgsm),
         "gradient",
