@@ -42,6 +42,7 @@ __all__ = [
     "SearchStep",
     "Threat",
     "apgd",
+    "bend",
     "ascent",
     "cross_entropy_loss",
     "displacement",
