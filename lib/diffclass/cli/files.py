@@ -181,10 +181,11 @@ def doctor(ctx: typer.Context, json_wanted: Json = False):
             show_traceback(error)
             detail = f"{sentence_of(error)} {SET_UP}"
             answer.content[group] = [dict(name=group, status="problem", detail=detail)]
+        width = 2 + max((len(check["name"]) for check in answer.content[group]), default=0)
         for check in answer.content[group]:
             if check["status"] == "problem":
                 problems += 1
-            answer.say(f"  {check['status']:8}{check['name']:38}{check['detail']}")
+            answer.say(f"  {check['status']:8}{check['name']:{width}}{check['detail']}")
     answer.content["ok"] = problems == 0
     answer.say(
         f"{problems} to mend: see the lines that say 'problem'."
