@@ -25,8 +25,13 @@ SEVERITIES = {  # the parameter of each at severity 1 to 5, as CIFAR-10-C has it
     "speckle": (0.06, 0.1, 0.12, 0.16, 0.2),  # standard deviation of noise, in shares of the pixel
     # radius of a lens's disc and deviation of the blur that smooths its edge, pixel widths
     "defocus": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
-    # how many pictures are averaged, each enlarged by 0.01 more: as many as numpy's arange gives by its rounding
-    "zoom": (7, 12, 16, 21, 26),
+    "zoom": (
+        1.06,
+        1.11,
+        1.16,
+        1.21,
+        1.26,
+    ),  # below which pictures are enlarged, by steps of 0.01, and averaged
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # share of the pixels along each side that is left
     # what the saturation of HSV is multiplied by, and what is added to it
     "saturate": ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2)),
@@ -135,12 +140,11 @@ def _defocus(x: Tensor, lens: tuple[float, float], _) -> Tensor:
     return conv2d(wide, kernel.expand(channels, 1, -1, -1), groups=channels)
 
 
-def _zoom(x: Tensor, count: int, _) -> Tensor:
+def _zoom(x: Tensor, limit: float, _) -> Tensor:
     pictures = x.numpy()
-    total = pictures.copy()
-    for place in range(count):
-        total += _enlarged(pictures, 1 + 0.01 * place)
-    return torch.from_numpy(total / (count + 1)).to(x)
+    factors = np.arange(1, limit, 0.01)  # whose rounding decides how many there are
+    larger = sum(_enlarged(pictures, factor) for factor in factors)
+    return torch.from_numpy((pictures + larger) / (len(factors) + 1)).to(x)
 
 
 def _enlarged(pictures: np.ndarray, factor: float) -> np.ndarray:
