@@ -433,12 +433,13 @@ FIGURES = json.loads(REFERENCE.read_text(encoding="utf-8"))
 
 
 def on_record() -> dict[tuple, Run]:
-    """The runs by honest-2 of classifiers without noise: (world, classifier, norm, budget) -> run."""
+    """The runs by honest-2 of classifiers without noise: (world, classifier, norm, budget) -> run; AutoAttack bends nothing."""
     listed = {}
     for world in ("digits", "cifar10"):
         for folder in tables.folders(world):
             run = runs.read(folder)
-            if run.protocol.key == "honest-2" and run.settings["draws"] == 1:
+            bent = run.protocol.norm == "flow"
+            if run.protocol.key == "honest-2" and run.settings["draws"] == 1 and not bent:
                 name = run.settings["classifier"]
                 listed[world, name, run.protocol.norm, run.protocol.epsilon] = run
     return listed
