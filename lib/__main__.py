@@ -99,10 +99,7 @@ def install(python):
     say(
         "2/2 Installing what pyproject.toml names, as in lib/constraints.txt: about 2 GB, 1-2 minutes and the download"
     )
-    # Python compiles what is imported, once; pip would compile all of 18 000 files first, of which most never are
-    options = (
-        "-m pip --disable-pip-version-check --no-input install --no-compile -c lib/constraints.txt -e .[test]"
-    ).split()
+    options = "-m pip --disable-pip-version-check --no-input install -c lib/constraints.txt -e .[test]".split()
     pip = subprocess.Popen(
         [str(python), *options],
         cwd=str(ROOT),

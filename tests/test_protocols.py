@@ -662,6 +662,8 @@ def test_flows_are_bent_with_and_without_a_wish_for_smoothness():
     assert all(attack.fresh and attack.draws == 4 and attack.steps == 100 for attack in random)
     held = protocols.honest(Toy(random=False, eot=4), "flow", 0.5).attacks
     assert not any(attack.fresh or attack.draws > 1 for attack in held)
+    *_, last = protocols.honest(Toy(purified=True), "flow", 0.5).attacks
+    assert (last.method, last.gradient) == ("bend", "bpda") and len(random) == 3
     assert protocols.named("honest", 2, Toy(), "madry", "flow", 0.5).key == "honest-2"
     with pytest.raises(ValueError, match="expected honest-2 for flows, got honest-1"):
         protocols.named("honest", 1, Toy(), "madry", "flow", 0.5)

@@ -36,10 +36,8 @@ COPIES = 16  # noised copies that this attack averages at a step
 STEPS = 10  # of this attack, at most
 RECOUNTED = 3  # images whose stored votes are counted again
 LOOKS = 25  # at the votes of a simulated claim that stops when it knows enough
-SOFT = (
-    200,
-    10,
-)  # votes and looks of a simulated claim by bets, each of which is a sum over all votes
+# Votes and looks of a simulated claim by bets, each of which is a sum over all votes.
+SOFT = (200, 10)
 CLOSE = 0.005  # how far a soft vote may be from what it was, by rounding
 
 AnyVotes = Votes | SoftTally
@@ -275,7 +273,8 @@ def same_function_certified(case: Case) -> Verdict:
         if votes.seed is None:
             raise CannotJudge("the votes came without their seed, so they cannot be counted again.")
         soft = isinstance(votes, SoftTally)
-        *_, (_, again) = (draw_soft_votes if soft else draw_votes)(
+        drawn = draw_soft_votes if soft else draw_votes
+        *_, (_, again) = drawn(
             Smoothed(case.claimed, votes.sigma_pixel),
             case.x[i : i + 1],
             seed=votes.seed,

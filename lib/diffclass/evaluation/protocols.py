@@ -447,8 +447,8 @@ def honest(classifier: Classifier, norm: str, epsilon: float) -> Protocol:
     Why held    squares compare one call with the next, so noise must not differ between them
     Classes     fewer than 3 have no DLR loss, fewer than 4 no targeted one: the margin's are in their place; of more than
                 10 the 9 most likely wrong ones are targets
-    Flows       have three attacks alone: StAdv, and PGD on flows without its wish for smoothness, by two losses; no targets,
-                and no search without gradients
+    Flows       have fewer attacks: StAdv, and PGD on flows without its wish for smoothness, by two losses and where there is
+                one by BPDA; no targets, and no search without gradients
     """
     return Protocol("honest", norm, epsilon, _honest(2, classifier, norm), version=2)
 
@@ -469,7 +469,9 @@ def _honest(version: int, classifier: Classifier, norm: str) -> tuple[Attack, ..
         draws=1 if classifier.deterministic else classifier.eot,
         step=0.1,
     )
-    return (replace(bends, method="stadv"), bends, replace(bends, loss="scaled CE"))
+    listed = (replace(bends, method="stadv"), bends, replace(bends, loss="scaled CE"))
+    straight = "bpda" in classifier.gradients()
+    return (*listed, replace(bends, gradient="bpda")) if straight else listed
 
 
 def _honest_1(classifier: Classifier) -> tuple[Attack, ...]:
