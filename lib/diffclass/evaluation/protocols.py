@@ -389,7 +389,7 @@ SOURCES = {
     "alone, all of a plain network in place of the classifier (theirs a ResNet-50, ours the registry's), within the budget of "
     "pixels in [0,1].",
     "honest": "Ours: exact gradient and BPDA, held and fresh noise, several losses and starts, at least 100 steps, from "
-    "version 2 on every target and a search without gradients, the worst for each image, judged anew.",
+    "version 2 on every target and a search without gradients (neither of flows), the worst for each image, judged anew.",
     "single": "One attack alone, as it was asked for.",
 }
 

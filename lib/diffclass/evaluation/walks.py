@@ -49,6 +49,7 @@ def ablate(path: str | Path, *, n: int = ATTACKED, seed: int = 0) -> Iterator[re
     world = world_of("digits")
     budget = world.budget("linf")
     classifier = zoo.classifier("digits", "dc")
+    denoiser = zoo.classifier("digits", "rdc1").purifier.denoiser
     images, labels = images_of("digits", "test")
     x = images[:n]
     y = labels[:n]
@@ -59,8 +60,7 @@ def ablate(path: str | Path, *, n: int = ATTACKED, seed: int = 0) -> Iterator[re
             continue
         if unaware is None:
             unaware = _changed(classifier, x, y, budget, seed)
-        purifier = zoo.classifier("digits", "rdc1").purifier
-        walk = LikelihoodMaximisation.paper(purifier.denoiser, eta, 1, band=band)
+        walk = LikelihoodMaximisation.paper(denoiser, eta, 1, band=band)
         whole = PurifiedClassifier(walk, classifier)
         through = [
             _right(whole, _changed(way, x, y, budget, seed), y, seed)
